@@ -1,0 +1,29 @@
+# make demo   train a small PaLM on this machine's CPU, look at it, sample from it
+# make test   run all tests
+# Both make their own virtual environment first.
+
+PYTHON ?= python3
+VENV ?= .venv
+JAX ?= jax
+WORKERS ?= 2
+
+.PHONY: help demo test clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 12) or sys.exit("palm-haiku needs Python 3.12 or newer; $(PYTHON) is %d.%d. Try: make PYTHON=python3.12 ..." % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable '.[test]' '$(JAX)'
+	@touch $@
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python -m palm_haiku.demo
+
+clean:
+	rm -rf .venv* build dist *.egg-info .pytest_cache .hypothesis

@@ -1,0 +1,14 @@
+"""Pure functions of arrays behind the model: each op with one file per backend."""
+
+from .alibi import alibi_slopes
+from .attention import flash_attention
+from .backend import IMPLEMENTATIONS, explain
+from .parallel_block import parallel_attention_ffn
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "alibi_slopes",
+    "explain",
+    "flash_attention",
+    "parallel_attention_ffn",
+]

@@ -1,0 +1,121 @@
+"""Attention with an optional ALiBi bias that is computed, never stored."""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from .. import backend
+from . import xla
+
+
+def flash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    is_causal: bool = True,
+    alibi_slopes: jax.Array | None = None,
+    scale: float | None = None,
+    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_offset: int | jax.Array = 0,
+    implementation: Literal["auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton"] = "auto",
+) -> jax.Array:
+  """softmax(scale * q k^T + slope * (kv_pos - q_pos)) v, with no [T, S] array in memory.
+
+  Query i stands at position `query_offset + i`, key j at position j. A query that may attend
+  to no key at all gives zeros.
+
+  Args:
+    query: float[..., T, heads, dim_head].
+    key: float[..., S, kv_heads, dim_head]; kv_heads is 1 (multi-query attention) or another
+      divisor of heads.
+    value: float[..., S, kv_heads, dim_head]. May be the same array as `key`.
+    is_causal: a query attends to no later position.
+    alibi_slopes: float[heads], from `alibi_slopes(heads)`; None for no bias. An argument, so
+      that a tensor-parallel shard passes the slopes of its own heads.
+    scale: multiplies q k^T; None means 1/sqrt(dim_head).
+    segment_ids: int[..., T] if T == S, or a pair int[..., T], int[..., S]: attention stays
+      within equal ids.
+    local_window_size: how many positions a query sees to either side, or (left, right), as in
+      `jax.nn.dot_product_attention`.
+    query_offset: position of the first query; a Python int lets unreachable keys be skipped.
+    implementation: "auto", or a backend by name.
+
+  Returns:
+    [..., T, heads, dim_head] in the dtype of `query`. Softmax and accumulation are in float32
+    (float64 for float64 inputs).
+
+  Raises:
+    ValueError: shapes, head counts or dtypes that do not fit, or a backend that cannot run.
+
+  References:
+    FlashAttention (arXiv:2205.14135), ALiBi (arXiv:2108.12409), MQA (arXiv:1911.02150).
+  """
+  backend.explain("flash_attention", implementation)
+  _check(query, key, value, alibi_slopes)
+  lead, (num_queries, heads, dim_head) = query.shape[:-3], query.shape[-3:]
+  num_keys, kv_heads = key.shape[-3:-1]
+  batch = math.prod(lead)
+
+  window = _window(local_window_size)
+  segments = _segments(segment_ids, lead, num_queries, num_keys)
+  out = xla.attention(
+      query.reshape(batch, num_queries, heads, dim_head),
+      key.reshape(batch, num_keys, kv_heads, dim_head),
+      value.reshape(batch, num_keys, kv_heads, dim_head),
+      is_causal=is_causal,
+      alibi_slopes=alibi_slopes,
+      scale=dim_head**-0.5 if scale is None else scale,
+      segment_ids=segments,
+      window=window,
+      query_offset=query_offset,
+  )
+  return out.reshape(query.shape)
+
+
+def _check(query, key, value, alibi_slopes):
+  for name, array in (("query", query), ("key", key), ("value", value)):
+    if array.ndim < 3:
+      raise ValueError(f"{name} must be [..., length, heads, dim_head]; got {array.shape}")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      raise ValueError(f"{name} must be floating point; got {array.dtype}")
+  if not query.dtype == key.dtype == value.dtype:
+    raise ValueError("query, key and value must have one dtype; got "
+                     f"{query.dtype}, {key.dtype}, {value.dtype}")
+  if key.shape != value.shape:
+    raise ValueError(f"key and value must have one shape; got {key.shape} and {value.shape}")
+  if query.shape[:-3] != key.shape[:-3] or query.shape[-1] != key.shape[-1]:
+    raise ValueError("query and key must agree in leading dimensions and dim_head; got "
+                     f"{query.shape} and {key.shape}")
+  if 0 in query.shape[-3:] or 0 in key.shape[-3:]:
+    raise ValueError(f"no dimension may be empty; got query {query.shape}, key {key.shape}")
+  heads, kv_heads = query.shape[-2], key.shape[-2]
+  if heads % kv_heads:
+    raise ValueError(f"{kv_heads} key/value heads do not divide {heads} query heads")
+  if alibi_slopes is not None and jnp.shape(alibi_slopes) != (heads,):
+    raise ValueError(f"alibi_slopes must be [{heads}], one per query head; "
+                     f"got {jnp.shape(alibi_slopes)}")
+
+
+def _window(size) -> tuple[int, int] | None:
+  if size is None:
+    return None
+  left, right = (size, size) if isinstance(size, int) else size
+  if left < 0 or right < 0:
+    raise ValueError(f"local_window_size must not be negative; got {size}")
+  return left, right
+
+
+def _segments(segment_ids, lead, num_queries, num_keys):
+  if segment_ids is None:
+    return None
+  if not isinstance(segment_ids, tuple):
+    segment_ids = (segment_ids, segment_ids)
+  for ids, length in zip(segment_ids, (num_queries, num_keys), strict=True):
+    if jnp.shape(ids) != (*lead, length):
+      raise ValueError(f"segment_ids must be {(*lead, length)}; got {jnp.shape(ids)}"
+                       + (" (pass a pair when T != S)" if num_queries != num_keys else ""))
+  return tuple(jnp.reshape(ids, (-1, ids.shape[-1])) for ids in segment_ids)

@@ -1,0 +1,109 @@
+"""One transformer layer: attention and feed-forward side by side, from one norm."""
+
+from typing import Literal, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from .. import backend
+from . import xla
+
+
+def parallel_attention_ffn(
+    x: jax.Array,
+    params: Mapping[str, jax.Array],
+    *,
+    norm: Literal["layer", "rms"] = "layer",
+    norm_eps: float = 1e-5,
+    rotary: bool = True,
+    xpos_scale_base: int | None = None,
+    alibi_slopes: jax.Array | None = None,
+    is_causal: bool = True,
+    segment_ids: jax.Array | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_offset: int | jax.Array = 0,
+    kv_cache: tuple[jax.Array, ...] | None = None,
+    implementation: Literal["auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton"] = "auto",
+):
+  """x + attention(norm(x)) + feed_forward(norm(x)), multi-query and SwiGLU, without biases.
+
+  Args:
+    x: float[..., T, D], the residual stream. Matrices are cast to its dtype.
+    params: the weights, apart rather than packed, so that each can be sharded by columns:
+      norm [D], query [D, H, Dh], key [D, Dh], value [D, Dh] (absent: values are the keys
+      before QK-norm and rotary), gate [D, F], up [D, F], attn_out [H, Dh, D], ff_out [F, D];
+      query_scale [Dh] and key_scale [Dh] if queries and keys are l2-normalised.
+    norm: "layer" (LayerNorm with a gain and no bias) or "rms".
+    norm_eps: added to the variance or to the mean square.
+    rotary: rotate channel i with channel i + Dh/2 (arXiv:2104.09864).
+    xpos_scale_base: xPos decay on top of rotary (arXiv:2212.10554); None for none.
+    alibi_slopes: float[H]; see `flash_attention`.
+    is_causal, segment_ids, local_window_size: see `flash_attention`.
+    query_offset: position of the first row of x.
+    kv_cache: (keys, values), or (keys,) where keys and values are the same array, each
+      [..., S, Dh]: attention is to the cache, after the rows of x have been written to it at
+      `query_offset`.
+    implementation: "auto", or a backend by name.
+
+  Returns:
+    [..., T, D] in the dtype of x; with `kv_cache`, a pair of that and the new cache.
+
+  Raises:
+    ValueError: weights that do not fit x or each other, or a backend that cannot run.
+
+  References:
+    PaLM (arXiv:2204.02311, section 2); GPT-J for the parallel form.
+  """
+  backend.explain("parallel_attention_ffn", implementation)
+  _check(x, params, norm, rotary, kv_cache)
+  return xla.parallel_attention_ffn(
+      x,
+      params,
+      norm=norm,
+      norm_eps=norm_eps,
+      rotary=rotary,
+      xpos_scale_base=xpos_scale_base,
+      query_offset=query_offset,
+      kv_cache=kv_cache,
+      alibi_slopes=alibi_slopes,
+      is_causal=is_causal,
+      segment_ids=segment_ids,
+      local_window_size=local_window_size,
+      implementation=implementation,
+  )
+
+
+def _check(x, params, norm, rotary, kv_cache):
+  if x.ndim < 2 or 0 in x.shape[-2:]:
+    raise ValueError(f"x must be [..., T, D] with at least one row; got {x.shape}")
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f"x must be floating point; got {x.dtype}")
+  if norm not in ("layer", "rms"):
+    raise ValueError(f"norm must be layer or rms; got {norm!r}")
+  required = {"norm", "query", "key", "gate", "up", "attn_out", "ff_out"}
+  missing = required - params.keys()
+  unknown = params.keys() - required - {"value", "query_scale", "key_scale"}
+  if missing or unknown:
+    raise ValueError("params lack " + ", ".join(sorted(missing)) if missing else
+                     "params have unknown entries: " + ", ".join(sorted(unknown)))
+  if ("query_scale" in params) != ("key_scale" in params):
+    raise ValueError("query_scale and key_scale come together")
+  if params["query"].ndim != 3 or params["gate"].ndim != 2:
+    raise ValueError("query must be [D, H, Dh] and gate [D, F]; got "
+                     f"{params['query'].shape} and {params['gate'].shape}")
+  dim = x.shape[-1]
+  _, heads, dim_head = params["query"].shape
+  hidden = params["gate"].shape[1]
+  expected = {
+      "norm": (dim,), "query": (dim, heads, dim_head), "key": (dim, dim_head),
+      "value": (dim, dim_head), "gate": (dim, hidden), "up": (dim, hidden),
+      "attn_out": (heads, dim_head, dim), "ff_out": (hidden, dim),
+      "query_scale": (dim_head,), "key_scale": (dim_head,),
+  }
+  for name, array in params.items():
+    if array.shape != expected[name]:
+      raise ValueError(f"params[{name!r}] must be {expected[name]}; got {array.shape}")
+  shared = "value" not in params and "key_scale" not in params and not rotary
+  if kv_cache is not None and len(kv_cache) != (1 if shared else 2):
+    raise ValueError(f"kv_cache must be {'(keys,)' if shared else '(keys, values)'}; "
+                     f"got {len(kv_cache)} arrays")

@@ -1,0 +1,187 @@
+"""PaLM as Haiku modules."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from palm_haiku import kernels
+from palm_haiku.config import PaLMConfig
+from palm_haiku.kernels.parallel_block.xla import normalize
+
+# What the backward pass recomputes instead of keeping, by name.
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class KVCache(NamedTuple):
+  """Keys and values of the positions that a model has already seen."""
+
+  arrays: tuple[jax.Array, ...]  # (keys, values) or (keys,): [depth, ..., max_len, dim_head]
+  length: jax.Array  # int32[], positions filled
+
+  @classmethod
+  def empty(cls, config: PaLMConfig, lead: tuple[int, ...], max_len: int,
+            dtype=jnp.float32) -> "KVCache":
+    """A cache with room for `max_len` positions of sequences with leading dimensions `lead`."""
+    one_array = config.shared_kv and config.position == "alibi" and not config.qk_norm
+    zeros = jnp.zeros((config.depth, *lead, max_len, config.dim_head), dtype)
+    return cls((zeros,) if one_array else (zeros, zeros), jnp.zeros((), jnp.int32))
+
+
+class ParallelBlock(hk.Module):
+  """One layer: x + attention(norm(x)) + feed_forward(norm(x)) (PaLM, section 2)."""
+
+  def __init__(self, config: PaLMConfig, *, implementation: str = "auto",
+               name: str | None = "parallel_block"):
+    super().__init__(name)
+    self.config = config
+    self.implementation = implementation
+
+  def _params(self) -> dict[str, jax.Array]:
+    c = self.config
+
+    def matrix(name, shape, fan_in):
+      return hk.get_parameter(name, shape, init=hk.initializers.RandomNormal(fan_in**-0.5))
+
+    params = {
+        "norm": hk.get_parameter("norm", (c.dim,), init=jnp.ones),
+        "query": matrix("query", (c.dim, c.heads, c.dim_head), c.dim),
+        "key": matrix("key", (c.dim, c.dim_head), c.dim),
+        "gate": matrix("gate", (c.dim, c.dim_ff), c.dim),
+        "up": matrix("up", (c.dim, c.dim_ff), c.dim),
+        "attn_out": matrix("attn_out", (c.heads, c.dim_head, c.dim), c.heads * c.dim_head),
+        "ff_out": matrix("ff_out", (c.dim_ff, c.dim), c.dim_ff),
+    }
+    if not c.shared_kv:
+      params["value"] = matrix("value", (c.dim, c.dim_head), c.dim)
+    if c.qk_norm:
+      for name in ("query_scale", "key_scale"):
+        params[name] = hk.get_parameter(name, (c.dim_head,), init=jnp.ones)
+    return params
+
+  def __call__(self, x, *, segment_ids=None, kv_cache=None, query_offset=0):
+    """Applies the layer.
+
+    Args:
+      x: float[..., T, dim].
+      segment_ids: int[..., T]; attention stays within equal ids.
+      kv_cache: arrays [..., max_len, dim_head] of this layer; see `parallel_attention_ffn`.
+      query_offset: position of the first row of x.
+
+    Returns:
+      [..., T, dim] in the dtype of x; with `kv_cache`, a pair of that and the new cache.
+    """
+    c = self.config
+    return kernels.parallel_attention_ffn(
+        x,
+        self._params(),
+        norm=c.norm,
+        norm_eps=c.norm_eps,
+        rotary=c.position == "rotary",
+        xpos_scale_base=c.xpos_scale_base,
+        alibi_slopes=kernels.alibi_slopes(c.heads) if c.position == "alibi" else None,
+        segment_ids=segment_ids,
+        query_offset=query_offset,
+        kv_cache=kv_cache,
+        implementation=self.implementation,
+    )
+
+
+class PaLM(hk.Module):
+  """A decoder-only language model; tokens in, next-token logits out."""
+
+  def __init__(self, num_tokens: int, dim: int, depth: int, heads: int, dim_head: int = 64,
+               ff_mult: int = 4, *, dtype=jnp.float32, remat: str = "none", unroll: int = 1,
+               implementation: str = "auto", name: str | None = "palm", **architecture):
+    """Describes the model; the first six names are PaLM-jax's.
+
+    Args:
+      num_tokens, dim, depth, heads, dim_head, ff_mult: sizes; see `PaLMConfig`.
+      dtype: of activations and matrix products. Parameters, norms, softmax and logits stay
+        float32.
+      remat: what the backward pass recomputes: "none", "dots" (all but matrix products) or
+        "full" (whole layers).
+      unroll: layers per iteration of the loop over layers.
+      implementation: of every op, "auto" or a backend by name.
+      **architecture: the remaining fields of `PaLMConfig`: position, norm, shared_kv, ...
+    """
+    super().__init__(name)
+    self.config = PaLMConfig(num_tokens, dim, depth, heads, dim_head, ff_mult, **architecture)
+    if remat not in REMAT_POLICIES:
+      raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}; got {remat!r}")
+    self.dtype, self.remat, self.unroll = dtype, remat, unroll
+    self.implementation = implementation
+
+  @classmethod
+  def from_config(cls, config: PaLMConfig, **options) -> "PaLM":
+    """A model of the given architecture; `options` are those of `__init__`."""
+    return cls(**dataclasses.asdict(config), **options)
+
+  def __call__(self, tokens, *, segment_ids=None, cache: KVCache | None = None):
+    """Logits of the token after each position.
+
+    Args:
+      tokens: int[..., T], any leading dimensions, T >= 1.
+      segment_ids: int[..., T]; attention stays within equal ids (packed documents).
+      cache: what was seen before; the tokens stand at positions cache.length and on.
+
+    Returns:
+      float32[..., T, num_tokens]; with `cache`, a pair of that and the new cache. Inside jit
+      a token outside the vocabulary gives NaN.
+
+    Raises:
+      ValueError: an empty sequence, tokens that are not integers, or, outside jit, a token
+        outside the vocabulary or a cache without room.
+    """
+    c = self.config
+    self._check(tokens, cache)
+    embedding = hk.get_parameter(
+        "embedding", (c.num_tokens, c.dim), init=hk.initializers.RandomNormal())
+    x = embedding.astype(self.dtype).at[tokens].get(mode="fill", fill_value=jnp.nan)
+
+    stack = functools.partial(hk.layer_stack, c.depth, unroll=self.unroll, name="layers")
+    if cache is None:
+      x = stack()(self._layer(segment_ids=segment_ids))(x)
+    else:
+      block = self._layer(segment_ids=segment_ids, query_offset=cache.length)
+      x, arrays = stack(with_per_layer_inputs=True)(
+          lambda x, *arrays: block(x, kv_cache=arrays))(x, *cache.arrays)
+      cache = KVCache(arrays, cache.length + tokens.shape[-1])
+
+    gain = hk.get_parameter("norm", (c.dim,), init=jnp.ones)
+    x = normalize(x, gain, kind=c.norm, eps=c.norm_eps)
+    scale = c.dim**-0.5 if c.logits_scale is None else c.logits_scale
+    logits = scale * jnp.einsum("...td,vd->...tv", x, embedding.astype(self.dtype),
+                                preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    return logits if cache is None else (logits, cache)
+
+  def _layer(self, **inputs):
+    def layer(x, **more):
+      return ParallelBlock(self.config, implementation=self.implementation)(x, **inputs, **more)
+
+    policy = REMAT_POLICIES[self.remat]
+    return layer if policy is None else hk.remat(layer, policy=policy, prevent_cse=False)
+
+  def _check(self, tokens, cache):
+    if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+      raise ValueError(f"tokens must be integers; got {jnp.result_type(tokens)}")
+    if jnp.ndim(tokens) < 1 or 0 in jnp.shape(tokens):
+      raise ValueError(f"tokens must be [..., T] with at least one token; got {jnp.shape(tokens)}")
+    if not isinstance(tokens, jax.core.Tracer):
+      low, high = int(np.min(tokens)), int(np.max(tokens))
+      if low < 0 or high >= self.config.num_tokens:
+        raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of "
+                         f"{self.config.num_tokens} tokens")
+    if cache is not None and not isinstance(cache.length, jax.core.Tracer):
+      room = cache.arrays[0].shape[-2] - int(cache.length)
+      if jnp.shape(tokens)[-1] > room:
+        raise ValueError(f"the cache has room for {room} more positions; "
+                         f"got {jnp.shape(tokens)[-1]} tokens")
