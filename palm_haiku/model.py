@@ -99,7 +99,7 @@ class PaLM(hk.Module):
   """A decoder-only language model; tokens in, next-token logits out."""
 
   def __init__(self, num_tokens: int, dim: int, depth: int, heads: int, dim_head: int = 64,
-               ff_mult: int = 4, *, dtype=jnp.float32, remat: str = "none", unroll: int = 1,
+               ff_mult: int = 4, *, dtype=jnp.float32, remat: str = "none",
                implementation: str = "auto", name: str | None = "palm", **architecture):
     """Describes the model; the first six names are PaLM-jax's.
 
@@ -109,7 +109,6 @@ class PaLM(hk.Module):
         float32.
       remat: what the backward pass recomputes: "none", "dots" (all but matrix products) or
         "full" (whole layers).
-      unroll: layers per iteration of the loop over layers.
       implementation: of every op, "auto" or a backend by name.
       **architecture: the remaining fields of `PaLMConfig`: position, norm, shared_kv, ...
     """
@@ -117,7 +116,7 @@ class PaLM(hk.Module):
     self.config = PaLMConfig(num_tokens, dim, depth, heads, dim_head, ff_mult, **architecture)
     if remat not in REMAT_POLICIES:
       raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}; got {remat!r}")
-    self.dtype, self.remat, self.unroll = dtype, remat, unroll
+    self.dtype, self.remat = dtype, remat
     self.implementation = implementation
 
   @classmethod
@@ -135,7 +134,7 @@ class PaLM(hk.Module):
 
     Returns:
       float32[..., T, num_tokens]; with `cache`, a pair of that and the new cache. Inside jit
-      a token outside the vocabulary gives NaN.
+      a token outside the vocabulary makes its sequence NaN.
 
     Raises:
       ValueError: an empty sequence, tokens that are not integers, or, outside jit, a token
@@ -147,7 +146,7 @@ class PaLM(hk.Module):
         "embedding", (c.num_tokens, c.dim), init=hk.initializers.RandomNormal())
     x = embedding.astype(self.dtype).at[tokens].get(mode="fill", fill_value=jnp.nan)
 
-    stack = functools.partial(hk.layer_stack, c.depth, unroll=self.unroll, name="layers")
+    stack = functools.partial(hk.layer_stack, c.depth, name="layers")
     if cache is None:
       x = stack()(self._layer(segment_ids=segment_ids))(x)
     else:

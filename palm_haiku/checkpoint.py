@@ -1,0 +1,183 @@
+"""Checkpoints that are whole or refused: Orbax arrays and metadata under a manifest of hashes."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+from typing import Any, Callable
+
+import jax
+import orbax.checkpoint as ocp
+
+_MANIFEST = "manifest.json"
+
+
+class CheckpointError(Exception):
+  """A checkpoint that could not be written or read; the message is one line."""
+
+
+class Checkpoints:
+  """The checkpoints of one run, a directory per step.
+
+  A checkpoint holds named items, each a tree of arrays that can be restored alone, and
+  metadata for JSON. It appears under its final name only when Orbax has written all of it; the
+  manifest written after that lists every file's hash, so a file that was lost, cut short or
+  changed is noticed before anything is read from it.
+  """
+
+  def __init__(self, directory: str | os.PathLike, keep: int = 3,
+               warn: Callable[[str], None] = logging.warning):
+    """Opens a directory, which need not exist yet.
+
+    Args:
+      directory: where the step directories are.
+      keep: how many checkpoints to keep; older ones are deleted after each save.
+      warn: receives a line for each checkpoint that is refused.
+    """
+    self.directory = pathlib.Path(directory).absolute()
+    self._keep = keep
+    self._warn = warn
+
+  def steps(self) -> list[int]:
+    """Steps with a checkpoint, oldest first, whole or not."""
+    if not self.directory.is_dir():
+      return []
+    return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+
+  def save(self, step: int, items: dict[str, Any], metadata: dict[str, Any]) -> None:
+    """Writes a checkpoint; on return it is on disk.
+
+    Args:
+      step: its name.
+      items: trees of arrays by name.
+      metadata: anything that JSON can hold.
+
+    Raises:
+      CheckpointError: it could not be written. Earlier checkpoints are untouched.
+    """
+    path = self.directory / str(step)
+    try:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      self._check_room(items)
+      args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+      with _checkpointer() as checkpointer:
+        checkpointer.save(path, ocp.args.Composite(**args, metadata=ocp.args.JsonSave(metadata)))
+      _write_atomically(path / _MANIFEST, json.dumps(_hashes(path), indent=1))
+    except Exception as error:  # TensorStore and Orbax raise many types for a full disk.
+      self._remove(step)
+      kept = self.steps()
+      raise CheckpointError(
+          f"could not write checkpoint {path}: {_first_line(error)}; "
+          + (f"checkpoint {kept[-1]} is intact" if kept else "there is no earlier one")
+      ) from error
+    for old in self.steps()[: -self._keep]:
+      self._remove(old)
+
+  def latest(self) -> int | None:
+    """The newest step whose checkpoint is whole; newer ones that are not are set aside.
+
+    A refused checkpoint is renamed to STEP.refused, so that its step can be saved again.
+    """
+    if self.directory.is_dir():
+      for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+        self._warn(f"checkpoint {path} was not finished; it is removed")
+        shutil.rmtree(path, ignore_errors=True)
+    for step in reversed(self.steps()):
+      problem = self.problem(step)
+      if problem is None:
+        return step
+      path = self.directory / str(step)
+      refused = path.with_suffix(".refused")
+      shutil.rmtree(refused, ignore_errors=True)
+      path.rename(refused)
+      self._warn(f"checkpoint {path} is refused: {problem}; it is kept as {refused.name}")
+    return None
+
+  def problem(self, step: int) -> str | None:
+    """What is wrong with a checkpoint's files, or None if they are what was written."""
+    path = self.directory / str(step)
+    try:
+      expected = json.loads((path / _MANIFEST).read_text())
+    except FileNotFoundError:
+      return "it was not finished"
+    except ValueError:
+      return f"{_MANIFEST} is corrupt"
+    found = _hashes(path)
+    for name in sorted(expected.keys() | found.keys()):
+      if name not in found:
+        return f"{name} is missing"
+      if name not in expected:
+        return f"{name} does not belong to it"
+      if expected[name] != found[name]:
+        return f"{name} is corrupt"
+    return None
+
+  def metadata(self, step: int) -> dict[str, Any]:
+    """The metadata of a checkpoint."""
+    with _checkpointer() as checkpointer:
+      args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+      return checkpointer.restore(self.directory / str(step), args).metadata
+
+  def restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+    """Reads items of a checkpoint.
+
+    Args:
+      step: one of `steps()`.
+      like: for each item wanted, a tree of arrays or of `jax.ShapeDtypeStruct`.
+
+    Raises:
+      CheckpointError: it cannot be read, or does not hold such trees.
+    """
+    path = self.directory / str(step)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+    args = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+    try:
+      with _checkpointer() as checkpointer:
+        restored = checkpointer.restore(path, ocp.args.Composite(**args))
+    except Exception as error:  # As in save.
+      raise CheckpointError(f"could not read checkpoint {path}: {_first_line(error)}") from error
+    return {name: restored[name] for name in like}
+
+  def _check_room(self, items):
+    need = sum(x.nbytes for x in jax.tree.leaves(items))
+    free = shutil.disk_usage(self.directory).free
+    if free < need:
+      raise OSError(f"no space left on device: it needs {need:,} bytes and {free:,} are free")
+
+  def _remove(self, step):
+    for path in (self.directory / str(step), *self.directory.glob(f"{step}.orbax-checkpoint-tmp*")):
+      shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _checkpointer():
+  logging.getLogger("absl").setLevel(logging.ERROR)
+  with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as checkpointer:
+    yield checkpointer
+
+
+def _hashes(path: pathlib.Path) -> dict[str, str]:
+  hashes = {}
+  for file in sorted(path.rglob("*")):
+    if file.is_file() and file != path / _MANIFEST:
+      with open(file, "rb") as stream:
+        hashes[str(file.relative_to(path))] = hashlib.file_digest(stream, "sha256").hexdigest()
+  return hashes
+
+
+def _write_atomically(path: pathlib.Path, text: str):
+  draft = path.with_name(path.name + ".draft")
+  with open(draft, "w") as stream:
+    stream.write(text)
+    stream.flush()
+    os.fsync(stream.fileno())
+  draft.rename(path)
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines()
+  return lines[0] if lines else type(error).__name__

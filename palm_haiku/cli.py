@@ -1,0 +1,331 @@
+"""The command line: palm-haiku train | generate | convert | info."""
+
+import argparse
+import dataclasses
+import difflib
+import pathlib
+import sys
+
+import rich.console
+import rich.table
+
+from palm_haiku.config import PaLMConfig, configs
+
+_SIZES = ("num_tokens", "dim", "depth", "heads", "dim_head", "ff_mult")
+
+
+class _Parser(argparse.ArgumentParser):
+  """Reports an error in one line, with the nearest known option."""
+
+  def error(self, message):
+    unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+    if unknown.startswith("-"):
+      near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
+      message += f"; did you mean {near[0]}?" if near else ""
+    self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command; returns the exit status. Errors of the user are one line on stderr."""
+  parser = _parser()
+  args = parser.parse_args(argv)
+  try:
+    return args.run(args)
+  except (ValueError, OSError, _errors()) as error:
+    print(f"palm-haiku {args.command}: error: {error}", file=sys.stderr)
+    return 1 if isinstance(error, OSError) else 2
+  except KeyboardInterrupt:
+    return 130
+
+
+def _errors():
+  from palm_haiku.checkpoint import CheckpointError
+  return CheckpointError
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = _Parser(prog="palm-haiku", description="Train a PaLM and sample from it.")
+  commands = parser.add_subparsers(
+      dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+  train = commands.add_parser(
+      "train", help="train on text", formatter_class=argparse.RawDescriptionHelpFormatter,
+      description="Train a PaLM on text. Everything that the run leaves is under --out: "
+      "checkpoints,\nmetrics.jsonl, loss.png and TensorBoard files.",
+      epilog="examples:\n"
+      "  palm-haiku train --out runs/first\n"
+      "  palm-haiku train --model palm-lite --data 'books/*.txt' --out runs/books\n"
+      "  palm-haiku train --resume --out runs/books")
+  train.set_defaults(run=_train)
+  _add_model_options(train)
+  group = train.add_argument_group("data")
+  group.add_argument("--data", metavar="SOURCE", help="text to train on: pydoc (Python's own "
+                     "documentation, the default), enwik8, or a path or quoted glob of text files")
+  group.add_argument("--tokenizer", metavar="NAME", help="bytes (the default) or a SentencePiece "
+                     "model file")
+  group.add_argument("--eval-fraction", type=float, metavar="F", help="how much of the end of the "
+                     "data is held out (default 0.1)")
+  group.add_argument("--mask-documents", action="store_true", default=None,
+                     help="let no token attend to another document")
+  group = train.add_argument_group("run")
+  group.add_argument("--out", required=True, metavar="DIR", type=pathlib.Path,
+                     help="directory of the run")
+  group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in "
+                     "--out; settings come from it")
+  group.add_argument("--steps", type=int, help="optimizer steps (default 2000)")
+  group.add_argument("--batch-size", type=int, help="sequences per step (default 16)")
+  group.add_argument("--accumulate", type=int, metavar="N", help="compute a batch in N parts, for "
+                     "want of memory (default 1)")
+  group.add_argument("--seq-len", type=int, help="tokens per sequence (default 256)")
+  group.add_argument("--optimizer", choices=("adamw", "palm"), help="adamw: warm-up and cosine "
+                     "(default); palm: the paper's Adafactor")
+  group.add_argument("--learning-rate", type=float, help="highest (default 3e-3 for adamw, 1e-2 "
+                     "for palm)")
+  group.add_argument("--z-loss", type=float, help="weight of log^2 Z (default 1e-4)")
+  group.add_argument("--seed", type=int, help="of parameters and data order (default 0)")
+  group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of activations and matrix "
+                     "products (default float32)")
+  group.add_argument("--remat", choices=("none", "dots", "full"), help="what the backward pass "
+                     "recomputes to save memory (default none)")
+  _add_implementation(group)
+  group.add_argument("--log-every", type=int, metavar="STEPS", help="default 10")
+  group.add_argument("--eval-every", type=int, metavar="STEPS", help="default 250")
+  group.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="default 500")
+
+  generate = commands.add_parser(
+      "generate", help="continue a text", description="Continue a text with a trained model, "
+      "printing it as it comes.",
+      epilog="example: palm-haiku generate runs/first --prompt 'The for statement' --top-k 40",
+      formatter_class=argparse.RawDescriptionHelpFormatter)
+  generate.set_defaults(run=_generate)
+  generate.add_argument("checkpoint", type=pathlib.Path, metavar="DIR", help="directory of a run")
+  generate.add_argument("--prompt", default="", help="text to continue (default: a new document)")
+  generate.add_argument("--length", type=int, default=256, help="tokens to add (default 256)")
+  generate.add_argument("--temperature", type=float, default=0.8, help="0 always takes the "
+                        "likeliest token (default 0.8)")
+  generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+  generate.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens "
+                        "that make up probability P")
+  generate.add_argument("--seed", type=int, default=0, help="default 0")
+  generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+  _add_implementation(generate)
+
+  convert = commands.add_parser(
+      "convert", help="weights of other PaLMs", description="Convert weights between this project "
+      "and the other public PaLMs.",
+      epilog="examples:\n"
+      "  palm-haiku convert --from palm-pytorch weights.npz --out runs/imported\n"
+      "  palm-haiku convert --to palm-pytorch runs/imported --out weights.npz",
+      formatter_class=argparse.RawDescriptionHelpFormatter)
+  convert.set_defaults(run=_convert)
+  convert.add_argument("source", type=pathlib.Path, metavar="SOURCE", help="a file of the peer's "
+                       "arrays (--from) or a run of this project (--to)")
+  direction = convert.add_mutually_exclusive_group(required=True)
+  direction.add_argument("--from", dest="from_peer", metavar="PEER", help="palm-jax, "
+                         "palm-jax-lite, palm-flax, palm-pytorch, palm-pytorch-lite or "
+                         "palm-rlhf-pytorch")
+  direction.add_argument("--to", dest="to_peer", metavar="PEER")
+  convert.add_argument("--out", required=True, type=pathlib.Path, metavar="PATH", help="a new run "
+                       "directory (--from) or file (--to)")
+  convert.add_argument("--heads", type=int, help="query heads, where the arrays leave it open")
+
+  info = commands.add_parser(
+      "info", help="parameters and FLOPs of a model", description="Parameters and FLOPs of a "
+      "model; nothing is allocated. Without a model: those that have names.")
+  info.set_defaults(run=_info)
+  _add_model_options(info)
+  info.add_argument("--seq-len", type=int, default=2048, help="for attention's FLOPs (default "
+                    "2048)")
+  return parser
+
+
+def _add_model_options(parser):
+  group = parser.add_argument_group("model")
+  group.add_argument("--model", metavar="NAME", help=", ".join(configs))
+  for name in _SIZES:
+    group.add_argument("--" + name.replace("_", "-"), type=int, metavar="N")
+  group.add_argument("--position", choices=("rotary", "alibi"))
+  group.add_argument("--norm", choices=("layer", "rms"))
+  group.add_argument("--shared-kv", action=argparse.BooleanOptionalAction, default=None,
+                     help="values are the keys")
+
+
+def _add_implementation(parser):
+  parser.add_argument("--implementation", metavar="NAME", help="of every kernel: auto (the "
+                      "default), xla, pallas, mosaic_gpu, mosaic_tpu or triton")
+
+
+def _model(args, base: PaLMConfig | None) -> PaLMConfig | None:
+  """The model that the options describe, starting from `--model` or else from `base`."""
+  given = {name: getattr(args, name) for name in (*_SIZES, "position", "norm", "shared_kv")
+           if getattr(args, name) is not None}
+  if args.model is not None:
+    if args.model not in configs:
+      near = difflib.get_close_matches(args.model, configs, n=1)
+      raise ValueError(f"no model is called {args.model!r}; "
+                       + (f"did you mean {near[0]}?" if near else f"there are {', '.join(configs)}"))
+    base = configs[args.model]
+  if base is not None:
+    return dataclasses.replace(base, **given)
+  if not given.keys() & {"dim", "depth", "heads"}:
+    return None
+  missing = [name for name in ("dim", "depth", "heads") if name not in given]
+  if missing:
+    raise ValueError("a model without --model needs --" + ", --".join(missing))
+  return PaLMConfig(**({"num_tokens": 256} | given))
+
+
+def _train(args) -> int:
+  from palm_haiku import data, kernels
+  from palm_haiku.checkpoint import Checkpoints
+  from palm_haiku.train import TrainConfig, load_config, train
+
+  console = rich.console.Console()
+  base = None
+  if args.resume:
+    checkpoints = Checkpoints(args.out / "checkpoints", warn=lambda line: console.print(
+        f"[yellow]warning:[/] {line}", soft_wrap=True))
+    step = checkpoints.latest()
+    base = None if step is None else load_config(checkpoints.metadata(step))
+  model = _model(args, base and base.model) or configs["palm-tiny"]
+  if base is None and args.num_tokens is None:
+    needed = data.load_tokenizer(args.tokenizer or "bytes").num_tokens
+    model = dataclasses.replace(model, num_tokens=max(model.num_tokens, needed))
+  given = {field.name: getattr(args, field.name) for field in dataclasses.fields(TrainConfig)
+           if getattr(args, field.name, None) is not None and field.name != "model"}
+  config = (dataclasses.replace(base, model=model, **given) if base
+            else TrainConfig(model=model, **given))
+  kernels.explain("parallel_attention_ffn", config.implementation)
+  console.print(f"{model.num_params:,} parameters, {config.steps} steps of "
+                f"{config.batch_size} x {config.seq_len} tokens of {config.data}", highlight=False)
+  result = train(config, args.out, resume=args.resume, console=console)
+  console.print(f"\n{'train loss':16}{result.loss:.4f} nats per token", highlight=False)
+  if result.eval_loss is not None:
+    console.print(f"{'held-out loss':16}{result.eval_loss:.4f} nats per token, "
+                  f"{result.bits_per_byte:.4f} bits per byte", highlight=False)
+  console.print(f"{'loss curve':16}{args.out / 'loss.png'}", highlight=False, soft_wrap=True)
+  if result.interrupted_by is not None:
+    console.print(f"stopped by {result.interrupted_by.name} at step {result.step}, which is saved; "
+                  f"go on with: palm-haiku train --resume --out {args.out}", soft_wrap=True,
+                  highlight=False)
+    return 128 + result.interrupted_by
+  console.print(f"{'sample':16}palm-haiku generate {args.out} --prompt '...'", highlight=False,
+                soft_wrap=True)
+  return 0
+
+
+def _load_run(directory: pathlib.Path):
+  """The newest checkpoint of a run: its config and parameters."""
+  import jax
+
+  from palm_haiku.checkpoint import Checkpoints
+  from palm_haiku.train import init, load_config
+
+  checkpoints = Checkpoints(directory / "checkpoints", warn=lambda line: print(
+      f"warning: {line}", file=sys.stderr))
+  step = checkpoints.latest()
+  if step is None:
+    raise ValueError(f"{directory} holds no checkpoint")
+  config = load_config(checkpoints.metadata(step))
+  like = jax.eval_shape(lambda: init(config)).params
+  return config, checkpoints.restore(step, {"params": like})["params"]
+
+
+def _generate(args) -> int:
+  import jax
+
+  from palm_haiku import data, kernels
+  from palm_haiku.generate import generate
+
+  if args.implementation is not None:
+    kernels.explain("parallel_attention_ffn", args.implementation)
+  config, params = _load_run(args.checkpoint)
+  tokenizer = data.load_tokenizer(config.tokenizer)
+  prompt = tokenizer.encode(args.prompt) if args.prompt else [tokenizer.eod]
+  decoder = tokenizer.stream_decoder()
+  print(args.prompt, end="", flush=True)
+  generate(
+      params, config.model, prompt, args.length, key=jax.random.key(args.seed),
+      temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, eod=tokenizer.eod,
+      dtype=args.dtype, implementation=args.implementation or "auto",
+      on_token=lambda token: print(
+          decoder.feed(int(token)) if token != tokenizer.eod else "", end="", flush=True))
+  jax.effects_barrier()
+  print(decoder.flush())
+  return 0
+
+
+def _convert(args) -> int:
+  import dataclasses as dc
+
+  from palm_haiku import interop
+  from palm_haiku.checkpoint import Checkpoints
+  from palm_haiku.train import TrainConfig
+
+  if args.out.exists():
+    raise ValueError(f"{args.out} exists already; choose another --out")
+  if args.to_peer:
+    config, params = _load_run(args.source)
+    interop.write_arrays(args.out, interop.dump(args.to_peer, config.model, params))
+    print(f"{args.out}: {config.model.num_params:,} parameters for {args.to_peer}")
+    return 0
+  model, params = interop.load(args.from_peer, interop.read_arrays(args.source), args.heads)
+  metadata = {"config": dc.asdict(TrainConfig(model=model)), "data_fingerprint": None, "step": 0}
+  Checkpoints(args.out / "checkpoints").save(0, {"params": params}, metadata)
+  print(f"{args.out}: {model.num_params:,} parameters from {args.from_peer}; "
+        f"sample: palm-haiku generate {args.out}")
+  return 0
+
+
+def _info(args) -> int:
+  console = rich.console.Console()
+  model = _model(args, None)
+  if model is None:
+    table = rich.table.Table("model", "parameters", "dim", "depth", "heads", "dim_head",
+                             "num_tokens", "position", box=None)
+    for name, c in configs.items():
+      table.add_row(name, f"{c.num_params:,}", str(c.dim), str(c.depth), str(c.heads),
+                    str(c.dim_head), f"{c.num_tokens:,}", c.position)
+    console.print(table)
+    return 0
+  if args.seq_len < 1:
+    raise ValueError(f"--seq-len must be at least 1; got {args.seq_len}")
+  c = model
+  inner = c.heads * c.dim_head
+  layer = {
+      "query": c.dim * inner, "key": c.dim * c.dim_head,
+      "value": 0 if c.shared_kv else c.dim * c.dim_head,
+      "gate, up": 2 * c.dim * c.dim_ff, "attention out": inner * c.dim,
+      "feed-forward out": c.dim_ff * c.dim, "norm": c.dim,
+  }
+  if c.qk_norm:
+    layer["query, key scale"] = 2 * c.dim_head
+  table = rich.table.Table("parameters", "per layer", f"x {c.depth}", box=None)
+  for column in table.columns[1:]:
+    column.justify = "right"
+  table.add_row("embedding", "", f"{c.num_tokens * c.dim:,}")
+  for name, count in layer.items():
+    table.add_row(name, f"{count:,}", f"{count * c.depth:,}")
+  table.add_row("final norm", "", f"{c.dim:,}")
+  table.add_row("[bold]total", f"{sum(layer.values()):,}", f"[bold]{c.num_params:,}")
+  console.print(table)
+  attention = 12 * c.depth * inner * args.seq_len
+  total = c.train_flops_per_token(args.seq_len)
+  table = rich.table.Table("training FLOPs per token", f"at {args.seq_len} tokens", box=None)
+  table.columns[1].justify = "right"
+  table.add_row("matrix products (6 N)", f"{total - attention:.4g}")
+  table.add_row("attention (12 L H Q T)", f"{attention:.4g}")
+  table.add_row("[bold]total", f"[bold]{total:.4g}")
+  console.print()
+  console.print(table)
+  console.print(f"\nmemory: parameters {_gib(4 * c.num_params)} in float32, with gradients and "
+                f"AdamW's moments {_gib(16 * c.num_params)}", highlight=False)
+  return 0
+
+
+def _gib(size: float) -> str:
+  return f"{size / 2**30:,.2f} GiB"
+
+
+if __name__ == "__main__":
+  sys.exit(main())

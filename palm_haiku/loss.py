@@ -1,0 +1,47 @@
+"""The training loss."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Loss(NamedTuple):
+  """What a model is trained on, and its parts; all float32[] and means over weighted tokens."""
+
+  total: jax.Array  # nll + z_loss * log_z_squared
+  nll: jax.Array  # negative log-likelihood of the targets, in nats per token
+  log_z_squared: jax.Array  # squared log of the softmax normaliser
+
+
+def next_token_loss(logits, targets, *, weights=None, z_loss: float = 0.0) -> Loss:
+  """Cross-entropy of the next token, plus the auxiliary z-loss.
+
+  Args:
+    logits: float[..., T, num_tokens].
+    targets: int[..., T].
+    weights: float[..., T], how much each token counts; None for all alike. If all are zero,
+      so is the loss.
+    z_loss: weight of log^2 Z, which keeps the softmax normaliser near 1; the paper's is 1e-4.
+
+  Raises:
+    ValueError: targets or weights that are not shaped like the logits without their last axis.
+
+  References:
+    PaLM (arXiv:2204.02311, section 5).
+  """
+  for name, array in (("targets", targets), ("weights", weights)):
+    if array is not None and jnp.shape(array) != logits.shape[:-1]:
+      raise ValueError(f"{name} must be {logits.shape[:-1]}, as the logits are; "
+                       f"got {jnp.shape(array)}")
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  weights = jnp.ones_like(nll) if weights is None else weights.astype(nll.dtype)
+  count = jnp.maximum(weights.sum(), jnp.finfo(nll.dtype).tiny)
+
+  def mean(x):
+    return (x * weights).sum() / count
+
+  nll, log_z_squared = mean(nll), mean(jnp.square(log_z))
+  return Loss(nll + z_loss * log_z_squared, nll, log_z_squared)

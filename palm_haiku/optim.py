@@ -1,0 +1,77 @@
+"""Optimizers: AdamW as small models like it, and the one that trained PaLM."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def adamw(learning_rate: float = 3e-3, *, steps: int, warmup: int = 100, b2: float = 0.99,
+          weight_decay: float = 0.1, clip: float = 1.0) -> optax.GradientTransformation:
+  """AdamW with linear warm-up, cosine decay to a tenth, and global-norm clipping.
+
+  Args:
+    learning_rate: at its highest, after `warmup` steps.
+    steps: length of the run, at whose end the learning rate is a tenth of its highest.
+    warmup: steps of linear warm-up; at most a tenth of the run is spent on it.
+    weight_decay: on matrices only, not on the gains of norms.
+  """
+  schedule = optax.warmup_cosine_decay_schedule(
+      init_value=0.0, peak_value=learning_rate, warmup_steps=min(warmup, steps // 10),
+      decay_steps=max(steps, 1), end_value=learning_rate / 10)
+  return optax.chain(
+      optax.clip_by_global_norm(clip),
+      optax.adamw(schedule, b1=0.9, b2=b2, weight_decay=weight_decay, mask=_matrices))
+
+
+def palm(learning_rate: float = 1e-2, *, constant_steps: int = 10_000,
+         clip: float = 1.0) -> optax.GradientTransformation:
+  """The optimizer of PaLM (arXiv:2204.02311, section 5): Adafactor without factoring.
+
+  That is Adam whose step is scaled by the root mean square of each parameter matrix: beta1 0.9,
+  beta2 1 - k^-0.8 at step k, weight decay the square of the current learning rate.
+
+  Args:
+    learning_rate: constant for `constant_steps`, then falling with 1/sqrt(k).
+    clip: global norm of the gradient.
+  """
+  def schedule(count):
+    k = jnp.maximum(count + 1, constant_steps)
+    return learning_rate * jnp.sqrt(constant_steps / k)
+
+  return optax.chain(
+      optax.clip_by_global_norm(clip),
+      optax.scale_by_factored_rms(factored=False, decay_rate=0.8),
+      optax.ema(0.9, debias=False),
+      _scale_by_parameter_rms(),
+      optax.scale_by_learning_rate(schedule),
+      _decay_by_squared_learning_rate(schedule))
+
+
+def _is_layer(path) -> bool:
+  """Whether a parameter's first axis is that of the stacked layers."""
+  return "/layers/" in path[0].key
+
+
+def _matrices(params):
+  return jax.tree_util.tree_map_with_path(lambda path, x: x.ndim - _is_layer(path) > 1, params)
+
+
+def _scale_by_parameter_rms(min_rms: float = 1e-3) -> optax.GradientTransformation:
+  """Multiplies an update by the root mean square of its parameter, layer by layer."""
+  def scale(path, update, param):
+    axes = tuple(range(int(_is_layer(path)), param.ndim))
+    rms = jnp.sqrt(jnp.square(param).mean(axes, keepdims=True))
+    return update * jnp.maximum(rms, min_rms)
+
+  return optax.stateless(
+      lambda updates, params: jax.tree_util.tree_map_with_path(scale, updates, params))
+
+
+def _decay_by_squared_learning_rate(schedule) -> optax.GradientTransformation:
+  def update(updates, state, params):
+    decay = schedule(state.count) ** 2
+    updates = jax.tree.map(lambda u, p: u - decay * p, updates, params)
+    return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+  return optax.GradientTransformation(
+      lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)

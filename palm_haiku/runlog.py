@@ -1,0 +1,142 @@
+"""What a training run leaves for people: JSON lines, TensorBoard, a picture, a progress bar."""
+
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.progress
+import tensorboardX
+from matplotlib.figure import Figure
+
+
+class RunLog:
+  """Records metrics of a run under its directory and shows them in the terminal.
+
+  `metrics.jsonl` has one object a line; `loss.png` is drawn from it; `tensorboard/` holds the
+  same numbers.
+  """
+
+  def __init__(self, directory: pathlib.Path, *, steps: int, start: int,
+               console: rich.console.Console):
+    """Opens the log.
+
+    Args:
+      directory: of the run; must exist.
+      steps: length of the whole run.
+      start: step to go on from. Lines of later steps, left by a run that was killed after its
+        last checkpoint, are dropped: they will be written again.
+      console: where progress goes.
+    """
+    self._directory = directory
+    self._console = console
+    self._steps = steps
+    self.path = directory / "metrics.jsonl"
+    self._rows = [row for row in read_metrics(self.path) if row["step"] <= start]
+    draft = self.path.with_suffix(".draft")
+    draft.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+    draft.rename(self.path)
+    self._file = open(self.path, "a", buffering=1)
+    self._tensorboard = tensorboardX.SummaryWriter(
+        str(directory / "tensorboard"), purge_step=start + 1 if start else None)
+    self._progress = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("{task.fields[status]}"),
+        rich.progress.TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal)
+    self._task = self._progress.add_task("compiling", total=steps, completed=start, status="")
+    self._progress.start()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._progress.stop()
+    self._tensorboard.close()
+    self._file.close()
+    if self._rows:
+      plot_loss(self._rows, self._directory / "loss.png")
+
+  def advance(self, step: int) -> None:
+    """Moves the progress bar."""
+    self._progress.update(self._task, completed=step, description="training")
+
+  def write(self, row: dict[str, Any]) -> None:
+    """Records the metrics of one step; `row` has at least "step" and "loss"."""
+    self._file.write(json.dumps(row) + "\n")
+    self._rows.append(row)
+    for name, value in row.items():
+      if name != "step":
+        self._tensorboard.add_scalar(name, value, row["step"])
+    status = _status(row)
+    self._progress.update(self._task, status=status)
+    if not self._console.is_terminal:
+      self._console.print(f"step {row['step']}/{self._steps}  {status}", highlight=False)
+
+  def say(self, message: str) -> None:
+    """Prints a line above the progress bar."""
+    self._console.print(message, highlight=False, soft_wrap=True)
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a metrics file; a last line that was cut short is left out."""
+  if not path.exists():
+    return []
+  rows = []
+  for line in path.read_text().splitlines():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+def plot_loss(rows: list[dict[str, Any]], path: os.PathLike) -> None:
+  """Draws training and held-out loss over steps.
+
+  Args:
+    rows: of `metrics.jsonl`.
+    path: of the picture; its suffix chooses the format.
+  """
+  steps = np.array([row["step"] for row in rows])
+  loss = np.array([row["loss"] for row in rows])
+  held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+  figure = Figure(figsize=(7, 4), layout="constrained")
+  axes = figure.add_subplot()
+  smoothing = max(1, len(loss) // 50)
+  if smoothing > 1:
+    axes.plot(steps, loss, color="tab:blue", alpha=0.25, linewidth=1)
+    mean = np.convolve(loss, np.ones(smoothing) / smoothing, mode="valid")
+    axes.plot(steps[smoothing - 1:], mean, color="tab:blue", label="train")
+  else:
+    axes.plot(steps, loss, color="tab:blue", label="train")
+  if held_out:
+    axes.plot(*zip(*held_out), "o-", color="tab:orange", markersize=4, label="held out")
+    axes.annotate(f"{held_out[-1][1]:.3f}", held_out[-1], xytext=(0, 8),
+                  textcoords="offset points", ha="right", color="tab:orange")
+  axes.set(xlabel="step", ylabel="loss (nats per token)")
+  axes.grid(alpha=0.3)
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.legend(frameon=False)
+  figure.savefig(path, dpi=150)
+
+
+def _status(row) -> str:
+  parts = [f"loss {row['loss']:.3f}"]
+  if "eval_loss" in row:
+    parts.append(f"held out {row['eval_loss']:.3f}")
+  if "tokens_per_second" in row:
+    parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+  if "mfu" in row:
+    parts.append(f"MFU {row['mfu']:.1%}")
+  return "  ".join(parts)
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+  """A loss that can be compared across tokenizers."""
+  return nats_per_token / math.log(2) / bytes_per_token

@@ -1,0 +1,143 @@
+import chex
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from palm_haiku import PaLMConfig, ParallelBlock
+from palm_haiku.kernels import alibi_slopes, parallel_attention_ffn
+from tests import numpy_palm
+
+LITE = dict(norm="rms", position="alibi", shared_kv=True)
+
+
+def options_of(config):
+  return dict(norm=config.norm, norm_eps=config.norm_eps, rotary=config.position == "rotary",
+              alibi_slopes=alibi_slopes(config.heads) if config.position == "alibi" else None)
+
+
+def random_params(config, seed=0):
+  d, h, k, f = config.dim, config.heads, config.dim_head, config.dim_ff
+  shapes = dict(norm=(d,), query=(d, h, k), key=(d, k), value=(d, k), gate=(d, f), up=(d, f),
+                attn_out=(h, k, d), ff_out=(f, d))
+  if config.shared_kv:
+    del shapes["value"]
+  rng = np.random.default_rng(seed)
+  return {name: rng.normal(size=shape) / np.sqrt(shape[0]) + (name == "norm")
+          for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("architecture", [{}, LITE, dict(position="alibi"), dict(shared_kv=True)],
+                         ids=["palm", "palm-lite", "alibi", "shared-kv"])
+@pytest.mark.parametrize("heads, length", [(1, 1), (3, 7), (4, 130)])
+def test_matches_numpy_in_float64(architecture, heads, length):
+  config = PaLMConfig(10, 12, 1, heads, 4, **architecture)
+  params = random_params(config)
+  x = np.random.default_rng(1).normal(size=(2, length, config.dim))
+  want = np.stack([numpy_palm.block(row, params, config) for row in x])
+  with jax.enable_x64(True):
+    got = parallel_attention_ffn(
+        jnp.asarray(x), jax.tree.map(jnp.asarray, params), **options_of(config))
+    np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+@pytest.mark.parametrize("architecture", [{}, LITE], ids=["palm", "palm-lite"])
+def test_gradients_of_every_weight(architecture):
+  config = PaLMConfig(10, 6, 1, 3, 4, **architecture)
+  with jax.enable_x64(True):
+    params = jax.tree.map(jnp.asarray, random_params(config))
+    x = jax.random.normal(jax.random.key(0), (5, 6), jnp.float64)
+    f = lambda x, params: parallel_attention_ffn(x, params, **options_of(config))
+    jax.test_util.check_grads(f, (x, params), order=1, modes=("rev",))
+
+
+def test_bfloat16_stays_close():
+  config = PaLMConfig(10, 64, 1, 4, 16)
+  params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), random_params(config))
+  x = jax.random.normal(jax.random.key(0), (2, 9, 64))
+  got = parallel_attention_ffn(x.astype(jnp.bfloat16), params)
+  assert got.dtype == jnp.bfloat16
+  want = parallel_attention_ffn(x, params)
+  assert np.abs(got.astype(jnp.float32) - want).max() < 0.03 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("qk_scales", [False, True])
+@pytest.mark.parametrize("architecture", [{}, LITE, dict(shared_kv=True)],
+                         ids=["palm", "palm-lite", "shared-kv"])
+def test_cache_gives_what_the_whole_sequence_gives(architecture, qk_scales):
+  config = PaLMConfig(10, 12, 1, 3, 4, **architecture)
+  params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), random_params(config))
+  if qk_scales:
+    params |= dict(query_scale=jnp.full(4, 2.0), key_scale=jnp.arange(1.0, 5.0))
+  x = jax.random.normal(jax.random.key(0), (2, 9, 12))
+  want = parallel_attention_ffn(x, params, **options_of(config))
+  one_array = config.shared_kv and config.position == "alibi" and not qk_scales
+  cache = (jnp.zeros((2, 11, 4)),) * (1 if one_array else 2)
+  got = []
+  for lo, hi in ((0, 5), (5, 6), (6, 9)):
+    y, cache = parallel_attention_ffn(
+        x[:, lo:hi], params, query_offset=jnp.asarray(lo), kv_cache=cache, **options_of(config))
+    got.append(y)
+  chex.assert_trees_all_close(jnp.concatenate(got, 1), want, atol=1e-5)
+
+
+def test_qk_norm_makes_attention_blind_to_the_scale_of_queries():
+  config = PaLMConfig(10, 12, 1, 3, 4)
+  params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), random_params(config))
+  params |= dict(query_scale=jnp.ones(4), key_scale=jnp.ones(4))
+  x = jax.random.normal(jax.random.key(0), (9, 12))
+  louder = params | dict(query=params["query"] * 7, key=params["key"] * 3)
+  chex.assert_trees_all_close(
+      parallel_attention_ffn(x, louder), parallel_attention_ffn(x, params), atol=1e-5)
+
+
+def test_xpos_decays_with_distance_alone():
+  config = PaLMConfig(10, 12, 1, 3, 4)
+  params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), random_params(config))
+  x = jax.random.normal(jax.random.key(0), (9, 12))
+  f = lambda base, offset: parallel_attention_ffn(
+      jnp.tile(x, (3, 1))[: 9 + offset], params, xpos_scale_base=base,
+      segment_ids=jnp.arange(9 + offset) >= offset)[offset:]
+  decayed = f(16, 0)
+  assert np.abs(decayed - f(None, 0)).max() > 1e-3
+  moved = f(16, 9)  # the same rows, nine positions later
+  chex.assert_trees_all_close(moved, decayed, atol=1e-4)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(ff_out=None), "params lack ff_out"),
+    (dict(bias=(12,)), "unknown entries: bias"),
+    (dict(query_scale=(4,)), "come together"),
+    (dict(key=(12, 5)), r"params\['key'\] must be \(12, 4\)"),
+    (dict(attn_out=(3, 4, 11)), r"params\['attn_out'\] must be \(3, 4, 12\)"),
+    (dict(gate=(12,)), r"gate \[D, F\]"),
+])
+def test_weights_that_do_not_fit_are_named(change, message):
+  params = random_params(PaLMConfig(10, 12, 1, 3, 4))
+  params |= {name: shape and np.zeros(shape) for name, shape in change.items()}
+  params = {name: w for name, w in params.items() if w is not None}
+  with pytest.raises(ValueError, match=message):
+    parallel_attention_ffn(jnp.zeros((5, 12)), params)
+
+
+@pytest.mark.parametrize("x, options, message", [
+    (jnp.zeros((0, 12)), {}, "at least one row"),
+    (jnp.zeros(12), {}, r"x must be \[..., T, D\]"),
+    (jnp.zeros((5, 12), int), {}, "x must be floating point"),
+    (jnp.zeros((5, 12)), dict(norm="batch"), "norm must be layer or rms"),
+    (jnp.zeros((5, 12)), dict(kv_cache=(jnp.zeros((5, 4)),)), r"must be \(keys, values\)"),
+    (jnp.zeros((5, 12)), dict(implementation="triton"), "has no triton kernel"),
+])
+def test_other_bad_input_is_named(x, options, message):
+  with pytest.raises(ValueError, match=message):
+    parallel_attention_ffn(x, random_params(PaLMConfig(10, 12, 1, 3, 4)), **options)
+
+
+def test_the_op_is_what_the_module_calls():
+  config = PaLMConfig(10, 12, 1, 3, 4)
+  x = jax.random.normal(jax.random.key(0), (5, 12))
+  f = hk.without_apply_rng(hk.transform(lambda x: ParallelBlock(config)(x)))
+  params = f.init(jax.random.key(1), x)
+  chex.assert_trees_all_equal(
+      f.apply(params, x), parallel_attention_ffn(x, params["parallel_block"]))

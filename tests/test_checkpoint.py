@@ -1,0 +1,111 @@
+import shutil
+
+import chex
+import jax.numpy as jnp
+import pytest
+
+from palm_haiku import checkpoint
+from palm_haiku.checkpoint import CheckpointError, Checkpoints
+
+
+def items(value):
+  return {"params": {"palm/layers": {"w": jnp.full((3, 2), float(value))}},
+          "opt_state": (jnp.int32(value), {"mu": jnp.arange(4.0)})}
+
+
+def saved(path, steps, **options):
+  warnings = []
+  checkpoints = Checkpoints(path, warn=warnings.append, **options)
+  for step in steps:
+    checkpoints.save(step, items(step), {"step": step, "config": {"dim": [1, 2]}})
+  return checkpoints, warnings
+
+
+def test_round_trip(tmp_path):
+  checkpoints, warnings = saved(tmp_path / "a" / "b", [0, 10])
+  assert checkpoints.latest() == 10 and not warnings
+  chex.assert_trees_all_equal(checkpoints.restore(10, items(0)), items(10))
+  assert checkpoints.metadata(0) == {"step": 0, "config": {"dim": [1, 2]}}
+  only = checkpoints.restore(0, {"params": items(0)["params"]})
+  chex.assert_trees_all_equal(only, {"params": items(0)["params"]})
+
+
+def test_keeps_the_newest(tmp_path):
+  checkpoints, _ = saved(tmp_path, [1, 2, 3, 10], keep=2)
+  assert checkpoints.steps() == [3, 10]
+
+
+def test_an_empty_directory_has_none(tmp_path):
+  assert Checkpoints(tmp_path / "absent").latest() is None
+  assert Checkpoints(tmp_path).steps() == []
+
+
+
+@pytest.mark.parametrize("damage", ["cut short", "one bit", "deleted"])
+def test_damage_to_any_file_is_noticed_and_the_one_before_is_used(tmp_path, damage):
+  original, _ = saved(tmp_path / "original", [1, 2])
+  files = sorted(file.relative_to(original.directory / "2")
+                 for file in (original.directory / "2").rglob("*") if file.is_file())
+  assert len(files) > 5
+  for number, file in enumerate(files):
+    copy = shutil.copytree(original.directory, tmp_path / str(number))
+    victim = copy / "2" / file
+    content = victim.read_bytes()
+    if damage == "cut short":
+      victim.write_bytes(content[: len(content) // 2])
+    elif damage == "one bit":
+      victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if content else b"x")
+    else:
+      victim.unlink()
+    warnings = []
+    checkpoints = Checkpoints(copy, warn=warnings.append)
+    assert checkpoints.latest() == 1, file
+    assert len(warnings) == 1 and str(copy / "2") in warnings[0] and "refused" in warnings[0]
+    checkpoints.save(2, items(2), {})
+    assert checkpoints.latest() == 2
+
+
+def test_a_half_written_checkpoint_is_refused(tmp_path, monkeypatch):
+  checkpoints, warnings = saved(tmp_path, [1])
+
+  class Killed(BaseException):
+    pass
+
+  def die(*_):
+    raise Killed
+
+  monkeypatch.setattr(checkpoint, "_write_atomically", die)
+  with pytest.raises(Killed):
+    checkpoints.save(2, items(2), {})
+  assert checkpoints.steps() == [1, 2]
+  assert checkpoints.latest() == 1
+  assert "it was not finished" in warnings[0]
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+  checkpoints, _ = saved(tmp_path, [1])
+  full = shutil.disk_usage(tmp_path)._replace(free=3)
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+  with pytest.raises(CheckpointError, match="no space left.*checkpoint 1 is intact") as error:
+    checkpoints.save(2, items(2), {})
+  assert "\n" not in str(error.value)
+  assert checkpoints.steps() == [1] and checkpoints.latest() == 1
+
+
+def test_a_failed_write_loses_nothing(tmp_path, monkeypatch):
+  checkpoints, _ = saved(tmp_path, [1])
+
+  def fail(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(checkpoint, "_write_atomically", fail)
+  with pytest.raises(CheckpointError, match="No space left on device; checkpoint 1 is intact"):
+    checkpoints.save(2, items(2), {})
+  assert checkpoints.steps() == [1]
+  assert not [path for path in tmp_path.iterdir() if path.name != "1"]
+
+
+def test_other_shapes_are_refused(tmp_path):
+  checkpoints, _ = saved(tmp_path, [1])
+  with pytest.raises(CheckpointError, match="could not read checkpoint"):
+    checkpoints.restore(1, {"params": {"palm/layers": {"w": jnp.zeros((4, 2))}}})

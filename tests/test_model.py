@@ -1,0 +1,199 @@
+import chex
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from palm_haiku import KVCache, PaLM, PaLMConfig, configs
+from tests import numpy_palm
+
+LITE = dict(position="alibi", norm="rms", shared_kv=True)
+ARCHITECTURES = pytest.mark.parametrize("architecture", [{}, LITE], ids=["palm", "palm-lite"])
+
+
+def transform(config, **options):
+  return hk.without_apply_rng(hk.transform(
+      lambda tokens, **inputs: PaLM.from_config(config, **options)(tokens, **inputs)))
+
+
+def make(config, length=9, lead=(), seed=0, **options):
+  model = transform(config, **options)
+  tokens = jax.random.randint(jax.random.key(seed), (*lead, length), 0, config.num_tokens)
+  return model, model.init(jax.random.key(seed + 1), tokens), tokens
+
+
+@ARCHITECTURES
+@settings(max_examples=8)
+@given(heads=st.integers(1, 6), depth=st.integers(1, 3), length=st.integers(1, 40),
+       half=st.integers(1, 4), ff_mult=st.integers(1, 4))
+def test_matches_numpy_in_float64(architecture, heads, depth, length, half, ff_mult):
+  config = PaLMConfig(11, 12, depth, heads, 2 * half, ff_mult, **architecture)
+  with jax.enable_x64(True):
+    model, params, tokens = make(config, length, dtype=jnp.float64)
+    # Gains away from 1, so that leaving one out shows.
+    params = jax.tree.map(lambda x: x * 1.5 if x.ndim < 3 else x, params)
+    got = model.apply(params, tokens)
+    assert got.shape == (length, 11)
+    np.testing.assert_allclose(got, numpy_palm.palm(params, np.asarray(tokens), config),
+                               atol=2e-6)
+
+
+@pytest.mark.parametrize("name, count", [
+    ("palm-540b", 540_356_474_880), ("palm-62b", 62_495_662_080), ("palm-8b", 8_632_012_800),
+    ("palm-lite", 29_757_952), ("palm-tiny", None), ("palm-small", None), ("palm-lite-tiny", None)])
+def test_parameter_counts(name, count):
+  config = configs[name]
+  shapes = jax.eval_shape(
+      transform(config).init, jax.random.key(0), jax.ShapeDtypeStruct((4,), jnp.int32))
+  total = sum(x.size for x in jax.tree.leaves(shapes))
+  assert total == config.num_params
+  assert count is None or total == count
+
+
+@pytest.mark.parametrize("config", [
+    PaLMConfig(7, 8, 2, 3, 4, qk_norm=True), PaLMConfig(7, 8, 2, 3, 4, shared_kv=True)])
+def test_parameter_counts_of_other_architectures(config):
+  _, params, _ = make(config)
+  assert sum(x.size for x in jax.tree.leaves(params)) == config.num_params
+
+
+def test_any_leading_dimensions():
+  config = PaLMConfig(11, 8, 2, 2, 4)
+  model, params, tokens = make(config, length=5, lead=(2, 3))
+  logits = model.apply(params, tokens)
+  assert logits.shape == (2, 3, 5, 11) and logits.dtype == jnp.float32
+  np.testing.assert_allclose(model.apply(params, tokens[1, 2]), logits[1, 2], atol=1e-5)
+  np.testing.assert_allclose(model.apply(params, tokens[1]), logits[1], atol=1e-5)
+
+
+@ARCHITECTURES
+def test_no_gradient_flows_from_the_future(architecture):
+  config = PaLMConfig(11, 8, 2, 3, 4, **architecture)
+  model, params, tokens = make(config, length=7)
+
+  def logits_of_a_row(nudge, row):
+    # The rows of the embedding stand for the positions: each position has a token of its own.
+    table = params["palm"]["embedding"][:7] + nudge
+    palm = params["palm"] | {"embedding": table}
+    small = PaLMConfig(7, 8, 2, 3, 4, **architecture)
+    out = transform(small).apply(params | {"palm": palm}, jnp.arange(7))
+    return out[row]
+
+  jacobian = jax.jit(jax.jacobian(logits_of_a_row))
+  for row in range(7):
+    # The output embedding is the same table, so take the part that comes through the input: the
+    # Jacobian at one logit whose own table row is last.
+    gradient = jacobian(jnp.zeros((7, 8)), row)[0]
+    assert not np.any(gradient[row + 1:]) and np.any(gradient[row])
+
+
+def test_layers_start_apart_and_well_scaled():
+  config = PaLMConfig(1000, 64, 3, 4, 16)
+  _, params, _ = make(config)
+  layers = params["palm/layers/parallel_block"]
+  for name, fan_in in (("query", 64), ("key", 64), ("gate", 64), ("attn_out", 64),
+                       ("ff_out", 256)):
+    weights = np.asarray(layers[name])
+    assert weights.std() * fan_in**0.5 == pytest.approx(1, abs=0.05), name
+    assert np.abs(weights[0] - weights[1]).max() > 0.01
+  assert np.std(params["palm"]["embedding"]) == pytest.approx(1, abs=0.05)
+
+
+@ARCHITECTURES
+def test_cache_gives_what_the_whole_sequence_gives(architecture):
+  config = PaLMConfig(11, 8, 2, 3, 4, **architecture)
+  model, params, tokens = make(config, length=9, lead=(2,))
+  want = model.apply(params, tokens)
+  cache = KVCache.empty(config, (2,), max_len=12)
+  assert len(cache.arrays) == (1 if architecture else 2)
+  got = []
+  for lo, hi in ((0, 4), (4, 5), (5, 9)):
+    logits, cache = model.apply(params, tokens[:, lo:hi], cache=cache)
+    got.append(logits)
+  np.testing.assert_allclose(jnp.concatenate(got, 1), want, atol=1e-5)
+  assert cache.length == 9
+  with pytest.raises(ValueError, match="room for 3 more positions; got 9 tokens"):
+    model.apply(params, tokens, cache=cache)
+
+
+def test_packed_documents_equal_separate_ones():
+  config = PaLMConfig(11, 8, 2, 3, 4)
+  model, params, tokens = make(config, length=9)
+  packed = model.apply(params, tokens, segment_ids=(jnp.arange(9) >= 4).astype(jnp.int32))
+  np.testing.assert_allclose(packed[:4], model.apply(params, tokens[:4]), atol=1e-5)
+  np.testing.assert_allclose(packed[4:], model.apply(params, tokens[4:]), atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_memory_not_results(remat):
+  config = PaLMConfig(11, 32, 6, 2, 16)
+  length = 256
+
+  def loss(remat):
+    model = transform(config, remat=remat)
+    return lambda params, tokens: jnp.square(model.apply(params, tokens)).mean()
+
+  _, params, tokens = make(config, length)
+  want = jax.grad(loss("none"))(params, tokens)
+  chex.assert_trees_all_close(jax.grad(loss(remat))(params, tokens), want, atol=1e-6)
+
+  def temporaries(remat):
+    compiled = jax.jit(jax.grad(loss(remat))).lower(params, tokens).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+  assert temporaries(remat) < temporaries("none")
+
+
+def test_bfloat16_keeps_float32_parameters_and_logits():
+  config = PaLMConfig(11, 32, 2, 2, 16)
+  model, params, tokens = make(config, dtype=jnp.bfloat16)
+  logits = model.apply(params, tokens)
+  assert logits.dtype == jnp.float32
+  chex.assert_trees_all_equal_dtypes(params, jax.tree.map(jnp.float32, params))
+  full = transform(config).apply(params, tokens)
+  assert 0 < np.abs(logits - full).max() < 0.1
+
+
+def test_the_program_does_not_grow_with_depth():
+  def size(depth):
+    model, params, tokens = make(PaLMConfig(11, 8, depth, 2, 4))
+    return len(jax.jit(model.apply).lower(params, tokens).as_text())
+  assert size(12) < 1.02 * size(2)
+
+
+def test_an_unknown_token_makes_its_sequence_nan_inside_jit():
+  config = PaLMConfig(11, 8, 1, 2, 4)
+  model, params, _ = make(config)
+  logits = jax.jit(model.apply)(params, jnp.array([[3, 11, 4], [3, 10, 4]]))
+  assert np.all(np.isnan(logits[0, 1:])) and np.all(np.isfinite(logits[1]))
+
+
+@pytest.mark.parametrize("tokens, message", [
+    (np.array([1, 11]), "token 11 is outside the vocabulary of 11 tokens"),
+    (np.array([-1, 3]), "token -1 is outside the vocabulary"),
+    (np.zeros((2, 0), int), "at least one token"),
+    (np.array(3), "at least one token"),
+    (np.array([0.5]), "tokens must be integers"),
+])
+def test_bad_tokens_are_named(tokens, message):
+  model, params, _ = make(PaLMConfig(11, 8, 1, 2, 4))
+  with pytest.raises(ValueError, match=message):
+    model.apply(params, tokens)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(remat="all"), "remat must be one of none, dots, full"),
+    (dict(implementation="mosaic_gpu"), "has no mosaic_gpu kernel"),
+])
+def test_bad_options_are_named(options, message):
+  with pytest.raises(ValueError, match=message):
+    make(PaLMConfig(11, 8, 1, 2, 4), **options)
+
+
+def test_the_seeds_example():
+  model = hk.without_apply_rng(hk.transform(lambda tokens: PaLM(
+      num_tokens=200, dim=32, depth=2, heads=8, dim_head=8)(tokens)))
+  tokens = jnp.zeros((1, 16), jnp.int32)
+  params = model.init(jax.random.key(0), tokens)
+  assert model.apply(params, tokens).shape == (1, 16, 200)
