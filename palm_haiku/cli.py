@@ -88,8 +88,9 @@ def _parser() -> argparse.ArgumentParser:
   group.add_argument("--seed", type=int, help="of parameters and data order (default 0)")
   group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of activations and matrix "
                      "products (default float32)")
-  group.add_argument("--remat", choices=("none", "dots", "full"), help="what the backward pass "
-                     "recomputes to save memory (default none)")
+  group.add_argument("--remat", choices=("none", "attention", "full"), help="what the "
+                     "backward pass recomputes to save memory: little (the default), all but "
+                     "attention, or whole layers")
   _add_implementation(group)
   group.add_argument("--log-every", type=int, metavar="STEPS", help="default 10")
   group.add_argument("--eval-every", type=int, metavar="STEPS", help="default 250")

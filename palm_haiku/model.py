@@ -13,10 +13,11 @@ from palm_haiku import kernels
 from palm_haiku.config import PaLMConfig
 from palm_haiku.kernels.parallel_block.xla import normalize
 
-# What the backward pass recomputes instead of keeping, by name.
+# What the backward pass recomputes instead of keeping, by name. A layer keeps, per token, its
+# input and: with "none" what its matrix products made; with "attention" what attention made.
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -107,8 +108,8 @@ class PaLM(hk.Module):
       num_tokens, dim, depth, heads, dim_head, ff_mult: sizes; see `PaLMConfig`.
       dtype: of activations and matrix products. Parameters, norms, softmax and logits stay
         float32.
-      remat: what the backward pass recomputes: "none", "dots" (all but matrix products) or
-        "full" (whole layers).
+      remat: what the backward pass recomputes: "none" (only what is between the matrix
+        products), "attention" (all but attention) or "full" (whole layers).
       implementation: of every op, "auto" or a backend by name.
       **architecture: the remaining fields of `PaLMConfig`: position, norm, shared_kv, ...
     """

@@ -43,12 +43,11 @@ def test_logits_are_the_peers(peer, change):
   config, params = interop.load(peer, arrays)
   sizes.pop("qk", None)
   assert {name: getattr(config, name) for name in sizes} == sizes
-  for shape in ((2, 1, 9), (200,)):
-    tokens = random_tokens(*shape)
-    want = numpy_peers.palm(peer, arrays, tokens, depth=config.depth, heads=config.heads,
-                            dim_head=config.dim_head)
-    assert want.std() > 0.3
-    np.testing.assert_allclose(apply(config)(params, tokens), want, atol=2e-5)
+  tokens = random_tokens(*((200,) if change else (2, 1, 9)))
+  want = numpy_peers.palm(peer, arrays, tokens, depth=config.depth, heads=config.heads,
+                          dim_head=config.dim_head)
+  assert want.std() > 0.3
+  np.testing.assert_allclose(apply(config)(params, tokens), want, atol=2e-5)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -113,8 +112,6 @@ def test_models_of_this_project_become_the_peers(peer, architecture):
   assert want.std() > 0.1
   got = numpy_peers.palm(peer, arrays, tokens, depth=2, heads=3, dim_head=6)
   np.testing.assert_allclose(got, want, atol=2e-5)
-  chex.assert_trees_all_close(
-      apply(interop.load(peer, arrays)[0])(interop.load(peer, arrays)[1], tokens), want, atol=2e-5)
 
 
 def test_a_state_dict_with_buffers_is_taken():
