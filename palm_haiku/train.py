@@ -128,6 +128,9 @@ def init(config: TrainConfig) -> TrainState:
   return TrainState(params, config.build_optimizer().init(params))
 
 
+_init = jax.jit(init, static_argnums=0)
+
+
 def train_step(config: TrainConfig, state: TrainState, batch) -> tuple[TrainState, dict]:
   """One step of the optimizer on one batch.
 
@@ -171,6 +174,10 @@ def eval_step(config: TrainConfig, params, batch) -> tuple[jax.Array, jax.Array]
   return nll * weight, weight
 
 
+_train_step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
+_eval_step = jax.jit(eval_step, static_argnums=0)
+
+
 def _inputs_segments(batch):
   return batch["segment_ids"][:, :-1] if "segment_ids" in batch else None
 
@@ -207,19 +214,17 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
                          seed=config.seed, eod=eod)
 
   out.mkdir(parents=True, exist_ok=True)
-  state = jax.eval_shape(lambda: init(config)) if start else jax.jit(lambda: init(config))()
+  state = jax.eval_shape(lambda: init(config)) if start else _init(config)
   if start:
     restored = checkpoints.restore(start, state._asdict())
     state = TrainState(**restored)
     console.print(f"resuming from step {start}", highlight=False)
-  step_fn = jax.jit(functools.partial(train_step, config), donate_argnums=0)
-  eval_fn = jax.jit(functools.partial(eval_step, config))
   has_eval = len(corpus.eval) > 1
   peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
   tokens_per_step = config.batch_size * config.seq_len
 
   def evaluate(params):
-    sums = [eval_fn(params, batch) for batch in data.eval_batches(
+    sums = [_eval_step(config, params, batch) for batch in data.eval_batches(
         corpus.eval, batch_size=config.batch_size, seq_len=config.seq_len, eod=eod)]
     nll, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
     return float(nll / count)
@@ -232,7 +237,7 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
     saved = step = start
     clock, clock_step = None, start
     while step < config.steps and interrupts.received is None:
-      state, metrics = step_fn(state, batches[step])
+      state, metrics = _train_step(config, state, batches[step])
       step += 1
       last = step == config.steps
       evaluated = has_eval and (last or step % config.eval_every == 0)

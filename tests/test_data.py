@@ -64,7 +64,7 @@ def test_pieces_count_bytes(pieces, tmp_path):
   text = b"the dog sat on the fox " * 100
   corpus = corpus_of(tmp_path / "t", text, 0.25, tokenizer)
   assert corpus.eval_bytes_per_token * len(corpus.eval) == pytest.approx(len(text) / 4, rel=0.01)
-  assert corpus.eval_bytes_per_token > 1.5
+  assert corpus.eval_bytes_per_token > 1.2
 
 
 def test_bad_tokenizers_are_named(tmp_path):
