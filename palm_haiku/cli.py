@@ -277,6 +277,7 @@ def _convert(args) -> int:
 
   if args.out.exists():
     raise ValueError(f"{args.out} exists already; choose another --out")
+  interop.layout_of(args.from_peer or args.to_peer)
   if args.to_peer:
     config, params = _load_run(args.source)
     interop.write_arrays(args.out, interop.dump(args.to_peer, config.model, params))
@@ -333,7 +334,7 @@ def _info(args) -> int:
   console.print()
   console.print(table)
   console.print(f"\nmemory: parameters {_gib(4 * c.num_params)} in float32, with gradients and "
-                f"AdamW's moments {_gib(16 * c.num_params)}", highlight=False)
+                f"AdamW's moments {_gib(16 * c.num_params)}", highlight=False, soft_wrap=True)
   return 0
 
 

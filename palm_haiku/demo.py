@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
   console.print("A PaLM of 0.9 million parameters learns to write like Python's documentation, byte "
                 "by byte.", highlight=False)
   status = run("train", "--model", "palm-tiny", "--data", "pydoc", "--steps", str(args.steps),
-               "--batch-size", "16", "--seq-len", "256", "--eval-every", "100", "--out", str(out))
+               "--batch-size", "16", "--seq-len", "128", "--eval-every", "100", "--out", str(out))
   if status:
     return status
   status = run("generate", str(out), "--prompt", "The for statement ", "--length", "400",

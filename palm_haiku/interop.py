@@ -89,6 +89,15 @@ PEERS: dict[str, _Peer] = {
 }
 
 
+def layout_of(peer: str) -> _Peer:
+  """The layout of a peer's parameters; raises ValueError for an unknown one."""
+  if peer not in PEERS:
+    near = difflib.get_close_matches(peer, PEERS, n=1)
+    raise ValueError(f"no peer is called {peer!r}; "
+                     + (f"did you mean {near[0]}?" if near else f"there are {', '.join(PEERS)}"))
+  return PEERS[peer]
+
+
 def load(peer: str, arrays: Mapping[str, Any],
          heads: int | None = None) -> tuple[PaLMConfig, dict[str, Any]]:
   """The architecture and parameters that another PaLM's arrays describe.
@@ -108,7 +117,7 @@ def load(peer: str, arrays: Mapping[str, Any],
   Raises:
     ValueError: an unknown peer; arrays that are missing, unknown, or do not fit together.
   """
-  layout = _peer(peer)
+  layout = layout_of(peer)
   depth = 0
   while _name(layout.fused, depth) in arrays:
     depth += 1
@@ -207,7 +216,7 @@ def dump(peer: str, config: PaLMConfig, params: Mapping[str, Any]) -> dict[str, 
   Raises:
     ValueError: an unknown peer, or an architecture that it does not have.
   """
-  layout = _peer(peer)
+  layout = layout_of(peer)
   eps = layout.norm_eps(config.dim)
   for name, want in (("position", layout.position), ("norm", layout.norm),
                      ("shared_kv", layout.shared_kv)):
@@ -278,14 +287,6 @@ def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> N
     draft.rename(path)
   finally:
     draft.unlink(missing_ok=True)
-
-
-def _peer(name: str) -> _Peer:
-  if name not in PEERS:
-    near = difflib.get_close_matches(name, PEERS, n=1)
-    raise ValueError(f"no peer is called {name!r}; "
-                     + (f"did you mean {near[0]}?" if near else f"there are {', '.join(PEERS)}"))
-  return PEERS[name]
 
 
 def _name(template: str, i: int, depth: int = 0) -> str:

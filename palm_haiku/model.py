@@ -179,7 +179,8 @@ class PaLM(hk.Module):
     if jnp.ndim(tokens) < 1 or 0 in jnp.shape(tokens):
       raise ValueError(f"tokens must be [..., T] with at least one token; got {jnp.shape(tokens)}")
     if not isinstance(tokens, jax.core.Tracer):
-      low, high = int(np.min(tokens)), int(np.max(tokens))
+      values = np.asarray(tokens)  # By jnp it would be traced, if this is inside another's jit.
+      low, high = int(values.min()), int(values.max())
       if low < 0 or high >= self.config.num_tokens:
         raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of "
                          f"{self.config.num_tokens} tokens")
