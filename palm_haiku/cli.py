@@ -169,7 +169,8 @@ def _model(args, base: PaLMConfig | None) -> PaLMConfig | None:
     if args.model not in configs:
       near = difflib.get_close_matches(args.model, configs, n=1)
       raise ValueError(f"no model is called {args.model!r}; "
-                       + (f"did you mean {near[0]}?" if near else f"there are {', '.join(configs)}"))
+                       + (f"did you mean {near[0]}?" if near
+                          else f"there are {', '.join(configs)}"))
     base = configs[args.model]
   if base is not None:
     return dataclasses.replace(base, **given)
