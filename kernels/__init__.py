@@ -3,6 +3,7 @@
 from .alibi import alibi_slopes
 from .attention import flash_attention
 from .backend import IMPLEMENTATIONS, explain
+from .cross_entropy import linear_cross_entropy
 from .parallel_block import parallel_attention_ffn
 
 __all__ = [
@@ -10,5 +11,6 @@ __all__ = [
     "alibi_slopes",
     "explain",
     "flash_attention",
+    "linear_cross_entropy",
     "parallel_attention_ffn",
 ]
