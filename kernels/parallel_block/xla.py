@@ -76,6 +76,11 @@ def in_projection(x, params, positions, *, norm, norm_eps, rotary, xpos_scale_ba
   return query, key, value, h @ params["gate"].astype(x.dtype), h @ params["up"].astype(x.dtype)
 
 
+def values_are_keys(params, rotary) -> bool:
+  """Whether attention reads one array as keys and values."""
+  return "value" not in params and "key_scale" not in params and not rotary
+
+
 def out_projection(x, attended, gate, up, params):
   """x + attended @ attn_out + (silu(gate) * up) @ ff_out; attended is [..., T, H, Dh]."""
   attn = jnp.einsum("...hk,hkd->...d", attended, params["attn_out"].astype(x.dtype))
@@ -100,8 +105,9 @@ def parallel_attention_ffn(x, params, *, norm, norm_eps, rotary, xpos_scale_base
         jax.lax.dynamic_update_slice_in_dim(old, rows.astype(old.dtype), query_offset, axis=-2)
         for old, rows in zip(kv_cache, new))
     key, value = kv_cache[0].astype(x.dtype), kv_cache[-1].astype(x.dtype)
-  attended = flash_attention(
-      query, key[..., None, :], value[..., None, :], query_offset=query_offset,
-      **attention_options)
+  # Where the values are the keys, they are one object, so that a kernel can read it once.
+  key = key[..., None, :]
+  value = key if values_are_keys(params, rotary) else value[..., None, :]
+  attended = flash_attention(query, key, value, query_offset=query_offset, **attention_options)
   y = jax.checkpoint(out_projection, prevent_cse=False)(x, attended, gate, up, params)
   return y if kv_cache is None else (y, kv_cache)
