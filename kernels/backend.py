@@ -11,10 +11,12 @@ from . import mesh, tuning
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton")
 
+_ATTENTION = ()
+
 # The backends that an op has kernels for; "xla" is the fallback of every one.
 KERNELS = {
-    "flash_attention": (),
-    "parallel_attention_ffn": (),
+    "flash_attention": _ATTENTION,
+    "parallel_attention_ffn": _ATTENTION,  # of its attention; the projections are XLA's
     "linear_cross_entropy": (),
 }
 

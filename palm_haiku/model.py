@@ -140,6 +140,33 @@ class PaLM(hk.Module):
       ValueError: an empty sequence, tokens that are not integers, or, outside jit, a token
         outside the vocabulary or a cache without room.
     """
+    x, embedding, cache = self._hidden(tokens, segment_ids, cache)
+    logits = self._logits_scale * jnp.einsum(
+        "...td,vd->...tv", x, embedding.astype(self.dtype),
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    return logits if cache is None else (logits, cache)
+
+  @hk.name_like("__call__")
+  def loss(self, tokens, targets, *, segment_ids=None, weights=None, z_loss: float = 0.0):
+    """The loss of each target, without ever holding the logits.
+
+    Args:
+      tokens: int[..., T], as for a call.
+      targets: int[..., T], the token after each position.
+      segment_ids: int[..., T]; attention stays within equal ids.
+      weights: float[..., T], each token's loss is multiplied by.
+      z_loss: weight of the squared log of the softmax normaliser.
+
+    Returns:
+      The loss and log Z of each token, both float32[..., T]; see `linear_cross_entropy`.
+    """
+    x, embedding, _ = self._hidden(tokens, segment_ids, None)
+    return kernels.linear_cross_entropy(
+        x, embedding, targets, z_loss=z_loss, scale=self._logits_scale, weights=weights)
+
+  @hk.transparent
+  def _hidden(self, tokens, segment_ids, cache):
+    """The normalised residual stream after the last layer, the embedding, and the new cache."""
     c = self.config
     self._check(tokens, cache)
     embedding = hk.get_parameter(
@@ -156,11 +183,11 @@ class PaLM(hk.Module):
       cache = KVCache(arrays, cache.length + tokens.shape[-1])
 
     gain = hk.get_parameter("norm", (c.dim,), init=jnp.ones)
-    x = normalize(x, gain, kind=c.norm, eps=c.norm_eps)
-    scale = c.dim**-0.5 if c.logits_scale is None else c.logits_scale
-    logits = scale * jnp.einsum("...td,vd->...tv", x, embedding.astype(self.dtype),
-                                preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
-    return logits if cache is None else (logits, cache)
+    return normalize(x, gain, kind=c.norm, eps=c.norm_eps), embedding, cache
+
+  @property
+  def _logits_scale(self) -> float:
+    return self.config.dim**-0.5 if self.config.logits_scale is None else self.config.logits_scale
 
   def _layer(self, **inputs):
     def layer(x, **more):
@@ -175,7 +202,8 @@ class PaLM(hk.Module):
     if jnp.ndim(tokens) < 1 or 0 in jnp.shape(tokens):
       raise ValueError(f"tokens must be [..., T] with at least one token; got {jnp.shape(tokens)}")
     if not isinstance(tokens, jax.core.Tracer):
-      low, high = int(np.min(tokens)), int(np.max(tokens))
+      tokens = np.asarray(tokens)
+      low, high = tokens.min(), tokens.max()
       if low < 0 or high >= self.config.num_tokens:
         raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of "
                          f"{self.config.num_tokens} tokens")
