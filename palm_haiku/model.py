@@ -13,10 +13,11 @@ from palm_haiku import kernels
 from palm_haiku.config import PaLMConfig
 from palm_haiku.kernels.parallel_block.xla import normalize
 
-# What the backward pass recomputes instead of keeping, by name.
+# What the backward pass recomputes instead of keeping, by name. A layer keeps, per token, its
+# input and: with "none" what its matrix products made; with "attention" what attention made.
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -107,8 +108,8 @@ class PaLM(hk.Module):
       num_tokens, dim, depth, heads, dim_head, ff_mult: sizes; see `PaLMConfig`.
       dtype: of activations and matrix products. Parameters, norms, softmax and logits stay
         float32.
-      remat: what the backward pass recomputes: "none", "dots" (all but matrix products) or
-        "full" (whole layers).
+      remat: what the backward pass recomputes: "none" (only what is between the matrix
+        products), "attention" (all but attention) or "full" (whole layers).
       implementation: of every op, "auto" or a backend by name.
       **architecture: the remaining fields of `PaLMConfig`: position, norm, shared_kv, ...
     """
@@ -141,9 +142,11 @@ class PaLM(hk.Module):
         outside the vocabulary or a cache without room.
     """
     x, embedding, cache = self._hidden(tokens, segment_ids, cache)
+    # As one product of two matrices, for the reason that `kernels.parallel_block.xla` has.
     logits = self._logits_scale * jnp.einsum(
-        "...td,vd->...tv", x, embedding.astype(self.dtype),
+        "td,vd->tv", x.reshape(-1, x.shape[-1]), jnp.asarray(embedding, self.dtype),
         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    logits = logits.reshape(*x.shape[:-1], -1)
     return logits if cache is None else (logits, cache)
 
   @hk.name_like("__call__")
@@ -171,7 +174,7 @@ class PaLM(hk.Module):
     self._check(tokens, cache)
     embedding = hk.get_parameter(
         "embedding", (c.num_tokens, c.dim), init=hk.initializers.RandomNormal())
-    x = embedding.astype(self.dtype).at[tokens].get(mode="fill", fill_value=jnp.nan)
+    x = jnp.asarray(embedding, self.dtype).at[tokens].get(mode="fill", fill_value=jnp.nan)
 
     stack = functools.partial(hk.layer_stack, c.depth, name="layers")
     if cache is None:
