@@ -205,8 +205,8 @@ class PaLM(hk.Module):
     if jnp.ndim(tokens) < 1 or 0 in jnp.shape(tokens):
       raise ValueError(f"tokens must be [..., T] with at least one token; got {jnp.shape(tokens)}")
     if not isinstance(tokens, jax.core.Tracer):
-      tokens = np.asarray(tokens)
-      low, high = tokens.min(), tokens.max()
+      values = np.asarray(tokens)  # By jnp it would be traced, if this is inside another's jit.
+      low, high = int(values.min()), int(values.max())
       if low < 0 or high >= self.config.num_tokens:
         raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of "
                          f"{self.config.num_tokens} tokens")

@@ -167,7 +167,7 @@ def test_converting_to_and_fro(peer, tmp_path, capsys):
 
 def test_info(capsys):
   status, out, _ = call(capsys, "info", "--model", "palm-540b")
-  assert status == 0 and "540,356,474,880" in out and "3.28" in out
+  assert status == 0 and "540,356,474,880" in out and "3.278e+12" in out
   status, out, _ = call(capsys, "info")
   assert status == 0 and all(name in out for name in configs)
   status, out, _ = call(capsys, "info", "--model", "palm-lite", "--depth", 1)

@@ -166,11 +166,20 @@ def test_heads_are_checked():
     ("palm-jax", dict(qk_norm=True), "does not normalise queries and keys"),
     ("palm-jax", dict(xpos_scale_base=512), "palm-jax does not have xPos"),
     ("palm-rlhf-pytorch", {}, "palm-rlhf-pytorch has xPos"),
-    ("palm-pytorch-lite", dict(position="alibi", norm="rms", shared_kv=True), "norm_eps by 1e-16"),
+    ("palm-jax", dict(norm_eps=0.0), "adds an epsilon to its norms; this model does not"),
 ])
 def test_architectures_that_a_peer_lacks_are_named(peer, architecture, message):
   with pytest.raises(ValueError, match=message):
     interop.dump(peer, PaLMConfig(**SIZES, **architecture), {})
+
+
+def test_an_epsilon_that_is_left_out_is_said():
+  config = PaLMConfig(**SIZES, position="alibi", norm="rms", shared_kv=True)
+  params = interop.load("palm-pytorch-lite",
+                        numpy_peers.random_arrays("palm-pytorch-lite", **SIZES))[1]
+  with pytest.warns(UserWarning, match="this model's 1e-05 is left out"):
+    arrays = interop.dump("palm-pytorch-lite", config, params)
+  np.testing.assert_array_equal(arrays["0.weight"], params["palm"]["embedding"])
 
 
 def test_files(tmp_path):

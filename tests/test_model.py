@@ -203,6 +203,13 @@ def test_bad_options_are_named(options, message):
     make(PaLMConfig(11, 8, 1, 2, 4), **options)
 
 
+def test_tokens_may_be_constants_of_a_compiled_function():
+  model, params, tokens = make(PaLMConfig(11, 8, 1, 2, 4))
+  tokens = jnp.asarray(tokens)
+  np.testing.assert_allclose(jax.jit(lambda params: model.apply(params, tokens))(params),
+                             model.apply(params, tokens), atol=1e-5)
+
+
 def test_the_seeds_example():
   model = hk.without_apply_rng(hk.transform(lambda tokens: PaLM(
       num_tokens=200, dim=32, depth=2, heads=8, dim_head=8)(tokens)))

@@ -218,7 +218,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(config, whole, tmp
   refuse(change(seq_len=len(TEXT)), out, "fewer than one sequence")
   refuse(change(data=str(tmp_path / "absent")), out, "no file matches")
   refuse(change(model=dataclasses.replace(MODEL, num_tokens=100)), out,
-         "hold token 121, outside the model's vocabulary of 100")
+         "hold token 116, outside the model's vocabulary of 100")
   shutil.copytree(whole, out)
   refuse(config, out, "holds another run; continue it with --resume")
   refuse(change(seed=1), out, "was trained with seed = 0, not 1", resume=True)
