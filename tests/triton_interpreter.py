@@ -92,8 +92,6 @@ class _Array:
   def __init__(self, array):
     array = np.asarray(array)
     fill = 0xFF  # NaN in every floating-point type, -1 in the integers
-    self.buffer = np.full(array.nbytes + 2 * _MARGIN, fill, np.uint8)
-    start = _MARGIN + (-self.buffer.ctypes.data) % 16
     self.buffer = np.full(array.nbytes + 2 * _MARGIN + 16, fill, np.uint8)
     start = _MARGIN + (-self.buffer.ctypes.data) % 16
     self.array = self.buffer[start:start + array.nbytes].view(array.dtype).reshape(array.shape)
@@ -165,6 +163,26 @@ def _teach_bfloat16(interpreter, tl):
   interpreter.InterpreterBuilder.create_dot = create_dot
 
 
+def _patch_language_once(interpreter):
+  """Triton patches its language at each call of a device function; that is most of the time."""
+  patch_all, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+  done = set()
+
+  def patch_language(function):
+    module = function.__globals__["__name__"]
+    if module not in done:  # what is patched depends on the modules that its globals name
+      patch_all(function)
+      done.add(module)
+    return mock.Mock()  # its restore() does nothing
+
+  def patch_tensors(tensor, scope):
+    patch_tensor(tensor, scope)
+    # Triton 3.6 hands numpy an array of one element here, which numpy 2.4 and later refuse.
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+  interpreter._patch_lang, interpreter._patch_lang_tensor = patch_language, patch_tensors
+
+
 def _serve():
   answers = os.fdopen(os.dup(1), "wb")
   os.dup2(2, 1)  # what a kernel prints must not meet the answers
@@ -175,6 +193,7 @@ def _serve():
   from triton.runtime import interpreter
 
   _teach_bfloat16(interpreter, tl)
+  _patch_language_once(interpreter)
   modules = {}
 
   def load(path, mutate):

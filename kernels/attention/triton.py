@@ -129,10 +129,10 @@ def _forward(static, query, key, value, segment_ids, slopes, offset):
 def _backward(static, query, key, value, out, lse, dout, segment_ids, slopes, offset):
   batch, length, heads, _ = query.shape
   extras = (segment_ids, slopes, offset)
-  dquery, delta = _call(
+  stat = jax.ShapeDtypeStruct(lse.shape, jnp.float32)
+  dquery, lse2, delta = _call(
       "dq", _blocks(static, query.dtype, "dq"), static, query, key, value, (out, lse, dout),
-      *extras, (jax.ShapeDtypeStruct(query.shape, query.dtype),
-                jax.ShapeDtypeStruct(lse.shape, jnp.float32)))
+      *extras, (jax.ShapeDtypeStruct(query.shape, query.dtype), stat, stat))
 
   blocks = _blocks(static, query.dtype, "dkv")
   splits = _splits(static, batch, length, key.shape[1], blocks)
@@ -140,7 +140,7 @@ def _backward(static, query, key, value, out, lse, dout, segment_ids, slopes, of
       (splits, *key.shape), jnp.float32 if splits > 1 else key.dtype)
   unused = jax.ShapeDtypeStruct((1,), key.dtype)
   dkey, dvalue = _call(
-      "dkv", blocks, static, query, key, value, (lse, dout, delta), *extras,
+      "dkv", blocks, static, query, key, value, (dout, lse2, delta), *extras,
       (unused if value is None else part, part), SPLITS=splits)
   if value is None:
     dkey, dvalue = dvalue, None

@@ -22,11 +22,19 @@ BLOCK_SCAN = tl.constexpr(128)  # blocks whose segment ranges are looked at in o
 
 
 @triton.jit
-def _rows(first, T, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-  """Sequence index and head within the group of a tile's rows; rows past the end repeat the last."""
-  row = first + tl.arange(0, BLOCK)
-  t = tl.minimum(row // GROUP, T - 1)
-  return t, row % GROUP, row < T * GROUP
+def _rows(first, T, GROUP: tl.constexpr, BLOCK: tl.constexpr, CLAMP: tl.constexpr):
+  """Where a tile of rows starts in the sequence, and its rows' distance from there and heads.
+
+  Under CLAMP, rows past the end of the sequence repeat its last element.
+  """
+  t_first = first // GROUP
+  row = tl.arange(0, BLOCK)
+  if BLOCK % GROUP != 0:  # Otherwise nothing here depends on the tile, so that it leaves the loop.
+    row += first % GROUP
+  t = row // GROUP
+  if CLAMP:
+    t = tl.minimum(t, T - 1 - t_first)
+  return t_first, t, row % GROUP, first + tl.arange(0, BLOCK) < T * GROUP
 
 
 @triton.jit
@@ -96,8 +104,10 @@ def _forward_blocks(acc, top, total, q, k_ptr, v_ptr, segment_ptr, slope, p, q_s
       k = tl.load(k_ptr + start + tile)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if ALIBI:
-      # Float columns are hoisted; converting n alone is one instruction a block, not one a column.
-      scores += slope[:, None] * (cols.to(tl.float32) + tl.cast(n - origin, tl.float32))[None, :]
+      # Float columns leave the loop; converting n is one instruction a block, not one a column. An
+      # FMA, since Triton would make a sum the initial accumulator of the product.
+      distance = cols.to(tl.float32) + tl.cast(n - origin, tl.float32)
+      scores = tl.fma(slope[:, None], distance[None, :], scores)
     if MASKED:
       k_segment = j
       if SEGMENTS:
@@ -140,17 +150,15 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, offset_ptr, slope_ptr, q_segment_ptr, k_
   # The last rows see the most keys: they start first.
   first = (tl.num_programs(0) // num_groups - 1 - pid // num_groups) * BLOCK_Q
 
-  t, g, inside = _rows(first, T, GROUP, BLOCK_Q)
-  t_first = first // GROUP
-  tile = (t - t_first)[:, None] * (HEADS * DIM) + (head * GROUP + g)[:, None] * DIM + tl.arange(
-      0, DIM)[None, :]
+  t_first, t, g, inside = _rows(first, T, GROUP, BLOCK_Q, True)
+  tile = t[:, None] * (HEADS * DIM) + (head * GROUP + g)[:, None] * DIM + tl.arange(0, DIM)[None, :]
   q_start = (tl.cast(batch, tl.int64) * T + t_first) * (HEADS * DIM)
   kv_start = tl.cast(batch, tl.int64) * S * (KV_HEADS * DIM) + head * DIM
   q = tl.load(q_ptr + q_start + tile, mask=inside[:, None], other=0.0)
 
   offset = tl.load(offset_ptr + batch)
-  p = offset + t
   origin = offset + t_first
+  p = origin + t
   last = tl.minimum((first + BLOCK_Q - 1) // GROUP, T - 1)
   lo, mid, end, hi = _key_range(origin, offset + last, S, LEFT, RIGHT, BLOCK_K)
 
@@ -159,7 +167,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, offset_ptr, slope_ptr, q_segment_ptr, k_
     slope = tl.load(slope_ptr + batch * HEADS + head * GROUP + g) * (1 / SCALE)
   q_segment = t
   if SEGMENTS:
-    q_segment = tl.load(q_segment_ptr + tl.cast(batch, tl.int64) * T + t)
+    q_segment = tl.load(q_segment_ptr + tl.cast(batch, tl.int64) * T + t_first + t)
     blocks = tl.cdiv(S, BLOCK_K)
     lo, hi = _segment_hull(k_range_ptr + batch * 2 * blocks, blocks, tl.min(q_segment),
                            tl.max(q_segment), lo, tl.maximum(lo, hi), BLOCK_K)
@@ -190,8 +198,8 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, offset_ptr, slope_ptr, q_segment_ptr, k_
   tl.store(out_ptr + q_start + tile, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
   lse = (top + tl.log2(tl.where(empty, 1.0, total))) * LN2
   if ALIBI:
-    lse -= slope * SCALE * (t - t_first).to(tl.float32)
-  lse_row = (tl.cast(batch, tl.int64) * HEADS + head * GROUP + g) * T + t
+    lse -= slope * SCALE * t.to(tl.float32)
+  lse_row = (tl.cast(batch, tl.int64) * HEADS + head * GROUP + g) * T + t_first + t
   tl.store(lse_ptr + lse_row, tl.where(empty, float("-inf"), lse), mask=inside)
 
 
@@ -218,7 +226,8 @@ def _dq_blocks(dq, q, dout, lse2, delta, k_ptr, v_ptr, segment_ptr, slope, p, q_
       v = tl.load(v_ptr + start + tile)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if ALIBI:
-      scores += slope[:, None] * (cols.to(tl.float32) + tl.cast(n - origin, tl.float32))[None, :]
+      distance = cols.to(tl.float32) + tl.cast(n - origin, tl.float32)
+      scores = tl.fma(slope[:, None], distance[None, :], scores)
     weights = tl.exp2(scores * SCALE2 - lse2[:, None])
     if MASKED:
       k_segment = j
@@ -235,12 +244,15 @@ def _dq_blocks(dq, q, dout, lse2, delta, k_ptr, v_ptr, segment_ptr, slope, p, q_
 
 @triton.jit
 def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dout_ptr, offset_ptr, slope_ptr,
-              q_segment_ptr, k_segment_ptr, k_range_ptr, T, S, num_groups, dq_ptr, delta_ptr,
+              q_segment_ptr, k_segment_ptr, k_range_ptr, T, S, num_groups, dq_ptr, lse2_ptr, delta_ptr,
               GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
               BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SCALE: tl.constexpr,
               LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr,
               SEGMENTS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr):
-  """dq, and delta = sum(out * dout) for the kernel that follows; a program as in the forward."""
+  """dq of the rows that a program of the forward has, and what `dkv_kernel` needs of each row.
+
+  That is lse2, lse in base 2 and inf for a row that sees nothing, and delta = sum(out * dout).
+  """
   HEADS: tl.constexpr = KV_HEADS * GROUP
   pid = tl.program_id(0)
   group = pid % num_groups
@@ -248,13 +260,11 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dout_ptr, offset_ptr, slope
   head = group % KV_HEADS
   first = (tl.num_programs(0) // num_groups - 1 - pid // num_groups) * BLOCK_Q
 
-  t, g, inside = _rows(first, T, GROUP, BLOCK_Q)
-  t_first = first // GROUP
-  tile = (t - t_first)[:, None] * (HEADS * DIM) + (head * GROUP + g)[:, None] * DIM + tl.arange(
-      0, DIM)[None, :]
+  t_first, t, g, inside = _rows(first, T, GROUP, BLOCK_Q, True)
+  tile = t[:, None] * (HEADS * DIM) + (head * GROUP + g)[:, None] * DIM + tl.arange(0, DIM)[None, :]
   q_start = (tl.cast(batch, tl.int64) * T + t_first) * (HEADS * DIM)
   kv_start = tl.cast(batch, tl.int64) * S * (KV_HEADS * DIM) + head * DIM
-  lse_row = (tl.cast(batch, tl.int64) * HEADS + head * GROUP + g) * T + t
+  lse_row = (tl.cast(batch, tl.int64) * HEADS + head * GROUP + g) * T + t_first + t
   q = tl.load(q_ptr + q_start + tile, mask=inside[:, None], other=0.0)
   dout = tl.load(dout_ptr + q_start + tile, mask=inside[:, None], other=0.0)
   out = tl.load(out_ptr + q_start + tile, mask=inside[:, None], other=0.0)
@@ -262,21 +272,21 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dout_ptr, offset_ptr, slope
   tl.store(delta_ptr + lse_row, delta, mask=inside)
 
   offset = tl.load(offset_ptr + batch)
-  p = offset + t
   origin = offset + t_first
+  p = origin + t
   last = tl.minimum((first + BLOCK_Q - 1) // GROUP, T - 1)
   lo, mid, end, hi = _key_range(origin, offset + last, S, LEFT, RIGHT, BLOCK_K)
 
   lse = tl.load(lse_ptr + lse_row)
-  lse2 = lse * LOG2E
+  lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # an empty row weighs nothing
+  tl.store(lse2_ptr + lse_row, lse2, mask=inside)
   slope = tl.zeros([BLOCK_Q], tl.float32)
   if ALIBI:
     slope = tl.load(slope_ptr + batch * HEADS + head * GROUP + g) * (1 / SCALE)
-    lse2 += slope * (SCALE * LOG2E) * (t - t_first).to(tl.float32)
-  lse2 = tl.where(lse == float("-inf"), float("inf"), lse2)  # an empty row weighs nothing
+    lse2 += slope * (SCALE * LOG2E) * t.to(tl.float32)
   q_segment = t
   if SEGMENTS:
-    q_segment = tl.load(q_segment_ptr + tl.cast(batch, tl.int64) * T + t)
+    q_segment = tl.load(q_segment_ptr + tl.cast(batch, tl.int64) * T + t_first + t)
     blocks = tl.cdiv(S, BLOCK_K)
     lo, hi = _segment_hull(k_range_ptr + batch * 2 * blocks, blocks, tl.min(q_segment),
                            tl.max(q_segment), lo, tl.maximum(lo, hi), BLOCK_K)
@@ -301,7 +311,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dout_ptr, offset_ptr, slope
 
 
 @triton.jit
-def _dkv_blocks(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, segment_ptr, j,
+def _dkv_blocks(dk, dv, k, v, q_ptr, dout_ptr, lse2_ptr, delta_ptr, slope_ptr, segment_ptr, j,
                 k_segment, offset, T, n, lo, hi, split, GROUP: tl.constexpr, HEADS: tl.constexpr,
                 DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
                 SCALE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr,
@@ -312,9 +322,8 @@ def _dkv_blocks(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, se
   tile = lo // BLOCK_Q
   skip = (split - tile % SPLITS + SPLITS) % SPLITS  # tiles are dealt out to the splits in turn
   for first in range(lo + skip * BLOCK_Q, hi, BLOCK_Q * SPLITS):
-    t, g, inside = _rows(first, T, GROUP, BLOCK_Q)
-    t_first = first // GROUP
-    rows = (t - t_first)[:, None] * (HEADS * DIM) + g[:, None] * DIM + d[None, :]
+    t_first, t, g, inside = _rows(first, T, GROUP, BLOCK_Q, MASKED)
+    rows = t[:, None] * (HEADS * DIM) + g[:, None] * DIM + d[None, :]
     start = tl.cast(t_first, tl.int64) * (HEADS * DIM)
     if MASKED:
       q = tl.load(q_ptr + start + rows, mask=inside[:, None], other=0.0)
@@ -322,24 +331,24 @@ def _dkv_blocks(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, se
     else:
       q = tl.load(q_ptr + start + rows)
       dout = tl.load(dout_ptr + start + rows)
-    stat = tl.cast(g, tl.int64) * T + t
-    lse = tl.load(lse_ptr + stat)
-    delta = tl.load(delta_ptr + stat)
-    p = offset + t
+    lse2 = tl.load(lse2_ptr + t_first + g * T + t)
+    delta = tl.load(delta_ptr + t_first + g * T + t)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [keys, rows]
-    lse2 = lse * LOG2E
     if ALIBI:
-      slope = tl.load(slope_ptr + g)
-      lse2 += slope * LOG2E * (p - n).to(tl.float32)
-      scores += jj[:, None] * (slope * (1 / SCALE))[None, :]
-    lse2 = tl.where(inside & (lse != float("-inf")), lse2, float("inf"))
-    weights = tl.exp2(scores * (SCALE * LOG2E) - lse2[None, :])
+      slope2 = tl.load(slope_ptr + g) * LOG2E
+      lse2 = tl.fma(slope2, (offset + t_first - n + t).to(tl.float32), lse2)
+      shift = tl.fma(jj[:, None], slope2[None, :], -lse2[None, :])
+      weights = tl.exp2(tl.fma(scores, SCALE * LOG2E, shift))
+    else:
+      weights = tl.exp2(scores * (SCALE * LOG2E) - lse2[None, :])
     if MASKED:
       q_segment = t
       if SEGMENTS:
-        q_segment = tl.load(segment_ptr + t)
-      weights = tl.where(_sees(p[None, :], j[:, None], q_segment[None, :], k_segment[:, None],
-                               LEFT, RIGHT, SEGMENTS), weights, 0.0)
+        q_segment = tl.load(segment_ptr + t_first + t)
+      p = offset + t_first + t
+      visible = _sees(p[None, :], j[:, None], q_segment[None, :], k_segment[:, None],
+                      LEFT, RIGHT, SEGMENTS) & inside[None, :]
+      weights = tl.where(visible, weights, 0.0)
     dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     dscores = weights * (dweights - delta[None, :])
@@ -351,7 +360,7 @@ def _dkv_blocks(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, se
 
 
 @triton.jit
-def dkv_kernel(q_ptr, k_ptr, v_ptr, lse_ptr, dout_ptr, delta_ptr, offset_ptr, slope_ptr,
+def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, offset_ptr, slope_ptr,
                q_segment_ptr, k_segment_ptr, q_range_ptr, T, S, num_groups, dk_ptr, dv_ptr,
                GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
                BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SCALE: tl.constexpr,
@@ -413,16 +422,16 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, lse_ptr, dout_ptr, delta_ptr, offset_ptr, sl
   slopes = slope_ptr + batch * HEADS + head * GROUP
   segments = q_segment_ptr + tl.cast(batch, tl.int64) * T
   if RIGHT is not None and not SEGMENTS:
-    dk, dv = _dkv_blocks(dk, dv, k, v, q_ptr + q_start, dout_ptr + q_start, lse_ptr + stat_start,
+    dk, dv = _dkv_blocks(dk, dv, k, v, q_ptr + q_start, dout_ptr + q_start, lse2_ptr + stat_start,
                          delta_ptr + stat_start, slopes, segments, j, k_segment, offset, T, n,
                          lo, tl.minimum(mid, hi), split, GROUP, HEADS, DIM, BLOCK_Q, BLOCK_K,
                          SCALE, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, SPLITS, True)
   if not SEGMENTS:
-    dk, dv = _dkv_blocks(dk, dv, k, v, q_ptr + q_start, dout_ptr + q_start, lse_ptr + stat_start,
+    dk, dv = _dkv_blocks(dk, dv, k, v, q_ptr + q_start, dout_ptr + q_start, lse2_ptr + stat_start,
                          delta_ptr + stat_start, slopes, segments, j, k_segment, offset, T, n,
                          mid, end, split, GROUP, HEADS, DIM, BLOCK_Q, BLOCK_K,
                          SCALE, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, SPLITS, False)
-  dk, dv = _dkv_blocks(dk, dv, k, v, q_ptr + q_start, dout_ptr + q_start, lse_ptr + stat_start,
+  dk, dv = _dkv_blocks(dk, dv, k, v, q_ptr + q_start, dout_ptr + q_start, lse2_ptr + stat_start,
                        delta_ptr + stat_start, slopes, segments, j, k_segment, offset, T, n,
                        end, hi, split, GROUP, HEADS, DIM, BLOCK_Q, BLOCK_K,
                        SCALE, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, SPLITS, True)
