@@ -21,6 +21,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -63,21 +64,28 @@ def interpreted(mutate: dict[str, str] | None = None):
 
 
 _worker = None
+_lock = threading.Lock()
 
 
 def _ask(*request):
   """The outputs of one launch, from the interpreter's process."""
   global _worker
-  if _worker is None or _worker.poll() is not None:
-    _worker = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env=os.environ | dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"))
-  pickle.dump(request, _worker.stdin, protocol=5)
-  _worker.stdin.flush()
-  try:
-    answer = pickle.load(_worker.stdout)
-  except EOFError:
-    raise RuntimeError(f"the Triton interpreter died in {request[2]}") from None
+  with _lock:  # under `shard_map`, devices call from threads of their own
+    if _worker is None or _worker.poll() is not None:
+      _worker = subprocess.Popen(
+          [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+          env=os.environ | dict(TRITON_INTERPRET="1", OPENBLAS_NUM_THREADS="1"))
+    pickle.dump(request, _worker.stdin, protocol=5)
+    _worker.stdin.flush()
+    alarm = threading.Timer(TIMEOUT, _worker.kill)
+    alarm.start()
+    try:
+      answer = pickle.load(_worker.stdout)
+    except EOFError:
+      raise RuntimeError(f"the Triton interpreter died in {request[2]}, or took more than "
+                         f"{TIMEOUT} s") from None
+    finally:
+      alarm.cancel()
   if isinstance(answer, str):
     raise RuntimeError(f"{request[2]}: {answer}")
   return answer
@@ -163,6 +171,15 @@ def _teach_bfloat16(interpreter, tl):
   interpreter.InterpreterBuilder.create_dot = create_dot
 
 
+def _round_fma_once(interpreter):
+  """Triton's interpreter rounds the product of an FMA, as no GPU does."""
+  def create_fma(self, x, y, z):
+    total = x.data.astype(np.float64) * y.data + z.data
+    return interpreter.TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
+
+  interpreter.InterpreterBuilder.create_fma = create_fma
+
+
 def _patch_language_once(interpreter):
   """Triton patches its language at each call of a device function; that is most of the time."""
   patch_all, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
@@ -193,6 +210,7 @@ def _serve():
   from triton.runtime import interpreter
 
   _teach_bfloat16(interpreter, tl)
+  _round_fma_once(interpreter)
   _patch_language_once(interpreter)
   modules = {}
 

@@ -129,21 +129,30 @@ def _forward(static, query, key, value, segment_ids, slopes, offset):
 def _backward(static, query, key, value, out, lse, dout, segment_ids, slopes, offset):
   batch, length, heads, _ = query.shape
   extras = (segment_ids, slopes, offset)
-  stat = jax.ShapeDtypeStruct(lse.shape, jnp.float32)
-  dquery, lse2, delta = _call(
-      "dq", _blocks(static, query.dtype, "dq"), static, query, key, value, (out, lse, dout),
-      *extras, (jax.ShapeDtypeStruct(query.shape, query.dtype), stat, stat))
+  lse2 = lse * math.log2(math.e)
+  dquery, delta = _call(
+      "dq", _blocks(static, query.dtype, "dq"), static, query, key, value, (out, lse2, dout),
+      *extras, (jax.ShapeDtypeStruct(query.shape, query.dtype),
+                jax.ShapeDtypeStruct(lse.shape, jnp.float32)))
 
   blocks = _blocks(static, query.dtype, "dkv")
   splits = _splits(static, batch, length, key.shape[1], blocks)
   part = jax.ShapeDtypeStruct(
       (splits, *key.shape), jnp.float32 if splits > 1 else key.dtype)
   unused = jax.ShapeDtypeStruct((1,), key.dtype)
-  dkey, dvalue = _call(
-      "dkv", blocks, static, query, key, value, (dout, lse2, delta), *extras,
-      (unused if value is None else part, part), SPLITS=splits)
+
+  def keys_and_values(dk, dv):
+    return _call("dkv", blocks, static, query, key, value, (dout, lse2, delta), *extras,
+                 (part if dk and value is not None else unused, part if dv else unused),
+                 SPLITS=splits, DK=dk, DV=dv)
+
   if value is None:
-    dkey, dvalue = dvalue, None
+    _, dkey = keys_and_values(True, True)
+    dvalue = None
+  elif blocks.apart:
+    (dkey, _), (_, dvalue) = keys_and_values(True, False), keys_and_values(False, True)
+  else:
+    dkey, dvalue = keys_and_values(True, True)
   add = lambda parts: None if parts is None else parts.sum(0).astype(key.dtype)
   return dquery, add(dkey), add(dvalue)
 

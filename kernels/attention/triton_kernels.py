@@ -119,7 +119,7 @@ def _forward_blocks(acc, top, total, q, k_ptr, v_ptr, segment_ptr, slope, p, q_s
     shift = new_top
     if MASKED:
       shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen so far
-    weights = tl.exp2(scores * SCALE2 - shift[:, None])
+    weights = tl.exp2(tl.fma(scores, SCALE2, -shift[:, None]))
     fade = tl.exp2(top - shift)
     total = total * fade + tl.sum(weights, 1)
     acc = acc * fade[:, None]
@@ -228,7 +228,7 @@ def _dq_blocks(dq, q, dout, lse2, delta, k_ptr, v_ptr, segment_ptr, slope, p, q_
     if ALIBI:
       distance = cols.to(tl.float32) + tl.cast(n - origin, tl.float32)
       scores = tl.fma(slope[:, None], distance[None, :], scores)
-    weights = tl.exp2(scores * SCALE2 - lse2[:, None])
+    weights = tl.exp2(tl.fma(scores, SCALE2, -lse2[:, None]))
     if MASKED:
       k_segment = j
       if SEGMENTS:
@@ -243,16 +243,13 @@ def _dq_blocks(dq, q, dout, lse2, delta, k_ptr, v_ptr, segment_ptr, slope, p, q_
 
 
 @triton.jit
-def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dout_ptr, offset_ptr, slope_ptr,
-              q_segment_ptr, k_segment_ptr, k_range_ptr, T, S, num_groups, dq_ptr, lse2_ptr, delta_ptr,
+def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, dout_ptr, offset_ptr, slope_ptr,
+              q_segment_ptr, k_segment_ptr, k_range_ptr, T, S, num_groups, dq_ptr, delta_ptr,
               GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
               BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SCALE: tl.constexpr,
               LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr,
               SEGMENTS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr):
-  """dq of the rows that a program of the forward has, and what `dkv_kernel` needs of each row.
-
-  That is lse2, lse in base 2 and inf for a row that sees nothing, and delta = sum(out * dout).
-  """
+  """dq, and delta = sum(out * dout) for `dkv_kernel`; a program has the rows of the forward's."""
   HEADS: tl.constexpr = KV_HEADS * GROUP
   pid = tl.program_id(0)
   group = pid % num_groups
@@ -277,9 +274,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dout_ptr, offset_ptr, slope
   last = tl.minimum((first + BLOCK_Q - 1) // GROUP, T - 1)
   lo, mid, end, hi = _key_range(origin, offset + last, S, LEFT, RIGHT, BLOCK_K)
 
-  lse = tl.load(lse_ptr + lse_row)
-  lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # an empty row weighs nothing
-  tl.store(lse2_ptr + lse_row, lse2, mask=inside)
+  lse2 = tl.load(lse2_ptr + lse_row)
   slope = tl.zeros([BLOCK_Q], tl.float32)
   if ALIBI:
     slope = tl.load(slope_ptr + batch * HEADS + head * GROUP + g) * (1 / SCALE)
@@ -316,7 +311,7 @@ def _dkv_blocks(dk, dv, k, v, q_ptr, dout_ptr, lse2_ptr, delta_ptr, slope_ptr, s
                 DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
                 SCALE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr,
                 SEGMENTS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
-                SPLITS: tl.constexpr, MASKED: tl.constexpr):
+                SPLITS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr):
   jj = tl.arange(0, BLOCK_K).to(tl.float32)
   d = tl.arange(0, DIM)
   tile = lo // BLOCK_Q
@@ -332,15 +327,14 @@ def _dkv_blocks(dk, dv, k, v, q_ptr, dout_ptr, lse2_ptr, delta_ptr, slope_ptr, s
       q = tl.load(q_ptr + start + rows)
       dout = tl.load(dout_ptr + start + rows)
     lse2 = tl.load(lse2_ptr + t_first + g * T + t)
-    delta = tl.load(delta_ptr + t_first + g * T + t)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [keys, rows]
     if ALIBI:
       slope2 = tl.load(slope_ptr + g) * LOG2E
       lse2 = tl.fma(slope2, (offset + t_first - n + t).to(tl.float32), lse2)
       shift = tl.fma(jj[:, None], slope2[None, :], -lse2[None, :])
-      weights = tl.exp2(tl.fma(scores, SCALE * LOG2E, shift))
     else:
-      weights = tl.exp2(scores * (SCALE * LOG2E) - lse2[None, :])
+      shift = -lse2[None, :]
+    weights = tl.exp2(tl.fma(scores, SCALE * LOG2E, shift))
     if MASKED:
       q_segment = t
       if SEGMENTS:
@@ -349,13 +343,16 @@ def _dkv_blocks(dk, dv, k, v, q_ptr, dout_ptr, lse2_ptr, delta_ptr, slope_ptr, s
       visible = _sees(p[None, :], j[:, None], q_segment[None, :], k_segment[:, None],
                       LEFT, RIGHT, SEGMENTS) & inside[None, :]
       weights = tl.where(visible, weights, 0.0)
-    dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
-    dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-    dscores = weights * (dweights - delta[None, :])
-    if SHARED:  # one sum, since key and value are one array
-      dv = tl.dot((dscores * SCALE).to(q.dtype), q, dv, input_precision=PRECISION)
-    else:
-      dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
+    if DV:
+      dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    if DK:
+      delta = tl.load(delta_ptr + t_first + g * T + t)
+      dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+      dscores = weights * (dweights - delta[None, :])
+      if SHARED:  # one sum, since key and value are one array
+        dv = tl.dot((dscores * SCALE).to(q.dtype), q, dv, input_precision=PRECISION)
+      else:
+        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
   return dk, dv
 
 
@@ -366,11 +363,11 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, offset_ptr, s
                BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SCALE: tl.constexpr,
                LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr,
                SEGMENTS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
-               SPLITS: tl.constexpr):
-  """dk, dv of BLOCK_K keys from every SPLITS-th tile of the rows that see them.
+               SPLITS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr):
+  """dk if DK, dv if DV, of BLOCK_K keys from every SPLITS-th tile of the rows that see them.
 
-  dk_ptr, dv_ptr: [SPLITS, batch, S, KV_HEADS, DIM]; where key and value are one array, dv is the
-  sum for both and dk is not written.
+  dk_ptr, dv_ptr: [SPLITS, batch, S, KV_HEADS, DIM]; where key and value are one array, both are
+  computed, dv is their sum and dk is not written.
   """
   HEADS: tl.constexpr = KV_HEADS * GROUP
   pid = tl.program_id(0)
@@ -388,7 +385,7 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, offset_ptr, s
   inside = (j < S)[:, None]
   k = tl.load(k_ptr + kv_start + tile, mask=inside, other=0.0)
   v = k
-  if not SHARED:
+  if DK and not SHARED:
     v = tl.load(v_ptr + kv_start + tile, mask=inside, other=0.0)
 
   # Rows that see some of these keys lie in [lo, hi); all of them in whole tiles of [mid, end).
@@ -425,19 +422,20 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, offset_ptr, s
     dk, dv = _dkv_blocks(dk, dv, k, v, q_ptr + q_start, dout_ptr + q_start, lse2_ptr + stat_start,
                          delta_ptr + stat_start, slopes, segments, j, k_segment, offset, T, n,
                          lo, tl.minimum(mid, hi), split, GROUP, HEADS, DIM, BLOCK_Q, BLOCK_K,
-                         SCALE, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, SPLITS, True)
+                         SCALE, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, SPLITS, DK, DV, True)
   if not SEGMENTS:
     dk, dv = _dkv_blocks(dk, dv, k, v, q_ptr + q_start, dout_ptr + q_start, lse2_ptr + stat_start,
                          delta_ptr + stat_start, slopes, segments, j, k_segment, offset, T, n,
                          mid, end, split, GROUP, HEADS, DIM, BLOCK_Q, BLOCK_K,
-                         SCALE, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, SPLITS, False)
+                         SCALE, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, SPLITS, DK, DV, False)
   dk, dv = _dkv_blocks(dk, dv, k, v, q_ptr + q_start, dout_ptr + q_start, lse2_ptr + stat_start,
                        delta_ptr + stat_start, slopes, segments, j, k_segment, offset, T, n,
                        end, hi, split, GROUP, HEADS, DIM, BLOCK_Q, BLOCK_K,
-                       SCALE, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, SPLITS, True)
+                       SCALE, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, SPLITS, DK, DV, True)
 
   part = tl.cast(split, tl.int64) * (num_groups // KV_HEADS) * S * (KV_HEADS * DIM)
-  tl.store(dv_ptr + part + kv_start + tile, dv.to(dv_ptr.dtype.element_ty), mask=inside)
-  if not SHARED:
+  if DV:
+    tl.store(dv_ptr + part + kv_start + tile, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+  if DK and not SHARED:
     tl.store(dk_ptr + part + kv_start + tile, (dk * SCALE).to(dk_ptr.dtype.element_ty),
              mask=inside)
