@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
                    help="fraction of the steps that have a block to do")
   tpu.add_argument("--edge", type=float, default=1.0, metavar="F",
                    help="fraction of the steps that begin or end an output block")
-  tpu.add_argument("--inner", type=_numbers, default=1, metavar="N[,N]",
+  tpu.add_argument("--inner", type=_numbers, metavar="N[,N]",
                    help="trips of the loops inside the grid's")
   args = parser.parse_args(argv)
   try:

@@ -22,9 +22,11 @@ SLOTS = ("MATMUL", "MATPUSH", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL
 _MATMUL, _FILL, _SPILL = (SLOTS.index(s) for s in ("MATMUL", "VLOAD:FILL", "VSTORE:SPILL"))
 
 _BUNDLE = re.compile(r" *(0x[0-9a-f]+|0) +(?:[A-Z]{2} *)?:")
-_COMMENT = re.compile(r"/\*(?! loop exit).*?\*/", re.DOTALL)
+_COMMENT = re.compile(r"/\*(?! loop exit test).*?\*/", re.DOTALL)
 _BRANCH = re.compile(r"sbr\.rel\b *(\([^)]*\))? *target bundleno = (\d+)")
-_EXIT = re.compile(r"scmp\.ge\.s32\.totalorder [^,]+, (\d+) /\* loop exit")
+# A loop counts %next = %now + step, where %now = phi(start, %next), and ends at a limit.
+_EXIT = re.compile(r"scmp\.ge\.s32\.totalorder (%\w+), (\d+) /\* loop exit test")
+_DEFINITION = re.compile(r"(%s\w+) = (smov\.u32|sadd\.s32|sphi) ([^;}/]*)")
 # A guard this short only bumps a counter or skips a copy.
 _SMALL = 6
 
@@ -39,8 +41,9 @@ class Region:
   parts: list["Region"] = dataclasses.field(default_factory=list)
   bundles: int = 0  # its own: those of its parts are not in it
   slots: tuple[int, ...] = ()  # its own, how often each of SLOTS is taken
-  exit: int | None = None  # a loop ends when its counter reaches this
+  trips: int | None = None  # of a loop, if its counter begins and ends at constants
   runs: float = 1.0  # executions for each execution of what it is part of
+  known: bool = True  # whether `runs` was found or given; else it is 1
 
   def __iter__(self) -> Iterator["Region"]:
     yield self
@@ -56,19 +59,20 @@ class Steps:
   """How often the parts of a kernel run, where the program does not say.
 
   Attributes:
-    grid: steps of the grid on one core. None: the loop's exit test says it (a Pallas pipeline
-      runs two steps more than its grid, to fill and to drain).
+    grid: steps of the grid on one core, where its loop's counter does not say it. (A pipelined
+      loop makes two trips more than its grid has steps, to fill and to drain.)
     active: the fraction of the steps in which a guard that holds matrix work runs; several
       guards, several fractions, in the order of their addresses.
     edge: the fraction of the steps that begin or end an output block: of guards without matrix
       work.
-    inner: trips of the loops inside the grid's loop, in the order of their addresses.
+    inner: trips of the loops inside the grid's loop, in the order of their addresses. None: as
+      many as their counters say.
   """
 
   grid: int | None = None
   active: float | Sequence[float] = 1.0
   edge: float = 1.0
-  inner: int | Sequence[int] = 1
+  inner: int | Sequence[int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +85,11 @@ class Schedule:
 
   def set_runs(self, steps: Steps) -> None:
     _set_runs(self.root, steps)
+
+  @property
+  def unknown(self) -> list[Region]:
+    """The loops whose trips neither the program says nor `Steps` did: then cycles are too few."""
+    return [region for region in self.root if not region.known]
 
   @property
   def cycles(self) -> float:
@@ -163,14 +172,15 @@ def parse(name: str, bundles: str, utilization: str, chip: Tpu) -> Schedule:
       raise UnknownDump(f"{name}: the loop at {region.first:#x} leaves the region around it")
     stack[-1].parts.append(region)
     stack.append(region)
+  definitions = {name: (op, [a.strip() for a in args.split(",")])
+                 for bundle in code for name, op, args in _DEFINITION.findall(bundle)}
   for region in root:
     own = [i for i in range(region.first, region.end)
            if not any(part.first <= i < part.end for part in region.parts)]
     region.bundles = len(own)
     region.slots = tuple(sum(slots[i][s] for i in own) for s in range(len(SLOTS)))
     if region.kind == "loop":
-      exits = [int(n) for i in own for n in _EXIT.findall(code[i])]
-      region.exit = exits[-1] if exits else None
+      region.trips = _trips([code[i] for i in own], definitions)
   return Schedule(name, root, capacity)
 
 
@@ -216,6 +226,31 @@ def _branches(code, delay_slots) -> list[Region]:
   return sorted(regions, key=lambda r: (r.first, -r.end))
 
 
+def _trips(body, definitions) -> int | None:
+  """How often a loop runs: None unless start, step and limit of its counter are constants."""
+  exits = {exit for bundle in body for exit in _EXIT.findall(bundle)}
+  if len(exits) != 1:
+    return None
+  (counter, limit), = exits
+
+  def follow(value):
+    while definitions.get(value, ("",))[0] == "smov.u32":
+      value, = definitions[value][1]
+    return value
+
+  operation, operands = definitions.get(follow(counter), ("", ()))
+  if operation != "sadd.s32" or not operands[0].isdigit():
+    return None
+  step, now = int(operands[0]), operands[1]
+  operation, operands = definitions.get(now, ("", ()))
+  if operation != "sphi" or len(operands) != 2 or follow(operands[1]) != follow(counter):
+    return None
+  start = follow(operands[0])
+  if not start.isdigit() or not 0 < step < 2**31:
+    return None
+  return max(1, -(-(int(limit) - int(start)) // step))
+
+
 def _executed(region, times=1.0):
   """(region, executions in one call of the kernel)."""
   times *= region.runs
@@ -227,31 +262,36 @@ def _executed(region, times=1.0):
 def _set_runs(root, steps):
   """Fills in `runs`.
 
-  The first loop with matrix work is the grid's. In it, the outermost guard with matrix work is
-  the pipeline's "a step of the grid, not of the drain"; the innermost is the kernel's own
-  "this block has something to do".
+  The first loop with matrix work is the grid's; where there is no matrix work, each outermost
+  loop is. In it, the outermost guard with matrix work is the pipeline's "a step of the grid, not
+  of the drain"; the innermost is the kernel's own "this block has something to do".
   """
   active = list(steps.active) if isinstance(steps.active, Sequence) else None
   inner = list(steps.inner) if isinstance(steps.inner, Sequence) else None
   matrix = lambda region: region.total(_MATMUL) > 0
+  any_matrix = matrix(root)
 
   def visit(region, grid, in_body, drained):
     for part in region.parts:
       size = part.end - part.first
       grid_of, body_of, drained_of = grid, in_body, drained
-      part.runs = 1.0
-      if part.kind == "loop" and grid is None:
-        if matrix(part):
-          trips = part.exit or (steps.grid + 2 if steps.grid else 1)
-          part.runs, grid_of = float(trips), max(1, trips - 2)
-      elif part.kind == "loop":
-        part.runs = float((inner.pop(0) if inner else 1) if inner is not None else steps.inner)
+      part.runs, part.known = 1.0, True
+      if part.kind == "loop":
+        trips = part.trips
+        if grid is None and (matrix(part) or not any_matrix):
+          trips = trips or (steps.grid + 2 if steps.grid else None)
+          grid_of = max(1, trips - 2) if trips else 1
+        elif inner:
+          trips = inner.pop(0)
+        elif isinstance(steps.inner, int):
+          trips = steps.inner
+        part.runs, part.known = float(trips or 1), trips is not None
       elif in_body:
         if not matrix(part) and size > 64:  # an initialisation inside the main body
           part.runs = steps.edge
       elif grid is not None and (matrix(part) or size > _SMALL):
         if not matrix(part):
-          part.runs = steps.edge
+          part.runs = steps.edge if any_matrix else 1.0
         elif not any(r.kind == "if" and matrix(r) for r in part if r is not part):
           part.runs = active.pop(0) if active else steps.active if active is None else 1.0
           body_of = True

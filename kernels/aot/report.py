@@ -63,7 +63,8 @@ class TpuKernel:
 
   def __str__(self):
     s = self.schedule
-    lines = [f"{self.name} {s.root.end} bundles, {s.cycles:.0f} cycles, busy: "
+    lines = [f"{self.name} {s.root.end} bundles, {'at least ' if s.unknown else ''}"
+             f"{s.cycles:.0f} cycles, busy: "
              + " ".join(f"{slot} {100 * s.busy(slot):.1f}%" for slot in
                         ("MATMUL", "VALU", "EUP", "XLU", "VLOAD", "VSTORE"))]
     lines.append(f"    {'region':32}{'bundles':>8}{'runs':>9}{'MXU%':>7}{'VALU%':>7}{'EUP%':>7}"
@@ -77,7 +78,7 @@ class TpuKernel:
         spills, fills = s.spills(region)
         lines.append(f"    {where:32}{region.bundles:8d}{region.runs:9.3f}{uses}{spills:8d}"
                      f"{fills:8d}" + ("  <- body" if region is s.body else "")
-                     + (f"  ends at {region.exit}" if region.exit else ""))
+                     + ("" if region.known else "  <- TRIPS UNKNOWN, counted once"))
       for part in region.parts:
         show(part, depth + 1)
 
@@ -120,10 +121,14 @@ class Report:
     return [kernel for kernel in self.kernels if part in kernel.name]
 
   def seconds(self, part: str = "") -> float | None:
-    """TPU: the issue cycles of the kernels whose name holds `part`, at the published clock."""
-    if not isinstance(self.chip, Tpu):
+    """TPU: the issue cycles of the kernels whose name holds `part`, at the published clock.
+
+    None where a loop's trips are not known: say them with `Steps`.
+    """
+    kernels = self.kernels_named(part)
+    if not isinstance(self.chip, Tpu) or any(k.schedule.unknown for k in kernels):
       return None
-    return sum(k.cycles for k in self.kernels_named(part)) / self.chip.clock
+    return sum(k.cycles for k in kernels) / self.chip.clock
 
   def utilization(self, part: str = "") -> float | None:
     """TPU: `flops` over what the whole chip could do in `seconds`."""
@@ -136,10 +141,12 @@ class Report:
     lines.append("memory per device: " + ", ".join(
         f"{kind} {size / 2**20:.2f} MiB" for kind, size in self.memory.items()))
     if isinstance(self.chip, Tpu):
-      text = f"static estimate: {self.seconds() * 1e6:.1f} us"
-      if self.flops:
+      seconds = self.seconds()
+      text = f"static estimate: {seconds * 1e6:.1f} us" if seconds else "no estimate"
+      if seconds and self.flops:
         text += f", {100 * self.utilization():.1f}% of the chip's peak does useful work"
-      lines.append(text + " (issue cycles only: no wait for memory is in it)")
+      lines.append(text + (" (issue cycles only: no wait for memory is in it)" if seconds else
+                           ": say how often the loops marked above run (Steps)"))
     lines += [f"PROBLEM: {problem}" for problem in self.problems]
     return "\n".join(lines)
 
