@@ -26,7 +26,8 @@ _COMMENT = re.compile(r"/\*(?! loop exit test).*?\*/", re.DOTALL)
 _BRANCH = re.compile(r"sbr\.rel\b *(\([^)]*\))? *target bundleno = (\d+)")
 # A loop counts %next = %now + step, where %now = phi(start, %next), and ends at a limit.
 _EXIT = re.compile(r"scmp\.ge\.s32\.totalorder (%\w+), (\d+) /\* loop exit test")
-_DEFINITION = re.compile(r"(%s\w+) = (smov\.u32|sadd\.s32|sphi) ([^;}/]*)")
+_DEFINITION = re.compile(r"(%s\w+) = (smov\.u32|sadd\.s32|sphi|sld) ([^;}/]*)")
+_STORE = re.compile(r"= sst (\[smem:\[#\w+_spill\]\]) (%s\w+)")  # registers may be spilled between
 # A guard this short only bumps a counter or skips a copy.
 _SMALL = 6
 
@@ -172,8 +173,7 @@ def parse(name: str, bundles: str, utilization: str, chip: Tpu) -> Schedule:
       raise UnknownDump(f"{name}: the loop at {region.first:#x} leaves the region around it")
     stack[-1].parts.append(region)
     stack.append(region)
-  definitions = {name: (op, [a.strip() for a in args.split(",")])
-                 for bundle in code for name, op, args in _DEFINITION.findall(bundle)}
+  definitions = _definitions(code)
   for region in root:
     own = [i for i in range(region.first, region.end)
            if not any(part.first <= i < part.end for part in region.parts)]
@@ -226,6 +226,16 @@ def _branches(code, delay_slots) -> list[Region]:
   return sorted(regions, key=lambda r: (r.first, -r.end))
 
 
+def _definitions(code):
+  """{register: (operation, operands)} of what a loop's counter is made of."""
+  found = {name: (op, [a.strip() for a in args.split(",")])
+           for bundle in code for name, op, args in _DEFINITION.findall(bundle)}
+  stores = [store for bundle in code for store in _STORE.findall(bundle)]
+  slots = [slot for slot, _ in stores]
+  # What is read back from a spill slot that is written in one place is what was written there.
+  return found | {slot: ("smov.u32", [value]) for slot, value in stores if slots.count(slot) == 1}
+
+
 def _trips(body, definitions) -> int | None:
   """How often a loop runs: None unless start, step and limit of its counter are constants."""
   exits = {exit for bundle in body for exit in _EXIT.findall(bundle)}
@@ -234,14 +244,14 @@ def _trips(body, definitions) -> int | None:
   (counter, limit), = exits
 
   def follow(value):
-    while definitions.get(value, ("",))[0] == "smov.u32":
+    while definitions.get(value, ("",))[0] in ("smov.u32", "sld"):
       value, = definitions[value][1]
     return value
 
   operation, operands = definitions.get(follow(counter), ("", ()))
   if operation != "sadd.s32" or not operands[0].isdigit():
     return None
-  step, now = int(operands[0]), operands[1]
+  step, now = int(operands[0]), follow(operands[1])
   operation, operands = definitions.get(now, ("", ()))
   if operation != "sphi" or len(operands) != 2 or follow(operands[1]) != follow(counter):
     return None
