@@ -14,8 +14,8 @@ from .errors import AotError, UnknownDump
 from .jobs import Job, job, report, run, run_all
 from .llo import Steps
 from .report import GpuKernel, Report, TpuKernel
-from .targets import TARGETS, chip, devices, environment
+from .targets import TARGETS, Gpu, Tpu, chip, devices, environment
 
-__all__ = ["TARGETS", "AotError", "GpuKernel", "Job", "Report", "Steps", "TpuKernel",
+__all__ = ["TARGETS", "AotError", "Gpu", "GpuKernel", "Job", "Report", "Steps", "Tpu", "TpuKernel",
            "UnknownDump", "chip", "compile", "devices", "environment", "job", "report", "run",
            "run_all"]

@@ -54,8 +54,8 @@ def buffers(text: str) -> list[Buffer]:
           raise UnknownDump(f"an HLO instruction of unknown form: {line.strip()[:200]}")
         continue
       name, shapes, opcode = instruction.groups()
-      if opcode in _ALIASES:
-        continue
+      if opcode in _ALIASES or opcode.endswith(("-start", "-update", "-done")):
+        continue  # the last: copies to faster memory, as bytes
       for dtype, dims in _ARRAY.findall(shapes):
         shape = tuple(int(d) for d in dims.split(",") if d)
         found.append(Buffer(name, dtype, shape, opcode))

@@ -67,8 +67,9 @@ def parse(text: str) -> Resources:
       spill_loads=figure(r"bytes stack frame, \d+ bytes spill stores, (\d+) bytes spill loads"),
       stack=figure(r"(\d+) bytes stack frame"),
       barriers=int(barriers[0]) if barriers else 0,
-      # C7510 to C7512 name three causes with one effect.
-      serialized=bool(re.search(r"\(C751\d\)|wgmma\.mma_async instructions are serialized", text)))
+      # C7510 to C7512 name three causes with one effect; C7519 is harmless.
+      serialized=bool(re.search(
+          r"\(C751[012]\)|wgmma\.mma_async instructions are serialized", text)))
 
 
 def assemble(ptx: str, architecture: str, cubin: str) -> Resources:

@@ -58,6 +58,11 @@ class TpuKernel:
     return self.schedule.cycles
 
   @property
+  def matrix(self) -> bool:
+    """Whether it uses the matrix units at all."""
+    return self.schedule.matmul_cycles > 0
+
+  @property
   def problems(self) -> list[str]:
     return []
 

@@ -1,4 +1,4 @@
-"""SASS, NVIDIA's machine code as nvdisasm prints it: instructions, loops, and what they are made of."""
+"""SASS, NVIDIA's machine code as nvdisasm prints it: instructions and loops, by kind."""
 
 import collections
 import dataclasses
