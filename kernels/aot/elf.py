@@ -53,16 +53,23 @@ def _chunks(data):
     raise UnknownDump("the serialized executable holds no Riegeli file")
   # Each 64 KiB block begins with a header in the middle of whatever lies there.
   data = b"".join(data[at + _BLOCK_HEADER:at + _BLOCK] for at in range(start, len(data), _BLOCK))
-  at = 0
+  at, found = 0, False
   while at + _CHUNK_HEADER <= len(data):
     size, _, kind_and_count, decoded = struct.unpack_from("<QQQQ", data, at + 8)
     kind = chr(kind_and_count & 0xFF)
     chunk = data[at + _CHUNK_HEADER:at + _CHUNK_HEADER + size]
+    if len(chunk) < size:
+      raise UnknownDump(f"the executable ends in the middle of a chunk of {size} bytes")
     if kind == "r":
+      found = True
       yield _records(chunk, decoded)
+    elif kind == "t":
+      raise UnknownDump("the executable's records are transposed, which is not read here")
     elif kind not in "smp":  # signature, metadata, padding
-      return  # what follows the file in the message around it
+      break  # what follows the file in the message around it
     at += _CHUNK_HEADER + size
+  if not found:
+    raise UnknownDump("the serialized executable holds no records")
 
 
 def _records(chunk, decoded):

@@ -114,7 +114,8 @@ class Schedule:
   @property
   def body(self) -> Region:
     """The region that does most of the matrix work, or of all work where there is none."""
-    return max(self.root, key=lambda r: (r.slots[_MATMUL], r.bundles))
+    return max(_executed(self.root), key=lambda x: (x[1] * x[0].slots[_MATMUL],
+                                                    x[1] * x[0].bundles))[0]
 
   def fraction(self, region: Region, slot: str) -> float:
     index = SLOTS.index(slot)
