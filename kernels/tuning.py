@@ -61,7 +61,7 @@ _BLACKWELL = {
          TritonBlocks(64, 128, 8, 2)),  # 479; (64, 64, 4, 2) spills 4, (128, 128, 8, 2) 36
     128: (TritonBlocks(128, 64, 8, 3),  # 413; (128, 128, 8, 2) spills 132
           TritonBlocks(128, 64, 8, 2),  # 406; (64, 64, 4, 2) 428
-          TritonBlocks(64, 128, 8, 2)),  # 516; (128, 64, 8, 2) 582
+          TritonBlocks(64, 64, 4, 2)),  # 552; (64, 128, 8, 2) 516 but spills 8 in triton 3.6
     256: (TritonBlocks(128, 32, 8, 2),  # 826; (64, 64, 8, 2) 789, but 64 rows halve tcgen05's rate
           TritonBlocks(128, 32, 8, 1),  # 828; (64, 64, 8, 2) 889
           TritonBlocks(32, 128, 8, 2, True)),  # 883 + 576; together (64, 64, 8, 1) 1334, 64 rows
