@@ -33,10 +33,9 @@ def unsupported(query, key, value, *, chip: str | None) -> str | None:
     return f"dtype in {{{', '.join(_DTYPES)}}}; got {query.dtype.name}"
   if query.shape[-1] not in _DIMS:
     return f"dim_head in {{{', '.join(map(str, _DIMS))}}}; got {query.shape[-1]}"
-  for array in (query, key):
-    rows = math.prod(array.shape[1:-1])
-    if rows * array.shape[-1] >= 2**31:
-      return f"fewer than 2^31 elements a sequence; got {rows * array.shape[-1]}"
+  rows = query.shape[1] * query.shape[2]
+  if rows >= 2**31:
+    return f"fewer than 2^31 rows (length x heads) a sequence; got {rows}"
   return triton_call.problem()
 
 

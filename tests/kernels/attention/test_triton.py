@@ -2,10 +2,8 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 import inspect
-import subprocess
-import sys
+import re
 
 import chex
 import jax
@@ -15,11 +13,14 @@ import pytest
 from hypothesis import Phase, given, settings, strategies as st
 from jax.sharding import AxisType
 
-from palm_haiku.kernels import alibi_slopes, backend, explain, flash_attention, triton_call, tuning
+from palm_haiku.kernels import alibi_slopes, flash_attention, triton_call, tuning
 from palm_haiku.kernels.attention import triton
 from tests import triton_interpreter
 from tests.kernels.attention import contract
 from tests.kernels.attention.contract import Case
+
+if trouble := triton_call.problem():
+  pytest.skip(f"needs {trouble}", allow_module_level=True)
 
 attention = functools.partial(flash_attention, implementation="triton")
 Blocks = tuning.TritonBlocks
@@ -306,15 +307,14 @@ def struct(num_queries=128, heads=16, dim_head=64, dtype=jnp.bfloat16):
     (dict(dim_head=80), "a100", r"dim_head in {16, 32, 64, 128, 256}; got 80"),
     (dict(dtype=jnp.float64), "a100", "dtype in {bfloat16, float16, float32}; got float64"),
     (dict(), "v5e", "a GPU of a100, .*; got v5e"),
-    (dict(num_queries=2**22, heads=16), "h200", "2.31 elements"),
+    (dict(num_queries=2**27, heads=16), "h200", "2.31 rows"),
 ])
 def test_requirements_are_named(change, chip, message):
   query = struct(**change)
   key = jax.ShapeDtypeStruct((2, 128, 1, query.shape[-1]), query.dtype)
   assert triton.unsupported(struct(), struct(heads=1), None, chip="a100") is None
   problem = triton.unsupported(query, key, key, chip=chip)
-  assert problem is not None
-  pytest.importorskip("re").search(message, problem) or pytest.fail(problem)
+  assert problem and re.search(message, problem), problem
 
 
 def test_the_op_refuses_before_anything_compiles(interpreted):
@@ -332,35 +332,3 @@ def test_the_op_refuses_before_anything_compiles(interpreted):
 def test_a_cpu_is_refused():
   with pytest.raises(ValueError, match="triton needs a device of cuda or rocm; got cpu"):
     attention(*qkv())
-
-
-@pytest.mark.parametrize("versions, message", [
-    ({}, "jax-triton, which is not installed: pip install 'jax-triton"),
-    ({"jax-triton": "0.4.1"}, "triton, which is not installed: pip install 'jax-triton"),
-    ({"jax-triton": "0.4.1", "triton": "3.6.0"}, "triton 3.6, or jax-triton 0.4.1 .* pip install"),
-    ({"jax-triton": "0.3.1", "triton": "3.9.0"}, "triton 3.6, or jax-triton 0.4.1 .* pip install"),
-    ({"jax-triton": "0.2.0", "triton": "3.6.0"}, "jax-triton 0.2.0 with triton 3.6.0: pip install"),
-])
-def test_what_to_install_is_named(monkeypatch, versions, message):
-  def version(name):
-    if name not in versions:
-      raise importlib.metadata.PackageNotFoundError(name)
-    return versions[name]
-
-  monkeypatch.setattr(importlib.metadata, "version", version)
-  with pytest.raises(ValueError, match=f"flash_attention: triton needs .*{message}"):
-    attention(*qkv())
-  monkeypatch.setattr(triton, "unsupported", lambda *_, **__: None)
-  monkeypatch.setattr("palm_haiku.kernels.guards.interpreting", lambda: True)
-  with pytest.raises(ImportError, match=message) as error:
-    attention(*qkv())
-  assert "\n" not in str(error.value)
-
-
-def test_the_package_needs_no_triton():
-  program = ("import sys; sys.modules['triton'] = sys.modules['jax_triton'] = None; "
-             "from palm_haiku import kernels; from palm_haiku.kernels.attention import triton; "
-             "print(kernels.explain('flash_attention').implementation)")
-  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                        timeout=120)
-  assert done.stdout.strip() == "xla", done.stderr
