@@ -33,7 +33,8 @@ def problem() -> str | None:
   old = _release(bridge) < (0, 4)
   if _release(bridge) < (0, 3, 1) or old != (_release(triton) < (3, 7)):
     return ("jax-triton 0.3.1 with triton 3.6, or jax-triton 0.4.1 with triton 3.7 or newer; got "
-            f"jax-triton {bridge} with triton {triton}: pip install 'jax-triton>=0.4.1' 'triton>=3.7'")
+            f"jax-triton {bridge} with triton {triton}: pip install 'jax-triton>=0.4.1' "
+            "'triton>=3.7'")
   try:
     import jax_triton  # noqa: F401
   except Exception as error:

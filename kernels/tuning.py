@@ -29,7 +29,7 @@ class TritonBlocks(NamedTuple):
 # blocks share a multiprocessor. From triton 3.9 and ptxas 13.0 with bfloat16, ALiBi, causal,
 # 16 query heads on one key head; `python -m palm_haiku.kernels.aot` gives them again.
 _HOPPER = {
-    64: (TritonBlocks(128, 64, 4, 3),  # 295; (128, 128, 8, 3) 278 but one block, (128, 64, 8, 3) 347
+    64: (TritonBlocks(128, 64, 4, 3),  # 295; (128, 128, 8, 3) 278, one block; (128, 64, 8, 3) 347
          TritonBlocks(64, 128, 4, 2),  # 280; (128, 64, 4, 2) spills 184 bytes, (64, 64, 4, 3) 315
          TritonBlocks(64, 64, 4, 2)),  # 361; (64, 128, 8, 2) 376, (32, 64, 4, 3) 477
     128: (TritonBlocks(128, 64, 8, 3),  # 409; (128, 128, 8, 2) 354 but spills 16 in triton 3.6
@@ -58,7 +58,7 @@ _ADA = _AMPERE | {  # 99 KiB of shared memory
 _BLACKWELL = {
     64: (TritonBlocks(128, 128, 8, 2),  # 259; (128, 64, 4, 3) spills 36
          TritonBlocks(128, 64, 4, 2),  # 273; (128, 128, 8, 2) 284
-         TritonBlocks(64, 128, 8, 2)),  # 479; (64, 64, 4, 2) spills 4, (128, 128, 8, 2) 36
+         TritonBlocks(64, 128, 8, 2)),  # 479; (64, 64, 4, 2) 490; triton 3.6 spills 4 and 64
     128: (TritonBlocks(128, 64, 8, 3),  # 413; (128, 128, 8, 2) spills 132
           TritonBlocks(128, 64, 8, 2),  # 406; (64, 64, 4, 2) 428
           TritonBlocks(64, 64, 4, 2)),  # 552; (64, 128, 8, 2) 516 but spills 8 in triton 3.6

@@ -136,22 +136,24 @@ def _backward(static, query, key, value, out, lse, dout, segment_ids, slopes, of
 
   blocks = _blocks(static, query.dtype, "dkv")
   splits = _splits(static, batch, length, key.shape[1], blocks)
-  part = jax.ShapeDtypeStruct(
-      (splits, *key.shape), jnp.float32 if splits > 1 else key.dtype)
+  summed = splits > 1 or value is None and blocks.apart
+  part = jax.ShapeDtypeStruct((splits, *key.shape), jnp.float32 if summed else key.dtype)
   unused = jax.ShapeDtypeStruct((1,), key.dtype)
 
   def keys_and_values(dk, dv):
+    one_sum = dk and dv and value is None
     return _call("dkv", blocks, static, query, key, value, (dout, lse2, delta), *extras,
-                 (part if dk and value is not None else unused, part if dv else unused),
+                 (part if dk and not one_sum else unused, part if dv else unused),
                  SPLITS=splits, DK=dk, DV=dv)
 
-  if value is None:
-    _, dkey = keys_and_values(True, True)
-    dvalue = None
-  elif blocks.apart:
+  if blocks.apart:
     (dkey, _), (_, dvalue) = keys_and_values(True, False), keys_and_values(False, True)
+    if value is None:
+      dkey, dvalue = dkey + dvalue, None
   else:
     dkey, dvalue = keys_and_values(True, True)
+    if value is None:
+      dkey, dvalue = dvalue, None
   add = lambda parts: None if parts is None else parts.sum(0).astype(key.dtype)
   return dquery, add(dkey), add(dvalue)
 

@@ -7,7 +7,7 @@ heads, and one head per key (MHA) is the case GROUP = 1.
 Scores stay in units of q.k until the exponent, where one multiplication by SCALE2 =
 scale * log2(e) serves exp2. ALiBi is `slope / scale * (j - origin)` in those units, where the
 origin is one position per tile: what is left, slope * (origin - position), is the same for a
-whole row, so it leaves the softmax alone and only lse has to know. ALiBi thus costs one FMA a score.
+whole row, so it leaves the softmax alone and only lse has to know. ALiBi is one FMA a score.
 
 LEFT and RIGHT are the mask: a query at position p sees key j iff p - LEFT <= j <= p + RIGHT;
 None is no bound, and causal is RIGHT = 0.
@@ -57,7 +57,7 @@ def _segment_hull(ranges, count, low, high, lo, hi, BLOCK: tl.constexpr):
 
 @triton.jit
 def _key_range(p_first, p_last, S, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr):
-  """Keys that positions p_first..p_last see: some in [lo, hi), all in whole blocks of [mid, end)."""
+  """Keys that positions p_first..p_last see: some in [lo, hi), all in the blocks of [mid, end)."""
   lo = 0
   mid = 0
   hi = S
@@ -349,7 +349,7 @@ def _dkv_blocks(dk, dv, k, v, q_ptr, dout_ptr, lse2_ptr, delta_ptr, slope_ptr, s
       delta = tl.load(delta_ptr + t_first + g * T + t)
       dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
       dscores = weights * (dweights - delta[None, :])
-      if SHARED:  # one sum, since key and value are one array
+      if SHARED and DV:  # one sum, since key and value are one array
         dv = tl.dot((dscores * SCALE).to(q.dtype), q, dv, input_precision=PRECISION)
       else:
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -366,8 +366,8 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, offset_ptr, s
                SPLITS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr):
   """dk if DK, dv if DV, of BLOCK_K keys from every SPLITS-th tile of the rows that see them.
 
-  dk_ptr, dv_ptr: [SPLITS, batch, S, KV_HEADS, DIM]; where key and value are one array, both are
-  computed, dv is their sum and dk is not written.
+  dk_ptr, dv_ptr: [SPLITS, batch, S, KV_HEADS, DIM]; where key and value are one array and both are
+  wanted, dv is their sum and dk is not written.
   """
   HEADS: tl.constexpr = KV_HEADS * GROUP
   pid = tl.program_id(0)
@@ -422,20 +422,23 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, offset_ptr, s
     dk, dv = _dkv_blocks(dk, dv, k, v, q_ptr + q_start, dout_ptr + q_start, lse2_ptr + stat_start,
                          delta_ptr + stat_start, slopes, segments, j, k_segment, offset, T, n,
                          lo, tl.minimum(mid, hi), split, GROUP, HEADS, DIM, BLOCK_Q, BLOCK_K,
-                         SCALE, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, SPLITS, DK, DV, True)
+                         SCALE, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, SPLITS, DK, DV,
+                         True)
   if not SEGMENTS:
     dk, dv = _dkv_blocks(dk, dv, k, v, q_ptr + q_start, dout_ptr + q_start, lse2_ptr + stat_start,
                          delta_ptr + stat_start, slopes, segments, j, k_segment, offset, T, n,
                          mid, end, split, GROUP, HEADS, DIM, BLOCK_Q, BLOCK_K,
-                         SCALE, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, SPLITS, DK, DV, False)
+                         SCALE, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, SPLITS, DK, DV,
+                         False)
   dk, dv = _dkv_blocks(dk, dv, k, v, q_ptr + q_start, dout_ptr + q_start, lse2_ptr + stat_start,
                        delta_ptr + stat_start, slopes, segments, j, k_segment, offset, T, n,
                        end, hi, split, GROUP, HEADS, DIM, BLOCK_Q, BLOCK_K,
-                       SCALE, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, SPLITS, DK, DV, True)
+                       SCALE, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, SPLITS, DK, DV,
+                         True)
 
   part = tl.cast(split, tl.int64) * (num_groups // KV_HEADS) * S * (KV_HEADS * DIM)
   if DV:
     tl.store(dv_ptr + part + kv_start + tile, dv.to(dv_ptr.dtype.element_ty), mask=inside)
-  if DK and not SHARED:
+  if DK and not (SHARED and DV):
     tl.store(dk_ptr + part + kv_start + tile, (dk * SCALE).to(dk_ptr.dtype.element_ty),
              mask=inside)
