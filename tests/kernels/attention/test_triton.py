@@ -46,8 +46,8 @@ def results(case, blocks=None, mutate=None, chip=None, **replaced):
 
 drawn = dict(
     case=contract.cases(dim_heads=(16, 64), dtypes=("bfloat16", "float16", "float32"),
-                        max_queries=70, max_keys=100),
-    blocks=st.sampled_from([(16, 16), (32, 16), (16, 64, True), (64, 32)]))
+                        max_queries=40, max_keys=70, groups=((1, 1), (1, 3), (1, 8), (2, 2))),
+    blocks=st.sampled_from([(16, 16), (32, 32), (16, 64, True), (64, 32)]))
 
 
 # The message has the case; to look for a smaller one takes minutes.
