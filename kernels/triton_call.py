@@ -67,7 +67,9 @@ def call(kernel, *inputs, out_types: tuple[jax.ShapeDtypeStruct, ...], grid: int
   compat.mend_jax_triton()
   if "out_type" in inspect.signature(jax_triton.triton_call).parameters:
     # Triton may write PTX newer than what the ptxas of jax's CUDA plugin (13.0 or later) reads.
-    options = dict(out_type=out_types, backend_options={"ptx_version": 90})
+    # Triton 3.10 will no longer fuse products and sums unasked.
+    options = dict(out_type=out_types,
+                   backend_options={"ptx_version": 90, "enable_fp_fusion": True})
   else:
     options = dict(out_shape=out_types)
   outputs = jax_triton.triton_call(

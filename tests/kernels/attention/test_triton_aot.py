@@ -1,6 +1,5 @@
 """The Triton kernels compiled ahead of time for GPUs that are not here, and run on one that is."""
 
-
 import importlib.metadata
 
 import jax
@@ -19,6 +18,16 @@ if trouble := triton_call.problem():
 HEADS = 16
 LONG = 65_536
 TENSOR_CORES = {"a100": "HMMA", "h200": "HGMMA", "b200": "UTCMMA"}
+
+
+@pytest.fixture(scope="module")
+def compilers():
+  try:
+    aot.devices("a100")
+    for name in ("ptxas", "nvdisasm", "cuobjdump"):
+      aot.ptxas.tool(name)
+  except aot.AotError as missing:
+    pytest.skip(str(missing))
 
 
 def attend(query, key, value):
@@ -59,10 +68,12 @@ def one_layer(chip, dim_head):
   assert not report.square
 
 
+@pytest.mark.usefixtures("compilers")
 def test_forward_and_backward_use_the_tensor_cores_and_little_memory():
   one_layer("h200", 128)
 
 
+@pytest.mark.usefixtures("compilers")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("chip", ["a100", "h200", "b200"])
@@ -77,11 +88,13 @@ def triton_version():
   return tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
 
 
+@pytest.mark.usefixtures("compilers")
 def test_vmap_scan_and_remat_compile():
   report = aot.report(attend_each, *shapes(2048, 64, batch=2), target="a100", backward=True)
   check(report, 64)
 
 
+@pytest.mark.usefixtures("compilers")
 @pytest.mark.parametrize("chip, num_queries, num_keys, heads, kv_heads, dim_head, dtype, options", [
     ("a100", 1, 1, 1, 1, 64, "bfloat16", dict(is_causal=False)),
     ("a100", 1, 300, 3, 1, 64, "float16", dict(local_window_size=(20, 3), is_causal=False)),
