@@ -11,7 +11,7 @@ from . import mesh, tuning
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton")
 
-_ATTENTION = ()
+_ATTENTION = ("mosaic_gpu", "mosaic_tpu", "triton")
 
 # The backends that an op has kernels for; "xla" is the fallback of every one.
 KERNELS = {

@@ -1,5 +1,7 @@
 """Block sizes of the kernels, per chip and shape, each with the figure that chose it."""
 
+from typing import NamedTuple
+
 
 def unknown(chip: str | None, query, key, value) -> str | None:
   """What keeps `auto` from a kernel that could run: a shape of which nothing is known."""
@@ -9,3 +11,60 @@ def unknown(chip: str | None, query, key, value) -> str | None:
   if query.shape[1] < 128:  # As when decoding: most rows of a tile would be empty.
     return f"128 queries or more to be chosen unasked; got {query.shape[1]}"
   return None
+
+
+class TritonBlocks(NamedTuple):
+  """Tile sizes and launch of one Triton attention kernel."""
+
+  rows: int  # of queries: (position, head of the group) pairs
+  keys: int
+  warps: int
+  stages: int
+  apart: bool = False  # of dkv: one launch for dk and one for dv, each with half the accumulators
+
+
+# By chip and head_dim: forward, dq, dkv. No two kernels of them could be timed, so static figures
+# chose: of the tiles that do not spill, those with the fewest instructions that a warp issues per
+# (row, key) pair in the main loop (beside each, x 1000), and of two alike the one that lets two
+# blocks share a multiprocessor. From triton 3.9 and ptxas 13.0 with bfloat16, ALiBi, causal,
+# 16 query heads on one key head; `python -m palm_haiku.kernels.aot` gives them again.
+_HOPPER = {
+    64: (TritonBlocks(128, 64, 4, 3),  # 295; (128, 128, 8, 3) 278, one block; (128, 64, 8, 3) 347
+         TritonBlocks(64, 128, 4, 2),  # 280; (128, 64, 4, 2) spills 184 bytes, (64, 64, 4, 3) 315
+         TritonBlocks(64, 64, 4, 2)),  # 361; (64, 128, 8, 2) 376, (32, 64, 4, 3) 477
+    128: (TritonBlocks(128, 64, 8, 3),  # 409; (128, 128, 8, 2) 354 but spills 16 in triton 3.6
+          TritonBlocks(128, 64, 8, 2),  # 384; (64, 64, 4, 2) 402, (128, 128, 8, 1) spills 36
+          TritonBlocks(32, 128, 8, 2)),  # 584; (64, 128, 8, 2) spills 172, apart it takes 671
+    256: (TritonBlocks(128, 64, 8, 2),  # 585, 64 bytes spilled; (128, 32, 8, 2) 844 and none
+          TritonBlocks(128, 32, 8, 2),  # 855; (64, 32, 4, 2) spills 20, (64, 64, 8, 2) 56
+          TritonBlocks(32, 128, 8, 2, True)),  # 883 + 486; together (64, 64, 8, 1) spills 788
+}
+_AMPERE = {
+    64: (TritonBlocks(128, 64, 8, 3),  # 402; (64, 64, 4, 3) 417, (128, 64, 4, 3) spills 56
+         TritonBlocks(128, 64, 8, 2),  # 375; (128, 32, 4, 2) spills 12
+         TritonBlocks(32, 128, 8, 2)),  # 492; (64, 128, 8, 2) spills 16, (32, 64, 4, 2) 520
+    128: (TritonBlocks(128, 32, 8, 3),  # 689; (128, 64, 8, 3) spills 24, (64, 64, 4, 3) 20
+          TritonBlocks(64, 64, 4, 2),  # 584; (128, 32, 8, 2) 590
+          TritonBlocks(64, 64, 8, 2)),  # 816; (32, 64, 4, 2) spills 8
+    256: (TritonBlocks(64, 64, 8, 2),  # 1387; (64, 32, 8, 2) 2262
+          TritonBlocks(32, 32, 4, 2),  # 1324; (64, 32, 8, 2) 1855
+          TritonBlocks(32, 64, 8, 2)),  # 2555; apart 1895 + 1363
+}
+_ADA = _AMPERE | {  # 99 KiB of shared memory
+    256: (TritonBlocks(64, 32, 8, 2),  # 2262
+          TritonBlocks(32, 32, 4, 2),  # 1324
+          TritonBlocks(32, 32, 8, 2)),  # 2562
+}
+_BLACKWELL = {
+    64: (TritonBlocks(128, 128, 8, 2),  # 259; (128, 64, 4, 3) spills 36
+         TritonBlocks(128, 64, 4, 2),  # 273; (128, 128, 8, 2) 284
+         TritonBlocks(64, 128, 8, 2)),  # 479; (64, 64, 4, 2) 490; triton 3.6 spills 4 and 64
+    128: (TritonBlocks(128, 64, 8, 3),  # 413; (128, 128, 8, 2) spills 132
+          TritonBlocks(128, 64, 8, 2),  # 406; (64, 64, 4, 2) 428
+          TritonBlocks(64, 64, 4, 2)),  # 552; (64, 128, 8, 2) 516 but spills 8 in triton 3.6
+    256: (TritonBlocks(128, 32, 8, 2),  # 826; (64, 64, 8, 2) 789, but 64 rows halve tcgen05's rate
+          TritonBlocks(128, 32, 8, 1),  # 828; (64, 64, 8, 2) 889
+          TritonBlocks(32, 128, 8, 2, True)),  # 883 + 576; together (64, 64, 8, 1) 1334, 64 rows
+}
+ATTENTION_TRITON = {"a100": _AMPERE, "rtx4090": _ADA, "h100": _HOPPER, "h200": _HOPPER,
+                    "b200": _BLACKWELL}
