@@ -6,30 +6,19 @@ warpgroup feeds them K and V through TMA.
 """
 
 import functools
-import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import tuning
+from . import mosaic_gpu_tiles as tiles
+from .mosaic_gpu_backward import backward as backward
+from .mosaic_gpu_tiles import COL, COMPUTE, FAR, LOG2E, QUAD, ROW, ROWS, TILE, WARPGROUP_ROWS
+from .mosaic_gpu_tiles import across, down, fold
 
-LOG2E = math.log2(math.e)
-LANES = 8  # columns of a wgmma tile that one quad of threads holds, two to a thread
-WARPGROUP_ROWS = 64  # M of one wgmma
-COMPUTE = 2  # compute warpgroups; warpgroup COMPUTE issues the copies
-ROWS = COMPUTE * WARPGROUP_ROWS
 LOWEST = -1e30  # the running maximum of a row that has seen nothing: finite, so no inf - inf
-FAR = 2**30  # a window this wide is no window
-
-TILE = plgpu.Layout.WGMMA
-ROW, COL = TILE.reduce(1), TILE.reduce(0)
-COMPILER_PARAMS = plgpu.CompilerParams(
-    approx_math=True, unsafe_no_auto_barriers=True,
-    lowering_semantics=plgpu.LoweringSemantics.Lane)
-TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 def unsupported(query, key, value, *, chip):
@@ -44,146 +33,7 @@ def unsupported(query, key, value, *, chip):
   return None
 
 
-# Outside the kernels: rows, bounds, small tables. ----------------------------------------------
-
-
-def pack(x, kv_heads):
-  """[B, T, heads, D] -> [B, rows, kv_heads, D] or [B * kv_heads, rows, 1, D].
-
-  Multi-query attention has rows in this order in memory already, and so has a group of one.
-  """
-  batch, length, heads, dim = x.shape
-  group = heads // kv_heads
-  if kv_heads == 1 or group == 1:
-    return x.reshape(batch, length * group, kv_heads, dim)
-  x = x.reshape(batch, length, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
-  return x.reshape(batch * kv_heads, length * group, 1, dim)
-
-
-def unpack(x, shape, kv_heads):
-  """The inverse of `pack`; `shape` is [B, T, heads, D]."""
-  batch, length, heads, dim = shape
-  group = heads // kv_heads
-  if kv_heads == 1 or group == 1:
-    return x.reshape(shape)
-  x = x.reshape(batch, kv_heads, length, group, dim).transpose(0, 2, 1, 3, 4)
-  return x.reshape(shape)
-
-
-def block_bounds(num_blocks, block, num_keys, first, last, *, is_causal, window):
-  """Which blocks of keys the queries at positions [first, last] see: (lo, full_lo, full_hi, hi).
-
-  Some query sees some key in each of the blocks [lo, hi); in [full_lo, full_hi) every query sees
-  every key, so these need no mask. All are int32 arrays.
-  """
-  some_lo, some_hi = jnp.zeros_like(first), jnp.full_like(first, num_keys)
-  all_lo, all_hi = some_lo, some_hi
-  left, right = reach(is_causal, window)
-  if right < FAR:
-    some_hi, all_hi = jnp.minimum(some_hi, last + right + 1), jnp.minimum(all_hi, first + right + 1)
-  if left < FAR:
-    some_lo, all_lo = jnp.maximum(some_lo, first - left), jnp.maximum(all_lo, last - left)
-  lo = jnp.minimum(some_lo // block, num_blocks)
-  hi = jnp.maximum(lo, -(-some_hi // block))
-  full_lo = jnp.clip(-(-all_lo // block), lo, hi)
-  full_hi = jnp.clip(all_hi // block, full_lo, hi)
-  return lo, full_lo, full_hi, hi
-
-
-def segment_bounds(bounds, segments, others):
-  """`bounds` [B or 1, n] narrowed to blocks whose segments meet; ids int32[B, n, _], [B, m, _]."""
-  lo, full_lo, full_hi, hi = (b[..., None] for b in bounds)
-  low, high = segments.min(-1)[..., None], segments.max(-1)[..., None]
-  other_low, other_high = others.min(-1)[:, None], others.max(-1)[:, None]
-  block = jnp.arange(others.shape[1], dtype=jnp.int32)  # [B, n, m] exists inside fusions only
-  meets = (low <= other_high) & (other_low <= high) & (lo <= block) & (block < hi)
-  same = ((low == high) & (other_low == low) & (other_high == low)
-          & (full_lo <= block) & (block < full_hi))
-  lo = jnp.where(meets, block, len(block)).min(-1)
-  hi = jnp.maximum(lo, jnp.where(meets, block + 1, 0).max(-1))
-  full_lo = jnp.where(same, block, len(block)).min(-1)
-  gap = ~same & (block > full_lo[..., None])
-  full_hi = jnp.where(gap, block, len(block)).min(-1)
-  full_lo = jnp.clip(full_lo, lo, hi)
-  return lo, full_lo, jnp.clip(full_hi, full_lo, hi), hi
-
-
-def reach(is_causal, window):
-  """(left, right): how far from its own position a query sees."""
-  left, right = (min(w, FAR) for w in window or (FAR, FAR))
-  return left, 0 if is_causal else right
-
-
-def row_slopes(alibi_slopes, kv_heads):
-  """float32[kv_heads, group + 64]: from any row on, the slopes of the next 64 rows."""
-  slopes = jnp.asarray(alibi_slopes, jnp.float32).reshape(kv_heads, -1)
-  size = slopes.shape[1] + WARPGROUP_ROWS
-  return jnp.tile(slopes, (1, pl.cdiv(size, slopes.shape[1])))[:, :size]
-
-
-def segment_rows(ids, group, padded):
-  """int32[B, length] -> int32[B, padded], each id `group` times; the padding repeats the last."""
-  ids = jnp.repeat(ids.astype(jnp.int32), group, axis=1)
-  return jnp.pad(ids, ((0, 0), (0, padded - ids.shape[1])), mode="edge")
-
-
-def like(x, shape, dtype):
-  """The type of an output that varies over the mesh axes that `x` varies over."""
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
-
-
-# Inside the kernels. ---------------------------------------------------------------------------
-
-
-def across(x, shape):
-  """A value per row, broadcast over columns."""
-  return lax.broadcast_in_dim(x, shape, [0])
-
-
-def down(x, shape):
-  """A value per column, broadcast over rows."""
-  return lax.broadcast_in_dim(x, shape, [1])
-
-
-def columns(n):
-  """Column numbers as (fixed, lane): fixed is a constant of the instruction, lane of the thread.
-
-  Column 8 g + 2 t + b lies in thread t of its quad. Splitting it keeps n / 4 registers free and
-  n / 4 conversions out of the loop: `fixed` folds into immediates, `lane` into one register.
-  """
-  column = plgpu.broadcasted_iota(jnp.int32, (n,), 0, layout=COL)
-  return column & ~6, column & 6
-
-
-def fold(x, op):
-  """[64, n] -> [64, 8]: `op` over the columns that each thread holds, before any shuffle."""
-  parts = [x[:, i:i + LANES] for i in range(0, x.shape[1], LANES)]
-  while len(parts) > 1:
-    parts = [op(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
-  return parts[0]
-
-
-def visible_keys(position, num_keys, *, is_causal, window):
-  """The range [lo, hi) of keys that a query sees; lo is None where it is 0 for every query."""
-  left, right = reach(is_causal, window)
-  lo = position - left if left < FAR else None
-  hi = jnp.full_like(position, num_keys)
-  return lo, jnp.minimum(hi, position + (right + 1)) if right < FAR else hi
-
-
-def mask_scores(scores, visible, base, q_segment, k_segment):
-  """-inf where the row's query does not see the column's key; the tile's first key is `base`."""
-  fixed, lane = (down(c, scores.shape) for c in columns(scores.shape[1]))
-  lo, hi = visible
-  seen = fixed < across(hi - base, scores.shape) - lane
-  if lo is not None:
-    seen &= fixed >= across(lo - base, scores.shape) - lane
-  if q_segment is not None:
-    seen &= across(q_segment, scores.shape) == down(k_segment, scores.shape)
-  return jnp.where(seen, scores, -jnp.inf)
-
-
-def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, slopes_ref, q_seg_ref, k_seg_ref,
+def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slopes_ref,
                     out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem,
                     q_ready, k_ready, v_ready, k_free, v_free, turn, *,
                     config, group, kv_heads, scale, is_causal, window, masked_head, masked_tail):
@@ -192,7 +42,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, slopes_ref, q_seg_ref, k_se
   tile, wg = lax.axis_index("tile"), lax.axis_index("wg")
   b, kv = lax.div(lax.axis_index("head"), kv_heads), lax.rem(lax.axis_index("head"), kv_heads)
   tile = pl.cdiv(q_ref.shape[1], ROWS) - 1 - tile  # under a causal mask the long ones first
-  rows = lambda start, size: rows_at(q_ref, b, kv, kv_heads, start, size)
+  rows = lambda start, size: tiles.rows_at(q_ref, b, kv, kv_heads, start, size)
   bounds = bounds_ref.at[b if bounds_ref.shape[0] > 1 else 0, tile]
   lo, full_lo, full_hi, hi, offset = (bounds[i] for i in range(5))
   shared = v_ref is None
@@ -204,21 +54,12 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, slopes_ref, q_seg_ref, k_se
     plgpu.set_max_registers(40, action="decrease")
     plgpu.copy_gmem_to_smem(q_ref.at[rows(tile * ROWS, ROWS)], q_smem, q_ready)
 
-    streams = [(k_ref, k_smem, k_ready, k_free), (v_ref, v_smem, v_ready, v_free)]
+    def stream(ref, smem, ready, free):
+      source = lambda i: ref.at[b, pl.ds((lo + i) * block, block), kv]
+      return stages, lambda i, slot: [(source(i), smem.at[slot])], ready, free
 
-    def step(i, _, wait, load):
-      slot = lax.rem(i, stages)
-      for ref, smem, ready, free in streams[:1 if shared else 2]:
-        if wait:
-          plgpu.barrier_wait(free.at[slot])
-        if load:
-          plgpu.copy_gmem_to_smem(ref.at[b, pl.ds((lo + i) * block, block), kv], smem.at[slot],
-                                  ready.at[slot])
-
-    steps, filled = hi - lo, jnp.minimum(stages, hi - lo)
-    lax.fori_loop(0, filled, functools.partial(step, wait=False, load=True), None)
-    lax.fori_loop(filled, steps, functools.partial(step, wait=True, load=True), None)
-    lax.fori_loop(steps - filled, steps, functools.partial(step, wait=True, load=False), None)
+    streams = [stream(k_ref, k_smem, k_ready, k_free), stream(v_ref, v_smem, v_ready, v_free)]
+    tiles.feed(hi - lo, streams[:1] if shared else streams)
 
   @pl.when(wg < COMPUTE)
   def compute():
@@ -226,7 +67,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, slopes_ref, q_seg_ref, k_se
     row0 = tile * ROWS + wg * WARPGROUP_ROWS
     row = row0 + plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROW)
     position = offset + lax.div(row, group)
-    visible = visible_keys(position, num_keys, is_causal=is_causal, window=window)
+    visible = tiles.visible_keys(position, num_keys, is_causal=is_causal, window=window)
     slope = q_segment = None
     if slopes_ref is not None:
       at = pl.ds(lax.rem(row0, group), WARPGROUP_ROWS)
@@ -240,7 +81,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, slopes_ref, q_seg_ref, k_se
     factor = scale * LOG2E if scale > 0 else 1.0
 
     steps = hi - lo
-    fixed, lane = (x.astype(jnp.float32) for x in columns(block))
+    fixed, lane = (x.astype(jnp.float32) for x in tiles.columns(block))
 
     def pass_turn():
       plgpu.barrier_arrive(turn)
@@ -265,10 +106,11 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, slopes_ref, q_seg_ref, k_se
       if slope is not None:
         scores += across(slope * (LOG2E / factor), shape) * down(fixed, shape)
       if masked:
-        base, k_segment = (lo + i) * block, None
-        if k_seg_ref is not None:
-          k_segment = plgpu.load(k_seg_ref.at[b, pl.ds(base, block)], layout=COL, optimized=False)
-        scores = mask_scores(scores, visible, base, q_segment, k_segment)
+        base, segments = (lo + i) * block, None
+        if q_segment is not None:
+          keys = k_seg_ref.at[b, pl.ds(base, block)]
+          segments = q_segment, plgpu.load(keys, layout=COL, optimized=False)
+        scores = tiles.mask_scores(scores, visible, base, segments)
 
       high = fold(scores, jnp.maximum)
       if slope is None:
@@ -276,7 +118,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, slopes_ref, q_seg_ref, k_se
         shift = across(-new_top, shape)
       else:
         top -= slope * (LOG2E * block)  # into this tile's frame
-        high = high * factor + across(slope * LOG2E, high.shape) * down(lane[:LANES], high.shape)
+        high = high * factor + across(slope * LOG2E, high.shape) * down(lane[:QUAD], high.shape)
         new_top = jnp.maximum(top, high.max(axis=1))
         shift = across(slope * LOG2E, shape) * down(lane, shape) - across(new_top, shape)
       decay = jnp.exp2(top - new_top)
@@ -301,7 +143,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, slopes_ref, q_seg_ref, k_se
     carry = (
         cast(jnp.zeros((WARPGROUP_ROWS, dim), jnp.float32), TILE),
         cast(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), ROW),
-        cast(jnp.zeros((WARPGROUP_ROWS, LANES), jnp.float32), TILE),
+        cast(jnp.zeros((WARPGROUP_ROWS, QUAD), jnp.float32), TILE),
     )
     plgpu.barrier_wait(q_ready)
 
@@ -331,55 +173,35 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, slopes_ref, q_seg_ref, k_se
     plgpu.wait_smem_to_gmem(0)
 
 
-def rows_at(ref, b, kv, kv_heads, start, size):
-  """The index of rows [start, start + size) in a `pack`ed array."""
-  if ref.shape[2] == kv_heads:
-    return b, pl.ds(start, size), kv
-  return b * kv_heads + kv, pl.ds(start, size), 0
-
-
 def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_causal, scale,
             window, chip):
-  """(out, lse) of flash attention; see `attention.flash_attention` for the contract."""
+  """(out, lse); shapes and meaning as in `flash_attention`, heads and batch flat."""
   batch, length, heads, dim = query.shape
   num_keys, kv_heads = key.shape[1:3]
-  group, rows = heads // kv_heads, length * heads // kv_heads
-  config = tuning.ATTENTION_MOSAIC_GPU[dim]
+  config = tuning.attention_mosaic_gpu(chip, dim)
   block, stages = config.block_kv, config.stages
-  tiles, num_blocks = pl.cdiv(rows, ROWS), pl.cdiv(num_keys, block)
-
-  first = jnp.arange(tiles, dtype=jnp.int32) * ROWS
-  last = jnp.minimum(first + ROWS, rows) - 1
-  offset = jnp.asarray(query_offset, jnp.int32)
-  bounds = [x[None] for x in block_bounds(
-      num_blocks, block, num_keys, offset + first // group, offset + last // group,
-      is_causal=is_causal, window=window)]
-  q_segments = k_segments = None
-  if segment_ids is not None:
-    q_segments = segment_rows(segment_ids[0], group, tiles * ROWS)
-    k_segments = segment_rows(segment_ids[1], 1, num_blocks * block)
-    bounds = segment_bounds(bounds, q_segments.reshape(batch, tiles, -1),
-                            k_segments.reshape(batch, num_blocks, -1))
-  bounds = jnp.stack([*bounds, jnp.broadcast_to(offset, bounds[0].shape)], -1)
-  slopes = None if alibi_slopes is None else row_slopes(alibi_slopes, kv_heads)
-
-  masked_head = segment_ids is not None or reach(is_causal, window)[0] < FAR
-  masked_tail = (segment_ids is not None or reach(is_causal, window)[1] < FAR
-                 or num_keys % block != 0)
-  packed = pack(query, kv_heads)
-  smem = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=TRANSFORMS)
+  bounds, q_segments, k_segments = tiles.key_blocks(
+      query, key, block, segment_ids, query_offset, is_causal=is_causal, window=window)
+  left, right = tiles.reach(is_causal, window)
+  packed, num_tiles = tiles.pack(query, kv_heads), bounds.shape[1]
+  operands = [packed, key, value, bounds, q_segments, k_segments,
+              None if alibi_slopes is None else tiles.row_slopes(alibi_slopes, kv_heads)]
+  varying = [x for x in operands if x is not None]
+  smem = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=tiles.TRANSFORMS)
   out, lse = plgpu.kernel(
       functools.partial(
-          _forward_kernel, config=config, group=group, kv_heads=kv_heads, scale=scale,
-          is_causal=is_causal, window=window, masked_head=masked_head, masked_tail=masked_tail),
-      out_type=[like(query, packed.shape, query.dtype),
-                like(query, (batch, kv_heads, tiles * ROWS), jnp.float32)],
-      grid=(tiles, batch * kv_heads),
+          _forward_kernel, config=config, group=heads // kv_heads, kv_heads=kv_heads, scale=scale,
+          is_causal=is_causal, window=window,
+          masked_head=left < FAR or segment_ids is not None,
+          masked_tail=right < FAR or segment_ids is not None or num_keys % block != 0),
+      out_type=[tiles.output(packed.shape, query.dtype, *varying),
+                tiles.output((batch, kv_heads, num_tiles * ROWS), jnp.float32, *varying)],
+      grid=(num_tiles, batch * kv_heads),
       grid_names=("tile", "head"),
       num_threads=COMPUTE + 1,
       thread_name="wg",
       kernel_name="flash_attention_forward",
-      compiler_params=COMPILER_PARAMS,
+      compiler_params=tiles.COMPILER_PARAMS,
       scratch_types=dict(
           q_smem=smem((ROWS, dim)),
           k_smem=smem((stages, block, dim)),
@@ -392,6 +214,6 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
           v_free=plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE),
           turn=plgpu.Barrier(num_arrivals=COMPUTE),
       ),
-  )(packed, key, value, bounds, slopes, q_segments, k_segments)
-  lse = lse[:, :, :rows].reshape(batch, kv_heads, length, group).transpose(0, 1, 3, 2)
-  return unpack(out, query.shape, kv_heads), lse.reshape(batch, heads, length)
+  )(*operands)
+  return (tiles.unpack(out, query.shape, kv_heads),
+          tiles.unpack_rows(lse, (batch, heads, length)))
