@@ -21,8 +21,16 @@ from .mosaic_gpu_tiles import across, down
 LSE, DELTA, POSITION, SLOPE = range(4)  # rows of the table that the dk, dv kernel reads
 
 
-def _accumulate(shape, body):
+def _product(shape, a, b):
+  def body(acc):
+    plgpu.wgmma(acc, a, b)
+    return acc[...]
+
   return pl.run_scoped(body, plgpu.ACC(shape, jnp.float32))
+
+
+def _product_onto(start, a, b):
+  return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(start))
 
 
 def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, k_seg_ref,
@@ -71,8 +79,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
       slope = plgpu.load(slopes_ref.at[kv, at], layout=ROW, optimized=False) * LOG2E
     if q_seg_ref is not None:
       q_segment = plgpu.load(q_seg_ref.at[b, mine], layout=ROW, optimized=False)
-    here = pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
-    q_tile, dout_tile = q_smem.at[here], dout_smem.at[here]
+    half = lambda smem, wg: smem.at[pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)]
     factor = scale * LOG2E if scale > 0 else 1.0
     shape = (WARPGROUP_ROWS, block)
     fixed, lane = (x.astype(jnp.float32) for x in tiles.columns(block))
@@ -80,18 +87,9 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
     def step(i, _, dq_acc, masked):
       k_slot, v_slot = lax.rem(i, k_stages), lax.rem(i, v_stages)
 
-      def products(scores_acc, dweights_acc):
-        plgpu.barrier_wait(k_ready.at[k_slot])
-        plgpu.wgmma(scores_acc, q_tile, k_smem.at[k_slot].T)
-        if not shared:
-          plgpu.barrier_wait(v_ready.at[v_slot])
-        plgpu.wgmma(dweights_acc, dout_tile, v_smem.at[v_slot].T)
-        return scores_acc[...], dweights_acc[...]
-
-      acc = plgpu.ACC(shape, jnp.float32)
-      scores, dweights = pl.run_scoped(products, acc, acc)
-      if not shared:
-        plgpu.barrier_arrive(v_free.at[v_slot])
+      plgpu.barrier_wait(k_ready.at[k_slot])
+      here = lax.optimization_barrier(wg)
+      scores = _product(shape, half(q_smem, here), k_smem.at[k_slot].T)
       if scale <= 0:
         scores *= scale * LOG2E
       base, shift = (lo + i) * block, across(-lse, shape)
@@ -106,7 +104,13 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
           segments = q_segment, plgpu.load(keys, layout=COL, optimized=False)
         scores = tiles.mask_scores(scores, visible, base, segments)
       weights = jnp.exp2(scores * factor + shift)
-      dscores = (weights * (dweights - across(delta, shape))).astype(q_smem.dtype)
+      if not shared:
+        plgpu.barrier_wait(v_ready.at[v_slot])
+      # dweights - delta: the subtraction is the accumulator's start.
+      centered = _product_onto(across(-delta, shape), half(dout_smem, here), v_smem.at[v_slot].T)
+      if not shared:
+        plgpu.barrier_arrive(v_free.at[v_slot])
+      dscores = (weights * centered).astype(q_smem.dtype)
       plgpu.wgmma(dq_acc, dscores, k_smem.at[k_slot])
       plgpu.wgmma_wait(0)
       plgpu.barrier_arrive(k_free.at[k_slot])
@@ -125,7 +129,8 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
         run(plain_hi, hi - lo, True)
       return dq_acc[...]
 
-    dq = _accumulate((WARPGROUP_ROWS, dim), loops)
+    dq = pl.run_scoped(loops, plgpu.ACC((WARPGROUP_ROWS, dim), jnp.float32))
+    q_tile = half(q_smem, wg)
     q_tile[...] = (dq * scale).astype(q_smem.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[rows(row0, WARPGROUP_ROWS)])
@@ -181,8 +186,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
 
   def weights_of(i, slot, masked):
     """exp2 of scaled, biased, masked scores less lse."""
-    scores = _accumulate(shape, lambda acc: (
-        plgpu.wgmma(acc, k_tile, q_smem.at[slot].T), acc[...])[1])
+    scores = _product(shape, k_tile, q_smem.at[slot].T)
     column = lambda which: plgpu.load(table_smem.at[slot, which], layout=COL, optimized=False)
     shift, row = -column(LSE), None
     if alibi or masked:
@@ -210,10 +214,9 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
     return jnp.exp2(scores)
 
   def dscores_of(slot, weights):
-    dweights = _accumulate(shape, lambda acc: (
-        plgpu.wgmma(acc, v_tile, dout_smem.at[slot].T), acc[...])[1])
     delta = plgpu.load(table_smem.at[slot, DELTA], layout=COL, optimized=False)
-    dscores = weights() * (dweights - down(delta, shape))
+    centered = _product_onto(down(-delta, shape), v_tile, dout_smem.at[slot].T)
+    dscores = weights() * centered
     return dscores * scale if shared else dscores
 
   def loops(step, *accs):
@@ -242,11 +245,13 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
     plgpu.barrier_arrive(dout_free.at[slot])
     plgpu.wgmma(dk_acc, dscores.astype(q_smem.dtype), q_smem.at[slot])
     plgpu.wgmma_wait(0)
+    plgpu.commit_smem()  # the table was read by the threads, and is next written by a copy
     plgpu.barrier_arrive(q_free.at[slot])
 
   def dv_part(i, slot, masked, acc):
     plgpu.barrier_wait(q_ready.at[slot])
     weights = weights_of(i, slot, masked)
+    plgpu.commit_smem()
     plgpu.barrier_arrive(q_free.at[slot])
     plgpu.barrier_wait(weights_free)
     weights_smem[...] = weights
@@ -269,6 +274,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
     plgpu.barrier_arrive(dout_free.at[slot])
     plgpu.wgmma(acc, dscores.astype(q_smem.dtype), q_smem.at[slot])
     plgpu.wgmma_wait(0)
+    plgpu.commit_smem()
     plgpu.barrier_arrive(q_free.at[slot])
 
   acc = plgpu.ACC((WARPGROUP_ROWS, dim), jnp.float32)
