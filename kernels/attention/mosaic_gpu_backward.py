@@ -88,7 +88,9 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
       k_slot, v_slot = lax.rem(i, k_stages), lax.rem(i, v_stages)
 
       plgpu.barrier_wait(k_ready.at[k_slot])
-      here = lax.optimization_barrier(wg)
+      # At head_dim 256 the descriptors of Q and dO, 64 registers, must not be kept across the
+      # loop: they would be spilled. So the compiler may not see that `here` never changes.
+      here = lax.optimization_barrier(wg) if dim > 128 else wg
       scores = _product(shape, half(q_smem, here), k_smem.at[k_slot].T)
       if scale <= 0:
         scores *= scale * LOG2E
