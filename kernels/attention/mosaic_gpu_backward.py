@@ -235,8 +235,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
     return tuple(acc[...] for acc in accs)
 
   def store(ref, x):
-    at = ref.at[part, b, pl.ds(key0, WARPGROUP_ROWS), kv]
-    plgpu.store(at, x.astype(ref.dtype), optimized=False)
+    ref[part, b, pl.ds(key0, WARPGROUP_ROWS), kv] = x.astype(ref.dtype)
 
   def whole(i, slot, masked, dk_acc, dv_acc=None):
     plgpu.barrier_wait(q_ready.at[slot])
