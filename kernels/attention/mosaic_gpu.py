@@ -51,7 +51,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
 
   @pl.when(wg == COMPUTE)
   def copy():
-    plgpu.set_max_registers(40, action="decrease")
+    plgpu.set_max_registers(24, action="decrease")
     plgpu.copy_gmem_to_smem(q_ref.at[rows(tile * ROWS, ROWS)], q_smem, q_ready)
 
     def stream(ref, smem, ready, free):
@@ -63,7 +63,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
 
   @pl.when(wg < COMPUTE)
   def compute():
-    plgpu.set_max_registers(232, action="increase")
+    plgpu.set_max_registers(240, action="increase")
     row0 = tile * ROWS + wg * WARPGROUP_ROWS
     row = row0 + plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROW)
     position = offset + lax.div(row, group)

@@ -51,7 +51,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
 
   @pl.when(wg == COMPUTE)
   def copy():
-    plgpu.set_max_registers(40, action="decrease")
+    plgpu.set_max_registers(24, action="decrease")
     for ref, smem in ((q_ref, q_smem), (dout_ref, dout_smem)):
       plgpu.copy_gmem_to_smem(ref.at[rows(tile * ROWS, ROWS)], smem, q_ready)
 
@@ -65,20 +65,15 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
 
   @pl.when(wg < COMPUTE)
   def compute():
-    plgpu.set_max_registers(232, action="increase")
+    plgpu.set_max_registers(240, action="increase")
     row0 = tile * ROWS + wg * WARPGROUP_ROWS
-    row = row0 + plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROW)
-    position = offset + lax.div(row, group)
-    visible = tiles.visible_keys(position, num_keys, is_causal=is_causal, window=window)
     mine = pl.ds(row0, WARPGROUP_ROWS)
     lse, delta = (plgpu.load(table_ref.at[b, kv, i, mine], layout=ROW, optimized=False)
                   for i in (LSE, DELTA))
-    slope = q_segment = None
+    slope = None
     if slopes_ref is not None:
       at = pl.ds(lax.rem(row0, group), WARPGROUP_ROWS)
       slope = plgpu.load(slopes_ref.at[kv, at], layout=ROW, optimized=False) * LOG2E
-    if q_seg_ref is not None:
-      q_segment = plgpu.load(q_seg_ref.at[b, mine], layout=ROW, optimized=False)
     half = lambda smem, wg: smem.at[pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)]
     factor = scale * LOG2E if scale > 0 else 1.0
     shape = (WARPGROUP_ROWS, block)
@@ -88,9 +83,13 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
       k_slot, v_slot = lax.rem(i, k_stages), lax.rem(i, v_stages)
 
       plgpu.barrier_wait(k_ready.at[k_slot])
-      # At head_dim 256 the descriptors of Q and dO, 64 registers, must not be kept across the
-      # loop: they would be spilled. So the compiler may not see that `here` never changes.
+      # At head_dim 256 what depends on the warpgroup alone, above all the 64 registers of Q's and
+      # dO's descriptors, must not be kept across the loop: it would be spilled. So the compiler
+      # may not see that `here` never changes.
       here = lax.optimization_barrier(wg) if dim > 128 else wg
+      row0 = tile * ROWS + here * WARPGROUP_ROWS
+      row = row0 + plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROW)
+      position = offset + lax.div(row, group)
       scores = _product(shape, half(q_smem, here), k_smem.at[k_slot].T)
       if scale <= 0:
         scores *= scale * LOG2E
@@ -101,9 +100,11 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
         shift += across(slope, shape) * down(lane, shape)
       if masked:
         segments = None
-        if q_segment is not None:
-          keys = k_seg_ref.at[b, pl.ds(base, block)]
-          segments = q_segment, plgpu.load(keys, layout=COL, optimized=False)
+        if q_seg_ref is not None:
+          segments = (
+              plgpu.load(q_seg_ref.at[b, pl.ds(row0, WARPGROUP_ROWS)], layout=ROW, optimized=False),
+              plgpu.load(k_seg_ref.at[b, pl.ds(base, block)], layout=COL, optimized=False))
+        visible = tiles.visible_keys(position, num_keys, is_causal=is_causal, window=window)
         scores = tiles.mask_scores(scores, visible, base, segments)
       weights = jnp.exp2(scores * factor + shift)
       if not shared:
@@ -167,7 +168,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
 
   @pl.when(wg == COMPUTE)
   def copy():
-    plgpu.set_max_registers(40, action="decrease")
+    plgpu.set_max_registers(24, action="decrease")
     for ref, smem in ((k_ref, k_smem), (v_ref, v_smem)):
       if ref is not None:
         plgpu.copy_gmem_to_smem(ref.at[b, pl.ds(tile * keys, keys), kv], smem, kv_ready)
@@ -283,17 +284,17 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
   if divided:
     @pl.when(wg == 0)
     def compute_dv():
-      plgpu.set_max_registers(232, action="increase")
+      plgpu.set_max_registers(240, action="increase")
       store(dv_ref, *pl.run_scoped(lambda a: loops(dv_part, a), acc))
 
     @pl.when(wg == 1)
     def compute_dk():
-      plgpu.set_max_registers(232, action="increase")
+      plgpu.set_max_registers(240, action="increase")
       store(dk_ref, *(scaled(dk) for dk in pl.run_scoped(lambda a: loops(dk_part, a), acc)))
   else:
     @pl.when(wg < COMPUTE)
     def compute():
-      plgpu.set_max_registers(232, action="increase")
+      plgpu.set_max_registers(240, action="increase")
       if shared:
         store(dk_ref, *pl.run_scoped(lambda a: loops(whole, a), acc))
       else:
