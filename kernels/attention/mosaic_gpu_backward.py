@@ -66,14 +66,21 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
   @pl.when(wg < COMPUTE)
   def compute():
     plgpu.set_max_registers(240, action="increase")
-    row0 = tile * ROWS + wg * WARPGROUP_ROWS
-    mine = pl.ds(row0, WARPGROUP_ROWS)
-    lse, delta = (plgpu.load(table_ref.at[b, kv, i, mine], layout=ROW, optimized=False)
-                  for i in (LSE, DELTA))
-    slope = None
-    if slopes_ref is not None:
-      at = pl.ds(lax.rem(row0, group), WARPGROUP_ROWS)
-      slope = plgpu.load(slopes_ref.at[kv, at], layout=ROW, optimized=False) * LOG2E
+    def facts(wg):
+      """What depends on the warpgroup alone: its first row, and a value for each of its rows."""
+      row0 = tile * ROWS + wg * WARPGROUP_ROWS
+      row = row0 + plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROW)
+      position = offset + lax.div(row, group)
+      mine = pl.ds(row0, WARPGROUP_ROWS)
+      load = lambda ref: plgpu.load(ref, layout=ROW, optimized=False)
+      lse, delta = (load(table_ref.at[b, kv, i, mine]) for i in (LSE, DELTA))
+      slope = segment = None
+      if slopes_ref is not None:
+        slope = LOG2E * load(slopes_ref.at[kv, pl.ds(lax.rem(row0, group), WARPGROUP_ROWS)])
+      if q_seg_ref is not None:
+        segment = load(q_seg_ref.at[b, mine])
+      return position, lse, delta, slope, segment
+
     half = lambda smem, wg: smem.at[pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)]
     factor = scale * LOG2E if scale > 0 else 1.0
     shape = (WARPGROUP_ROWS, block)
@@ -83,13 +90,12 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
       k_slot, v_slot = lax.rem(i, k_stages), lax.rem(i, v_stages)
 
       plgpu.barrier_wait(k_ready.at[k_slot])
-      # At head_dim 256 what depends on the warpgroup alone, above all the 64 registers of Q's and
-      # dO's descriptors, must not be kept across the loop: it would be spilled. So the compiler
-      # may not see that `here` never changes.
-      here = lax.optimization_barrier(wg) if dim > 128 else wg
-      row0 = tile * ROWS + here * WARPGROUP_ROWS
-      row = row0 + plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROW)
-      position = offset + lax.div(row, group)
+      here, (position, lse, delta, slope, segment) = wg, kept
+      if dim > 128:
+        # Kept across the loop these would be spilled, and so would the 64 registers that the
+        # descriptors of Q and dO take: the compiler must not see that they never change.
+        here = lax.optimization_barrier(wg)
+        position, lse, delta, slope, segment = facts(here)
       scores = _product(shape, half(q_smem, here), k_smem.at[k_slot].T)
       if scale <= 0:
         scores *= scale * LOG2E
@@ -100,10 +106,9 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
         shift += across(slope, shape) * down(lane, shape)
       if masked:
         segments = None
-        if q_seg_ref is not None:
-          segments = (
-              plgpu.load(q_seg_ref.at[b, pl.ds(row0, WARPGROUP_ROWS)], layout=ROW, optimized=False),
-              plgpu.load(k_seg_ref.at[b, pl.ds(base, block)], layout=COL, optimized=False))
+        if segment is not None:
+          keys = k_seg_ref.at[b, pl.ds(base, block)]
+          segments = segment, plgpu.load(keys, layout=COL, optimized=False)
         visible = tiles.visible_keys(position, num_keys, is_causal=is_causal, window=window)
         scores = tiles.mask_scores(scores, visible, base, segments)
       weights = jnp.exp2(scores * factor + shift)
@@ -118,6 +123,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
       plgpu.wgmma_wait(0)
       plgpu.barrier_arrive(k_free.at[k_slot])
 
+    kept = (None,) * 5 if dim > 128 else facts(wg)
     plgpu.barrier_wait(q_ready)
 
     def loops(dq_acc):
@@ -136,7 +142,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
     q_tile = half(q_smem, wg)
     q_tile[...] = (dq * scale).astype(q_smem.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[rows(row0, WARPGROUP_ROWS)])
+    plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[rows(tile * ROWS + wg * WARPGROUP_ROWS, WARPGROUP_ROWS)])
     plgpu.wait_smem_to_gmem(0)
 
 
