@@ -131,11 +131,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
       if not shared:
         plgpu.barrier_wait(v_ready.at[slot])
       plgpu.barrier_wait(turn)
-
-      def weigh(acc_ref):
-        plgpu.wgmma(acc_ref, weights, v_smem.at[slot])
-
-      acc = pl.run_state(weigh)(plgpu.ACC.init(acc))
+      acc = tiles.product_onto(acc, weights, v_smem.at[slot])
       plgpu.barrier_arrive((k_free if shared else v_free).at[slot])
       return acc, new_top, total
 

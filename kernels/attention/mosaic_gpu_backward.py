@@ -21,18 +21,6 @@ from .mosaic_gpu_tiles import across, down
 LSE, DELTA, POSITION, SLOPE = range(4)  # rows of the table that the dk, dv kernel reads
 
 
-def _product(shape, a, b):
-  def body(acc):
-    plgpu.wgmma(acc, a, b)
-    return acc[...]
-
-  return pl.run_scoped(body, plgpu.ACC(shape, jnp.float32))
-
-
-def _product_onto(start, a, b):
-  return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(start))
-
-
 def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, k_seg_ref,
                slopes_ref, dq_ref, q_smem, dout_smem, k_smem, v_smem,
                q_ready, k_ready, v_ready, k_free, v_free, *,
@@ -96,7 +84,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
         # descriptors of Q and dO take: the compiler must not see that they never change.
         here = lax.optimization_barrier(wg)
         position, lse, delta, slope, segment = facts(here)
-      scores = _product(shape, half(q_smem, here), k_smem.at[k_slot].T)
+      scores = tiles.product(shape, half(q_smem, here), k_smem.at[k_slot].T)
       if scale <= 0:
         scores *= scale * LOG2E
       base, shift = (lo + i) * block, across(-lse, shape)
@@ -115,7 +103,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
       if not shared:
         plgpu.barrier_wait(v_ready.at[v_slot])
       # dweights - delta: the subtraction is the accumulator's start.
-      centered = _product_onto(across(-delta, shape), half(dout_smem, here), v_smem.at[v_slot].T)
+      centered = tiles.product_onto(across(-delta, shape), half(dout_smem, here), v_smem.at[v_slot].T)
       if not shared:
         plgpu.barrier_arrive(v_free.at[v_slot])
       dscores = (weights * centered).astype(q_smem.dtype)
@@ -195,7 +183,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
 
   def weights_of(i, slot, masked):
     """exp2 of scaled, biased, masked scores less lse."""
-    scores = _product(shape, k_tile, q_smem.at[slot].T)
+    scores = tiles.product(shape, k_tile, q_smem.at[slot].T)
     column = lambda which: plgpu.load(table_smem.at[slot, which], layout=COL, optimized=False)
     shift, row = -column(LSE), None
     if alibi or masked:
@@ -224,7 +212,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
 
   def dscores_of(slot, weights):
     delta = plgpu.load(table_smem.at[slot, DELTA], layout=COL, optimized=False)
-    centered = _product_onto(down(-delta, shape), v_tile, dout_smem.at[slot].T)
+    centered = tiles.product_onto(down(-delta, shape), v_tile, dout_smem.at[slot].T)
     dscores = weights() * centered
     return dscores * scale if shared else dscores
 

@@ -209,6 +209,20 @@ def feed(steps, streams):
                   lambda i, _, n=stages, b=free: drain(i, _, n, b), None)
 
 
+def product(shape, a, b):
+  """a @ b in float32; `a` is shared memory or registers, `b` is shared memory."""
+  def run(acc):
+    plgpu.wgmma(acc, a, b)
+    return acc[...]
+
+  return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+
+
+def product_onto(start, a, b):
+  """start + a @ b, accumulated in the registers of `start`."""
+  return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(start))
+
+
 def across(x, shape):
   """A value per row, broadcast over columns."""
   return lax.broadcast_in_dim(x, shape, [0])
