@@ -4,11 +4,15 @@ from .alibi import alibi_slopes
 from .attention import flash_attention
 from .backend import IMPLEMENTATIONS, explain
 from .parallel_block import parallel_attention_ffn
+from .tune import tune
+from .tuning import load as load_tuning
 
 __all__ = [
     "IMPLEMENTATIONS",
     "alibi_slopes",
     "explain",
     "flash_attention",
+    "load_tuning",
     "parallel_attention_ffn",
+    "tune",
 ]

@@ -170,11 +170,11 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
 
 
 def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_causal, scale,
-            window, chip):
+            window, chip, config=None):
   """(out, lse); shapes and meaning as in `flash_attention`, heads and batch flat."""
   batch, length, heads, dim = query.shape
   num_keys, kv_heads = key.shape[1:3]
-  config = tuning.attention_mosaic_gpu(chip, dim)
+  config = config or tuning.attention_mosaic_gpu(chip, dim)
   block, stages = config.block_kv, config.stages
   bounds, q_segments, k_segments = tiles.key_blocks(
       query, key, block, segment_ids, query_offset, is_causal=is_causal, window=window)

@@ -298,12 +298,12 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
 
 
 def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, query_offset,
-             is_causal, scale, window, chip):
+             is_causal, scale, window, chip, config=None):
   """(dquery, dkey, dvalue) from what `forward` returned; without `value`, dkey is both's sum."""
   batch, length, heads, dim = query.shape
   num_keys, kv_heads = key.shape[1:3]
   group, rows = heads // kv_heads, length * heads // kv_heads
-  config = tuning.attention_mosaic_gpu(chip, dim)
+  config = config or tuning.attention_mosaic_gpu(chip, dim)
   left, right = tiles.reach(is_causal, window)
   segmented, shared = segment_ids is not None, value is None
   mask = dict(is_causal=is_causal, window=window)
