@@ -5,6 +5,8 @@ from .attention import flash_attention
 from .backend import IMPLEMENTATIONS, explain
 from .cross_entropy import linear_cross_entropy
 from .parallel_block import parallel_attention_ffn
+from .tune import tune
+from .tuning import load as load_tuning
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -12,5 +14,7 @@ __all__ = [
     "explain",
     "flash_attention",
     "linear_cross_entropy",
+    "load_tuning",
     "parallel_attention_ffn",
+    "tune",
 ]
