@@ -4,26 +4,20 @@ from typing import NamedTuple
 
 
 class TpuBlocks(NamedTuple):
-  """Block sizes of an attention kernel for TPUs."""
+  """Block sizes of an attention kernel for TPUs, before they are fitted to a problem."""
 
-  rows: int  # packed (position, head) rows of a block of queries
-  lanes: int  # rows whose scores are one value in the kernel
+  area: int  # scores of a diagonal step: (query heads of a key/value head) * keys * keys
+  rows: int  # (position, head) rows of a step without a mask, at most
+  lanes: int  # rows of one score tile
   chunk: int  # keys of a step without a mask
-  fine: int  # keys of a step under the mask
+  fine: int  # keys of a step under a mask
   major: int  # keys held in VMEM
-  ahead: int  # score products issued before the softmax of an earlier one
+  ahead: int  # score tiles computed before the softmax of an earlier one
   cores: int  # that the blocks of rows are dealt to
-
-  def period(self, group: int) -> int:
-    """Lanes after which the slopes repeat."""
-    return min(128, self.lanes)
-
-  def periodic(self, group: int) -> bool:
-    return self.period(group) % group == 0
 
 
 ATTENTION_MOSAIC_TPU = {
-    ("v6e", 128): (TpuBlocks(4096, 256, 512, 128, 8192, 3, 1), None),
+    ("v6e", 128): (TpuBlocks(2**22, 4096, 256, 512, 128, 8192, 3, 1), None),
 }
 
 

@@ -56,152 +56,147 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
   batch, length, heads, dim = query.shape
   num_keys, kv_heads = key.shape[1:3]
   group = heads // kv_heads
-  blocks = layout.fit(blocks or tuning.attention_mosaic_tpu(chip, dim)[0],
-                      length * group, num_keys)
-  num_blocks = layout.round_up(-(-length * group // blocks.rows), blocks.cores)
-  num_rows = num_blocks * blocks.rows
-  padded_keys = layout.round_up(num_keys, blocks.major)
-  alibi = alibi_slopes is not None
-  ranges = layout.visible_chunks(
-      length=length, num_keys=num_keys, group=group, rows=blocks.rows, num_blocks=num_blocks,
-      fine=blocks.fine, query_offset=query_offset, is_causal=is_causal, window=window,
-      segment_ids=segment_ids)
-  per_batch = ranges.shape[0] > 1
+  plan = layout.fit(blocks or tuning.attention_mosaic_tpu(chip, dim)[0], length=length,
+                    group=group, num_keys=num_keys)
+  mask = dict(query_offset=query_offset, is_causal=is_causal, window=window)
+  edges = layout.find_edges(plan, length=length, num_keys=num_keys, **mask)
+  chunks = layout.visible_chunks(
+      plan, length=length, num_keys=num_keys, segment_ids=segment_ids, **mask)
+  ranges = layout.Ranges(chunks, plan, edges, kv_heads, query_offset, segment_ids)
 
   # Grid: core, batch and key/value head, block of rows, block of keys. A core takes every
-  # other block of rows, so that the causal triangle splits evenly.
-  def at(s, i):
-    return i * blocks.cores + s
+  # other block of rows, so that the causal triangle splits evenly. The last keys come first:
+  # where a block of rows has a diagonal, it starts there.
+  at = lambda s, i: i * plan.cores + s
+  num_key_blocks = plan.padded_keys // plan.major
 
-  def ranges_at(ranges, b, block, k):
-    return ranges[((b // kv_heads if per_batch else 0) * 4 + k) * num_blocks + block]
-
-  def keys_at(s, b, i, j, ranges):
+  def keys_at(s, b, i, j, scalars):
     # A block that is not visited repeats a visited one's index, and so is not fetched.
-    per_major = blocks.major // blocks.fine
-    first = ranges_at(ranges, b, at(s, i), 0) // per_major
-    last = jnp.maximum(ranges_at(ranges, b, at(s, i), 3) - 1, 0) // per_major
-    return jnp.clip(j, jnp.minimum(first, last), last)
+    return jnp.clip(num_key_blocks - 1 - j, *ranges.key_blocks(scalars, b, at(s, i)))
 
   row_spec = lambda index: pl.BlockSpec(
-      (None, 1, blocks.rows), lambda s, b, i, j, r: (index(b), 0, at(s, i)))
-  rows_spec = pl.BlockSpec((None, blocks.rows, dim), lambda s, b, i, j, r: (b, at(s, i), 0))
+      (None, 1, plan.block_rows), lambda s, b, i, j, *r: (index(b), 0, at(s, i)))
+  rows_spec = pl.BlockSpec(
+      (None, plan.block_rows, dim), lambda s, b, i, j, *r: (b, at(s, i), 0))
   keys_spec = pl.BlockSpec(
-      (None, blocks.major, dim), lambda s, b, i, j, r: (b, keys_at(s, b, i, j, r), 0))
+      (None, plan.major, dim), lambda s, b, i, j, *r: (b, keys_at(s, b, i, j, r), 0))
   operands = dict(
-      position=(layout.row_positions(length, group, num_rows, query_offset)[None],
+      position=(layout.row_positions(length, group, plan.num_rows, query_offset)[None],
                 row_spec(lambda b: 0)),
-      query=(layout.pack(query, kv_heads, num_rows), rows_spec),
-      key=(layout.pack(key, kv_heads, padded_keys), keys_spec))
+      query=(layout.pack(query, kv_heads, plan.num_rows), rows_spec),
+      key=(layout.pack(key, kv_heads, plan.padded_keys), keys_spec))
   if value is not None:
-    operands["value"] = (layout.pack(value, kv_heads, padded_keys), keys_spec)
-  if alibi:
-    operands["slope"] = (layout.row_slopes(alibi_slopes, kv_heads, num_rows),
+    operands["value"] = (layout.pack(value, kv_heads, plan.padded_keys), keys_spec)
+  if alibi_slopes is not None:
+    operands["slope"] = (layout.row_slopes(alibi_slopes, kv_heads, plan.num_rows),
                          row_spec(lambda b: b % kv_heads))
   if segment_ids is not None:
     ids = jnp.repeat(segment_ids[0], group, axis=1)
-    operands["query_id"] = (layout.pad(ids, 1, num_rows)[:, None], row_spec(lambda b: b // kv_heads))
+    operands["query_id"] = (layout.pad(ids, 1, plan.num_rows)[:, None],
+                            row_spec(lambda b: b // kv_heads))
     operands["key_id"] = (
-        layout.pad(segment_ids[1], 1, padded_keys)[:, None],
-        pl.BlockSpec((None, 1, blocks.major),
-                     lambda s, b, i, j, r: (b // kv_heads, 0, keys_at(s, b, i, j, r))))
+        layout.pad(segment_ids[1], 1, plan.padded_keys)[:, None],
+        pl.BlockSpec((None, 1, plan.major),
+                     lambda s, b, i, j, *r: (b // kv_heads, 0, keys_at(s, b, i, j, r))))
 
   scratch = dict(
-      top=pltpu.VMEM((1, blocks.rows), jnp.float32),
-      accum=pltpu.VMEM((dim + SUM_ROWS, blocks.rows), jnp.float32))
-  if alibi:
-    scratch["bias"] = pltpu.VMEM((blocks.chunk, blocks.period(group)), jnp.float32)
+      top=pltpu.VMEM((1, plan.block_rows), jnp.float32),
+      accum=pltpu.VMEM((dim + SUM_ROWS, plan.block_rows), jnp.float32))
+  if alibi_slopes is not None:
+    keys = max(plan.chunk, plan.fine, plan.block_rows // group if edges else 0)
+    scratch["bias"] = pltpu.VMEM((keys, plan.period or 1), jnp.float32)
 
-  def kernel(ranges, *refs):
-    names = (*operands, "out", "lse", *scratch)
-    s, b, i = (pl.program_id(axis) for axis in range(3))
-    visited = [ranges_at(ranges, b, at(s, i), k) for k in range(4)]
-    _kernel(visited, i, dict(zip(names, refs, strict=True)), blocks=blocks, group=group, num_keys=num_keys,
-            is_causal=is_causal, scale=scale, window=window)
+  def kernel(*refs):
+    refs = dict(zip(("chunks", "blocks", *operands, "out", "lse", *scratch), refs, strict=True))
+    _kernel(refs, ranges, plan, edges, num_keys, scale, **mask)
 
   out, lse = pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=1,
-          grid=(blocks.cores, batch * kv_heads, num_blocks // blocks.cores,
-                padded_keys // blocks.major),
+          num_scalar_prefetch=2,
+          grid=(plan.cores, batch * kv_heads, plan.num_blocks // plan.cores,
+                num_key_blocks),
           in_specs=[spec for _, spec in operands.values()],
           out_specs=[rows_spec, row_spec(lambda b: b)],
           scratch_shapes=list(scratch.values())),
       out_shape=[
-          layout.struct((batch * kv_heads, num_rows, dim), query.dtype, query, key, value),
-          layout.struct((batch * kv_heads, 1, num_rows), jnp.float32, query, key, value)],
+          layout.struct((batch * kv_heads, plan.num_rows, dim), query.dtype, query, key, value),
+          layout.struct((batch * kv_heads, 1, plan.num_rows), jnp.float32, query, key, value)],
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"),
           vmem_limit_bytes=100 << 20),
       name="alibi_attention_forward",
-  )(ranges.reshape(-1), *(x for x, _ in operands.values()))
+  )(*ranges.operands, *(x for x, _ in operands.values()))
   return (layout.unpack(out, batch, length, heads),
           layout.unpack_vector(lse, batch, length, heads))
 
 
-def _kernel(visited, row_block, refs, *, blocks, group, num_keys, is_causal, scale, window):
+def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_causal, window):
   """One block of rows against what it sees of one block of keys; refs by name."""
-  key_block, num_key_blocks = pl.program_id(3), pl.num_programs(3)
+  core, head, row_block, turn = (pl.program_id(axis) for axis in range(4))
+  block = row_block * plan.cores + core
+  last_turn = pl.num_programs(3) - 1
+  key_block = last_turn - turn
   key, out, lse, top, accum = (refs[n] for n in ("key", "out", "lse", "top", "accum"))
   value = refs.get("value", key)
   dim = key.shape[-1]
-  alibi = "slope" in refs
-  low_precision = key.dtype != jnp.float32
   dot = functools.partial(
       jax.lax.dot_general, preferred_element_type=jnp.float32,
-      precision=None if low_precision else jax.lax.Precision.HIGHEST)
+      precision=jax.lax.Precision.HIGHEST if key.dtype == jnp.float32 else None)
 
-  @pl.when(key_block == 0)
+  starts_fresh = ranges.of_edge(refs, head, block, 0) > 0 if edges else False
+
+  @pl.when((turn == 0) & jnp.logical_not(starts_fresh))
   def _():
     top[...] = jnp.full_like(top, LOWEST)
     accum[...] = jnp.zeros_like(accum)
 
-  if alibi:
-    # slope * (key's place in its chunk): the same for every chunk, and periodic in the rows.
-    @pl.when((key_block == 0) & (row_block == 0))
+  if "slope" in refs:
+    @pl.when((turn == 0) & (row_block == 0))
     def _():
-      bias = refs["bias"]
-      place = jax.lax.broadcasted_iota(jnp.int32, bias.shape, 0).astype(jnp.float32)
-      bias[...] = place * refs["slope"][:, : bias.shape[1]] if blocks.periodic(group) else place
+      layout.fill_bias(refs, plan)
 
-  first_key = key_block * blocks.major
-
-  def step(start, size, masked):
-    """Adds the keys [start, start + size) of this block to every row."""
-    start = pl.multiple_of(start * blocks.fine, blocks.fine)
-    keys = pl.ds(start, size)
+  def step(first_row, first_key, tiles, size, masked, ids, fresh):
+    first_key = pl.multiple_of(first_key, plan.fine)
+    keys = pl.ds(first_key, size)
     k = key[keys, :]
     ones = (jax.lax.broadcasted_iota(jnp.int32, (SUM_ROWS, size), 0) == 0).astype(k.dtype)
     v = jnp.concatenate([value[keys, :].T, ones], axis=0)
+    key_ids = layout.turned(refs["key_id"][:, keys], plan.lanes) if ids else None
+    position = key_block * plan.major + first_key
+    left = None if fresh else num_keys - position
 
-    def scores(at):
-      return dot(k, refs["query"][at, :], (((1,), (1,)), ((), ())))  # [size, lanes]
+    def rows(tile):
+      return pl.ds(pl.multiple_of(first_row + tile.row, plan.lanes), plan.lanes)
 
-    def update(x, at):
-      distance = first_key + start - refs["position"][:, at]  # of the chunk's first key
-      x = layout.biased(x * (scale * LOG2E), refs, at, blocks, group)
+    def scores(tile):
+      return dot(k[slice(*tile.keys)], refs["query"][rows(tile), :], (((1,), (1,)), ((), ())))
+
+    def update(x, tile):
+      at = rows(tile)
+      distance = position - refs["position"][:, at]  # of the step's first key
+      x = layout.biased(x * (scale * LOG2E), refs, at, tile.keys, plan)
       if masked:
-        key_ids = refs["key_id"][:, keys] if "key_id" in refs else None
-        x = jnp.where(layout.visible(
-            x.shape, distance, refs, at, key_ids, num_keys - first_key - start,
-            is_causal=is_causal, window=window), x, -jnp.inf)
+        x = layout.hide(x, tile, distance, left, refs, at, key_ids,
+                        is_causal=is_causal, window=window)
       # The row's own part of the bias shifts its maximum instead of every score.
-      shift = refs["slope"][:, at] * distance.astype(jnp.float32) if alibi else 0.0
-      old = top[:, at]
+      shift = refs["slope"][:, at] * distance.astype(jnp.float32) if "slope" in refs else 0.0
+      old = LOWEST if fresh else top[:, at]
       new = jnp.maximum(old, x.max(axis=0, keepdims=True) + shift)
       weights = jnp.exp2(x - (new - shift)).astype(v.dtype)
+      sums = dot(v[:, slice(*tile.keys)], weights, (((1,), (0,)), ((), ())))
       top[:, at] = new
-      accum[:, at] = (accum[:, at] * jnp.exp2(old - new)
-                      + dot(v, weights, (((1,), (0,)), ((), ()))))
+      accum[:, at] = sums if fresh else accum[:, at] * jnp.exp2(old - new) + sums
 
-    layout.interleave(blocks, scores, update)
+    layout.interleave(plan, tiles, scores, update)
 
-  layout.for_each_chunk(visited, key_block, blocks, step)
+  first_position = block * (plan.block_rows // plan.group) + query_offset
+  layout.traverse(ranges, refs, head, block, key_block, first_position, plan, edges, step)
 
-  @pl.when(key_block == num_key_blocks - 1)
+  @pl.when(turn == last_turn)
   def _():
     total = accum[dim : dim + 1, :]
     seen = total > 0
-    lse[...] = jnp.where(seen, top[...] + jnp.log2(jnp.where(seen, total, 1)), -jnp.inf) / LOG2E
-    out[...] = (accum[:dim, :] / jnp.where(seen, total, 1)).T.astype(out.dtype)
+    total = jnp.where(seen, total, 1)
+    lse[...] = jnp.where(seen, top[...] + jnp.log2(total), -jnp.inf) / LOG2E
+    out[...] = (accum[:dim, :] * (1 / total)).astype(out.dtype).T
