@@ -1,13 +1,28 @@
-"""Which implementation of an op runs, and why."""
+"""Which implementation of an op runs where, and why."""
 
+import importlib
+import math
+import types
 from typing import NamedTuple
+
+import jax
+
+from . import mesh, tuning
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton")
 
-# The backends that each op has a file for. "xla" is the fallback of every one.
-_AVAILABLE = {
-    "flash_attention": ("xla",),
-    "parallel_attention_ffn": ("xla",),
+# The backends that an op has kernels for; "xla" is the fallback of every one.
+KERNELS = {
+    "flash_attention": (),
+    "parallel_attention_ffn": (),
+}
+
+# JAX's name of a chip (lower case, by its beginning) and ours.
+_CHIPS = {
+    "nvidia a100": "a100", "nvidia h100": "h100", "nvidia h200": "h200", "nvidia b200": "b200",
+    "nvidia geforce rtx 4090": "rtx4090", "tpu v4": "v4", "tpu v5 lite": "v5e", "tpu v5e": "v5e",
+    "tpu v5p": "v5p", "tpu v5": "v5p", "tpu v6 lite": "v6e", "tpu v6e": "v6e", "tpu7x": "tpu7x",
+    "tpu v7x": "tpu7x",
 }
 
 
@@ -18,25 +33,103 @@ class Choice(NamedTuple):
   reason: str
 
 
-def explain(op: str, implementation: str = "auto") -> Choice:
-  """The implementation that `op` would run here, and why.
+class Target(NamedTuple):
+  """What is compiled for."""
+
+  platform: str  # "cpu", "gpu", "tpu"
+  chip: str | None  # "h200", "v5e", ...; None for one that has no name here
+
+
+def target(*arrays: jax.Array) -> Target:
+  """The device of the arrays' mesh or of the mesh in context, else of the default backend."""
+  device = mesh.current(*(x for x in arrays if x is not None)).abstract_device
+  if device is None:
+    device = jax.config.jax_default_device or jax.devices()[0]
+    if isinstance(device, str):
+      device = jax.devices(device)[0]
+  platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+  kind = device.device_kind.lower()
+  chip = next((name for prefix, name in _CHIPS.items() if kind.startswith(prefix)), None)
+  return Target(platform, chip)
+
+
+def kernel_module(op: str, implementation: str) -> types.ModuleType:
+  """The module of an op's backend; imported when first needed."""
+  folder = {"flash_attention": "attention", "parallel_attention_ffn": "parallel_block"}[op]
+  return importlib.import_module(f".{folder}.{implementation}", __package__)
+
+
+def explain(op: str, implementation: str = "auto", query=None, key=None, value=None) -> Choice:
+  """The implementation that an op would run, and why.
 
   Args:
     op: the name of a public op, such as "flash_attention".
     implementation: what the caller would pass to it.
+    query, key, value: of the attention, arrays or `jax.ShapeDtypeStruct`; without them the
+      answer leaves out what depends on shapes.
 
   Raises:
-    ValueError: an unknown op or implementation, or a backend asked for by name that this
-      op cannot run on.
+    ValueError: an unknown op or implementation, or a backend asked for by name that cannot
+      run; the message says which requirement failed.
   """
-  if op not in _AVAILABLE:
-    raise ValueError(f"no op is called {op!r}; there are {', '.join(sorted(_AVAILABLE))}")
+  if op not in KERNELS:
+    raise ValueError(f"no op is called {op!r}; there are {', '.join(sorted(KERNELS))}")
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
         f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
+  if implementation == "xla":
+    return Choice("xla", "asked for by name")
+  on = target(*(x for x in (query, key) if isinstance(x, jax.Array)))
+  fitting = _fitting(on)
+  arrays = tuple(map(_four_dimensions, (query, key, value)))
+
   if implementation == "auto":
-    return Choice("xla", f"{op} has no fused kernel for any chip yet")
-  if implementation not in _AVAILABLE[op]:
+    if fitting not in KERNELS[op]:
+      return Choice("xla", f"{op} has no fused kernel for {on.chip or on.platform}")
+    if query is not None:
+      problem = kernel_module(op, fitting).unsupported(*arrays, chip=on.chip)
+      problem = problem or tuning.unknown(on.chip, *arrays)
+      if problem:
+        return Choice("xla", f"{fitting} needs {problem}")
+    return Choice(fitting, f"the fused kernel for {on.chip or on.platform}")
+
+  name, reason = implementation, "asked for by name"
+  if implementation == "pallas":
+    if fitting not in ("mosaic_gpu", "mosaic_tpu"):
+      raise ValueError(f"{op}: no Pallas kernel is for {on.chip or on.platform}; pass "
+                       "implementation='auto', or name a backend")
+    name, reason = fitting, f"the Pallas kernel for {on.chip or on.platform}"
+  if name not in KERNELS[op]:
     raise ValueError(
-        f"{op} has no {implementation} kernel; it runs on {', '.join(_AVAILABLE[op])} (or auto)")
-  return Choice(implementation, "asked for by name")
+        f"{op} has no {name} kernel; it runs on {', '.join(('xla', *KERNELS[op]))} (or auto)")
+  if query is not None:
+    problem = kernel_module(op, name).unsupported(*arrays, chip=chip_for(name, on))
+    if problem:
+      raise ValueError(f"{op}: {name} needs {problem}")
+  return Choice(name, reason)
+
+
+def chip_for(implementation: str, on: Target) -> str | None:
+  """The chip that an implementation compiles for.
+
+  None on another platform than its own, where it is interpreted or compiled ahead of time.
+  """
+  own = "tpu" if implementation == "mosaic_tpu" else "gpu"
+  return on.chip if on.platform == own else None
+
+
+def _four_dimensions(array):
+  if array is None:
+    return None
+  return jax.ShapeDtypeStruct((math.prod(array.shape[:-3]), *array.shape[-3:]), array.dtype)
+
+
+def _fitting(on: Target) -> str | None:
+  """The backend that was written for a chip."""
+  if on.platform == "tpu":
+    return "mosaic_tpu"
+  if on.chip in ("h100", "h200"):
+    return "mosaic_gpu"
+  if on.platform == "gpu":
+    return "triton"
+  return None

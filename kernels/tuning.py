@@ -1,6 +1,16 @@
-"""Block sizes per chip and shape, each with the measurement that chose it."""
+"""Block sizes of the kernels, per chip and shape, each with the figure that chose it."""
 
 from typing import NamedTuple
+
+
+def unknown(chip: str | None, query, key, value) -> str | None:
+  """What keeps `auto` from a kernel that could run: a shape of which nothing is known."""
+  del key, value
+  if chip is None:
+    return "a chip of known block sizes"
+  if query.shape[1] < 128:  # As when decoding: most rows of a tile would be empty.
+    return f"128 queries or more to be chosen unasked; got {query.shape[1]}"
+  return None
 
 
 class TpuBlocks(NamedTuple):
@@ -17,7 +27,8 @@ class TpuBlocks(NamedTuple):
 
 
 ATTENTION_MOSAIC_TPU = {
-    ("v6e", 128): (TpuBlocks(2**22, 4096, 256, 512, 128, 8192, 3, 1), None),
+    ("v6e", 128): (TpuBlocks(2**22, 4096, 256, 512, 128, 8192, 3, 1),
+                   TpuBlocks(2**22, 2048, 256, 512, 128, 8192, 1, 1)),
 }
 
 

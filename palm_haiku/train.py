@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import rich.console
 
@@ -134,8 +135,7 @@ def train_step(config: TrainConfig, state: TrainState, batch) -> tuple[TrainStat
   model = config.build_model()
 
   def loss_of(params, batch):
-    segment_ids = batch["segment_ids"][:, :-1] if "segment_ids" in batch else None
-    logits = model.apply(params, batch["tokens"][:, :-1], segment_ids)
+    logits = model.apply(params, batch["tokens"][:, :-1], _inputs_segments(batch))
     loss = next_token_loss(logits, batch["tokens"][:, 1:], z_loss=config.z_loss)
     return loss.total, loss
 
@@ -157,21 +157,16 @@ def train_step(config: TrainConfig, state: TrainState, batch) -> tuple[TrainStat
   return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
 
 
-def evaluate(config: TrainConfig, params, tokens, eval_step=None) -> float:
-  """Mean negative log-likelihood, in nats per token, over all of `tokens` once."""
-  eval_step = eval_step or jax.jit(functools.partial(_eval_step, config))
-  total = count = 0.0
-  for batch in data.eval_batches(tokens, batch_size=config.batch_size, seq_len=config.seq_len):
-    nll, weight = eval_step(params, batch)
-    total, count = total + float(nll), count + float(weight)
-  return total / count
-
-
-def _eval_step(config, params, batch):
-  logits = config.build_model().apply(params, batch["tokens"][:, :-1])
+def eval_step(config: TrainConfig, params, batch) -> tuple[jax.Array, jax.Array]:
+  """Summed negative log-likelihood of a batch's targets, and the sum of their weights."""
+  logits = config.build_model().apply(params, batch["tokens"][:, :-1], _inputs_segments(batch))
   weight = batch["weights"].sum()
   nll = next_token_loss(logits, batch["tokens"][:, 1:], weights=batch["weights"]).nll
   return nll * weight, weight
+
+
+def _inputs_segments(batch):
+  return batch["segment_ids"][:, :-1] if "segment_ids" in batch else None
 
 
 def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
@@ -201,10 +196,9 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
       f"[yellow]warning:[/] {line}", soft_wrap=True))
   run = {"config": dataclasses.asdict(config), "data_fingerprint": corpus.fingerprint}
   start = _starting_step(out, checkpoints, run, resume)
-  # Both fail now rather than after compilation if the data is too short.
-  batches = data.batches(
-      corpus.train, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed,
-      eod=corpus.eod if config.mask_documents else None, start_step=start)
+  eod = corpus.eod if config.mask_documents else None
+  batches = data.batches(corpus.train, batch_size=config.batch_size, seq_len=config.seq_len,
+                         seed=config.seed, eod=eod)
 
   out.mkdir(parents=True, exist_ok=True)
   state = jax.eval_shape(lambda: init(config)) if start else jax.jit(lambda: init(config))()
@@ -213,14 +207,20 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
     state = TrainState(**restored)
     console.print(f"resuming from step {start}", highlight=False)
   step_fn = jax.jit(functools.partial(train_step, config), donate_argnums=0)
-  eval_step = jax.jit(functools.partial(_eval_step, config))
+  eval_fn = jax.jit(functools.partial(eval_step, config))
   has_eval = len(corpus.eval) > 1
   peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
   tokens_per_step = config.batch_size * config.seq_len
   eval_loss = None
 
+  def evaluate(params):
+    sums = [eval_fn(params, batch) for batch in data.eval_batches(
+        corpus.eval, batch_size=config.batch_size, seq_len=config.seq_len, eod=eod)]
+    nll, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+    return float(nll / count)
+
   def save(step):
-    checkpoints.save(step, state._asdict(), {**run, "step": step, "data": batches.get_state()})
+    checkpoints.save(step, state._asdict(), {**run, "step": step})
 
   with (_Interrupts() as interrupts,
         runlog.RunLog(out, steps=config.steps, start=start, console=console) as log):
@@ -228,7 +228,7 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
     step = start
     clock, clock_step = None, start
     while step < config.steps and interrupts.received is None:
-      state, metrics = step_fn(state, next(batches))
+      state, metrics = step_fn(state, batches[step])
       step += 1
       last = step == config.steps
       evaluated = has_eval and (last or step % config.eval_every == 0)
@@ -247,7 +247,7 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
             flops = config.model.train_flops_per_token(config.seq_len)
             row["mfu"] = rate * flops / (peak * jax.device_count())
         if evaluated:
-          row["eval_loss"] = eval_loss = evaluate(config, state.params, corpus.eval, eval_step)
+          row["eval_loss"] = eval_loss = evaluate(state.params)
         log.write(row)
         clock, clock_step = time.perf_counter(), step
       log.advance(step)
@@ -257,7 +257,7 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
     if step > saved:
       save(step)
   rows = runlog.read_metrics(log.path)
-  bpb = eval_loss and runlog.bits_per_byte(eval_loss, corpus.bytes_per_token_eval)
+  bpb = eval_loss and runlog.bits_per_byte(eval_loss, corpus.eval_bytes_per_token)
   return Result(step, rows[-1]["loss"] if rows else math.nan, eval_loss, bpb,
                 interrupts.received)
 

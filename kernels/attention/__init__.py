@@ -6,8 +6,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from .. import backend
-from . import xla
+from .. import backend, guards
+from . import fused, xla
 
 
 def flash_attention(
@@ -54,29 +54,36 @@ def flash_attention(
   References:
     FlashAttention (arXiv:2205.14135), ALiBi (arXiv:2108.12409), MQA (arXiv:1911.02150).
   """
-  backend.explain("flash_attention", implementation)
-  _check(query, key, value, alibi_slopes)
+  _check(query, key, value, alibi_slopes, query_offset)
   lead, (num_queries, heads, dim_head) = query.shape[:-3], query.shape[-3:]
   num_keys, kv_heads = key.shape[-3:-1]
   batch = math.prod(lead)
-
   window = _window(local_window_size)
   segments = _segments(segment_ids, lead, num_queries, num_keys)
-  out = xla.attention(
-      query.reshape(batch, num_queries, heads, dim_head),
-      key.reshape(batch, num_keys, kv_heads, dim_head),
-      value.reshape(batch, num_keys, kv_heads, dim_head),
-      is_causal=is_causal,
-      alibi_slopes=alibi_slopes,
+
+  shared = value is key
+  query = query.reshape(batch, num_queries, heads, dim_head)
+  key = key.reshape(batch, num_keys, kv_heads, dim_head)
+  value = key if shared else value.reshape(batch, num_keys, kv_heads, dim_head)
+  options = dict(
+      is_causal=is_causal, alibi_slopes=alibi_slopes,
       scale=dim_head**-0.5 if scale is None else scale,
-      segment_ids=segments,
-      window=window,
-      query_offset=query_offset,
-  )
-  return out.reshape(query.shape)
+      segment_ids=segments, window=window, query_offset=query_offset)
+
+  kernel_value = None if shared else value
+  choice = backend.explain("flash_attention", implementation, query, key, kernel_value)
+  if choice.implementation == "xla":
+    out = xla.attention(query, key, value, **options)
+  else:
+    name = choice.implementation
+    out = fused.attention(
+        guards.only_on(query, "flash_attention", name), key, kernel_value,
+        chip=backend.chip_for(name, backend.target(query, key)),
+        backend=backend.kernel_module("flash_attention", name), **options)
+  return out.reshape(*lead, num_queries, heads, dim_head)
 
 
-def _check(query, key, value, alibi_slopes):
+def _check(query, key, value, alibi_slopes, query_offset):
   for name, array in (("query", query), ("key", key), ("value", value)):
     if array.ndim < 3:
       raise ValueError(f"{name} must be [..., length, heads, dim_head]; got {array.shape}")
@@ -98,6 +105,8 @@ def _check(query, key, value, alibi_slopes):
   if alibi_slopes is not None and jnp.shape(alibi_slopes) != (heads,):
     raise ValueError(f"alibi_slopes must be [{heads}], one per query head; "
                      f"got {jnp.shape(alibi_slopes)}")
+  if not jnp.issubdtype(jnp.result_type(query_offset), jnp.integer) or jnp.ndim(query_offset):
+    raise ValueError(f"query_offset must be one integer; got {query_offset}")
 
 
 def _window(size) -> tuple[int, int] | None:
@@ -115,6 +124,8 @@ def _segments(segment_ids, lead, num_queries, num_keys):
   if not isinstance(segment_ids, tuple):
     segment_ids = (segment_ids, segment_ids)
   for ids, length in zip(segment_ids, (num_queries, num_keys), strict=True):
+    if not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
+      raise ValueError(f"segment_ids must be integers; got {jnp.result_type(ids)}")
     if jnp.shape(ids) != (*lead, length):
       raise ValueError(f"segment_ids must be {(*lead, length)}; got {jnp.shape(ids)}"
                        + (" (pass a pair when T != S)" if num_queries != num_keys else ""))

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .. import tuning
 from . import mosaic_tpu_layout as layout
+from .mosaic_tpu_backward import backward as backward
 from .mosaic_tpu_layout import LOG2E
 
 LOWEST = -1e30  # below every score; finite, so that an empty row's arithmetic stays finite
@@ -81,30 +82,19 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
   keys_spec = pl.BlockSpec(
       (None, plan.major, dim), lambda s, b, i, j, *r: (b, keys_at(s, b, i, j, r), 0))
   operands = dict(
-      position=(layout.row_positions(length, group, plan.num_rows, query_offset)[None],
-                row_spec(lambda b: 0)),
       query=(layout.pack(query, kv_heads, plan.num_rows), rows_spec),
       key=(layout.pack(key, kv_heads, plan.padded_keys), keys_spec))
   if value is not None:
     operands["value"] = (layout.pack(value, kv_heads, plan.padded_keys), keys_spec)
-  if alibi_slopes is not None:
-    operands["slope"] = (layout.row_slopes(alibi_slopes, kv_heads, plan.num_rows),
-                         row_spec(lambda b: b % kv_heads))
-  if segment_ids is not None:
-    ids = jnp.repeat(segment_ids[0], group, axis=1)
-    operands["query_id"] = (layout.pad(ids, 1, plan.num_rows)[:, None],
-                            row_spec(lambda b: b // kv_heads))
-    operands["key_id"] = (
-        layout.pad(segment_ids[1], 1, plan.padded_keys)[:, None],
-        pl.BlockSpec((None, 1, plan.major),
-                     lambda s, b, i, j, *r: (b // kv_heads, 0, keys_at(s, b, i, j, r))))
-
+  operands |= layout.row_operands(
+      plan, kv_heads, length, alibi_slopes, segment_ids, query_offset, row_spec,
+      pl.BlockSpec((None, 1, plan.major),
+                   lambda s, b, i, j, *r: (b // kv_heads, 0, keys_at(s, b, i, j, r))))
   scratch = dict(
       top=pltpu.VMEM((1, plan.block_rows), jnp.float32),
       accum=pltpu.VMEM((dim + SUM_ROWS, plan.block_rows), jnp.float32))
   if alibi_slopes is not None:
-    keys = max(plan.chunk, plan.fine, plan.block_rows // group if edges else 0)
-    scratch["bias"] = pltpu.VMEM((keys, plan.period or 1), jnp.float32)
+    scratch["bias"] = layout.bias_scratch(plan, edges)
 
   def kernel(*refs):
     refs = dict(zip(("chunks", "blocks", *operands, "out", "lse", *scratch), refs, strict=True))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 LOG2E = float(np.log2(np.e))
 FAR = 2**30  # a window that reaches this far hides nothing
@@ -151,6 +152,7 @@ class Ranges:
     high = jnp.maximum(jnp.where(visits, last, 0).max(-1) - 1, 0) // per_major
     low = jnp.minimum(jnp.where(visits, first, FAR).min(-1) // per_major, high)
     rows = [low, high]
+    self._low, self._high, self._visits = low, high, visits.any(-1)
 
     # Per edge: 0 not visited, 1 visited, 2 visited and segment ids differ within it.
     size = plan.block_rows // plan.group
@@ -173,19 +175,28 @@ class Ranges:
 
     self.has_ids = segment_ids is not None
     self.operands = (chunks.reshape(-1), jnp.stack(rows, axis=1).astype(jnp.int32).reshape(-1))
-    self._batch = lambda head: head // kv_heads if batch > 1 else 0
+    self.batch = lambda head: head // kv_heads if batch > 1 else 0
     self._num_steps, self._num_blocks, self._num_rows = num_steps, plan.num_blocks, len(rows)
 
   def of_step(self, refs, head, step):
     """first, full, rest, last."""
-    row = self._batch(head) * 4
+    row = self.batch(head) * 4
     return [refs["chunks"][(row + k) * self._num_steps + step] for k in range(4)]
 
   def _of_block(self, ref, head, block, k):
-    return ref[(self._batch(head) * self._num_rows + k) * self._num_blocks + block]
+    return ref[(self.batch(head) * self._num_rows + k) * self._num_blocks + block]
 
   def of_edge(self, refs, head, block, n):
     return self._of_block(refs["blocks"], head, block, 2 + n)
+
+  def row_blocks(self, key_block, cores):
+    """int32[batch, 2]: the first and last row-block index of a core that visits a block of keys."""
+    low, high = self._low, self._high
+    visits = self._visits & (low <= key_block) & (key_block <= high)
+    index = jnp.arange(self._num_blocks)
+    first = jnp.where(visits, index, self._num_blocks).min(-1) // cores
+    last = jnp.where(visits, index, 0).max(-1) // cores
+    return jnp.stack([jnp.minimum(first, last), last], axis=1).astype(jnp.int32)
 
   def key_blocks(self, scalars, head, block):
     """The first and the last block of keys to visit."""
@@ -288,6 +299,31 @@ def fit(blocks, *, length, group, num_keys) -> Plan:
       fine=blocks.fine, major=major, ahead=blocks.ahead, cores=blocks.cores, group=group,
       num_blocks=num_blocks, num_rows=num_blocks * block_rows,
       padded_keys=round_up(num_keys, major))
+
+
+def row_operands(plan, kv_heads, length, slopes, segment_ids, query_offset, row_spec, ids_spec):
+  """What both kernels are told about rows and keys: {name: (array, its BlockSpec)}.
+
+  Args:
+    row_spec: index of the leading dimension as a function of (batch, key/value head) -> spec.
+    ids_spec: spec of int32[B, 1, padded_keys].
+  """
+  positions = row_positions(length, plan.group, plan.num_rows, query_offset)
+  operands = dict(position=(positions[None], row_spec(lambda b: 0)))
+  if slopes is not None:
+    operands["slope"] = (row_slopes(slopes, kv_heads, plan.num_rows),
+                         row_spec(lambda b: b % kv_heads))
+  if segment_ids is not None:
+    ids = jnp.repeat(segment_ids[0], plan.group, axis=1)
+    operands["query_id"] = (pad(ids, 1, plan.num_rows)[:, None],
+                            row_spec(lambda b: b // kv_heads))
+    operands["key_id"] = (pad(segment_ids[1], 1, plan.padded_keys)[:, None], ids_spec)
+  return operands
+
+
+def bias_scratch(plan, edges):
+  keys = max(plan.chunk, plan.fine, plan.block_rows // plan.group if edges else 0)
+  return pltpu.VMEM((keys, plan.period or 1), jnp.float32)
 
 
 def fill_bias(refs, plan):

@@ -1,5 +1,7 @@
 """The parallel block in plain JAX: in-projection, attention, out-projection."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,17 +56,16 @@ def rotate(x, positions, *, xpos_scale_base=None, xpos_sign=1):
 
 
 def in_projection(x, params, positions, *, norm, norm_eps, rotary, xpos_scale_base):
-  """Everything that the layer reads from norm(x).
+  """All that the layer computes from norm(x), before attention.
 
   Returns:
     query [..., T, H, Dh]; key [..., T, Dh]; value [..., T, Dh], which is the key before
-    QK-norm and rotary if params have no value; hidden [..., T, F] = silu(gate) * up.
+    QK-norm and rotary if params have no value; gate and up [..., T, F].
   """
-  weight = {name: array.astype(x.dtype) for name, array in params.items()}
   h = normalize(x, params["norm"], kind=norm, eps=norm_eps)
-  query = jnp.einsum("...d,dhk->...hk", h, weight["query"])
-  key = h @ weight["key"]
-  value = h @ weight["value"] if "value" in params else key
+  query = jnp.einsum("...d,dhk->...hk", h, params["query"].astype(x.dtype))
+  key = h @ params["key"].astype(x.dtype)
+  value = h @ params["value"].astype(x.dtype) if "value" in params else key
   if "query_scale" in params:
     query = l2_normalize(query, params["query_scale"])
     key = l2_normalize(key, params["key_scale"])
@@ -72,23 +73,27 @@ def in_projection(x, params, positions, *, norm, norm_eps, rotary, xpos_scale_ba
     query = rotate(query, positions, xpos_scale_base=xpos_scale_base)
     key = rotate(key[..., None, :], positions, xpos_scale_base=xpos_scale_base, xpos_sign=-1)
     key = key[..., 0, :]
-  hidden = jax.nn.silu(h @ weight["gate"]) * (h @ weight["up"])
-  return query, key, value, hidden
+  return query, key, value, h @ params["gate"].astype(x.dtype), h @ params["up"].astype(x.dtype)
 
 
-def out_projection(x, attended, hidden, params):
-  """x + attended @ attn_out + hidden @ ff_out; attended is [..., T, H, Dh]."""
+def out_projection(x, attended, gate, up, params):
+  """x + attended @ attn_out + (silu(gate) * up) @ ff_out; attended is [..., T, H, Dh]."""
   attn = jnp.einsum("...hk,hkd->...d", attended, params["attn_out"].astype(x.dtype))
-  return x + attn + hidden @ params["ff_out"].astype(x.dtype)
+  return x + attn + (jax.nn.silu(gate) * up) @ params["ff_out"].astype(x.dtype)
 
 
 def parallel_attention_ffn(x, params, *, norm, norm_eps, rotary, xpos_scale_base, query_offset,
                            kv_cache, **attention_options):
-  """See the op of the same name."""
+  """See the op of the same name.
+
+  The backward pass keeps x and what the matrix products made, and recomputes what is between
+  them: of a layer's activations that is less than half, for hardly any time.
+  """
   positions = query_offset + jnp.arange(x.shape[-2])
-  query, key, value, hidden = in_projection(
-      x, params, positions, norm=norm, norm_eps=norm_eps, rotary=rotary,
-      xpos_scale_base=xpos_scale_base)
+  project_in = functools.partial(
+      in_projection, norm=norm, norm_eps=norm_eps, rotary=rotary, xpos_scale_base=xpos_scale_base)
+  query, key, value, gate, up = jax.checkpoint(project_in, prevent_cse=False)(
+      x, params, positions)
   if kv_cache is not None:
     new = (key,) if len(kv_cache) == 1 else (key, value)
     kv_cache = tuple(
@@ -98,5 +103,5 @@ def parallel_attention_ffn(x, params, *, norm, norm_eps, rotary, xpos_scale_base
   attended = flash_attention(
       query, key[..., None, :], value[..., None, :], query_offset=query_offset,
       **attention_options)
-  y = out_projection(x, attended, hidden, params)
+  y = jax.checkpoint(out_projection, prevent_cse=False)(x, attended, gate, up, params)
   return y if kv_cache is None else (y, kv_cache)

@@ -1,0 +1,130 @@
+"""What the attention kernels of all backends have in common: derivative, residuals, mesh.
+
+A backend module has three functions:
+
+  unsupported(query, key, value, *, chip) -> the first requirement that is not met, or None
+  forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_causal, scale,
+          window, chip) -> (out, lse)
+  backward(query, key, value, out, lse, dout, *, ...) -> (dquery, dkey, dvalue)
+
+with query, out [B, T, heads, dim_head]; key, value [B, S, kv_heads, dim_head], value None where
+it is the key; lse float32[B, heads, T], the log of each row's sum of exponentials, -inf where the
+row sees nothing; the other arguments as `xla.attention` has them.
+"""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, PartitionSpec as P
+
+from .. import mesh as meshes
+from ..guards import not_differentiable, reverse_only
+
+_OP = "flash_attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What is known when a program is compiled."""
+
+  backend: types.ModuleType
+  chip: str | None
+  is_causal: bool
+  scale: float
+  window: tuple[int, int] | None
+  query_offset: int | None  # None where it is an array
+
+  def keywords(self, segment_ids, alibi_slopes, query_offset):
+    """The keyword arguments of a backend's functions."""
+    return dict(
+        segment_ids=segment_ids, alibi_slopes=alibi_slopes, chip=self.chip,
+        query_offset=query_offset if self.query_offset is None else self.query_offset,
+        is_causal=self.is_causal, scale=self.scale, window=self.window)
+
+
+def attention(query, key, value, *, backend, chip, is_causal, alibi_slopes, scale, segment_ids,
+              window, query_offset):
+  """Attention by one backend's kernels; arguments as `xla.attention`, value None for the key."""
+  static_offset = isinstance(query_offset, int)
+  options = Options(backend, chip, is_causal, float(scale), window,
+                    query_offset if static_offset else None)
+  if segment_ids is not None:
+    segment_ids = tuple(ids.astype(jnp.int32) for ids in segment_ids)
+  alibi_slopes = None if alibi_slopes is None else jnp.asarray(alibi_slopes, jnp.float32)
+  offset = None if static_offset else jnp.asarray(query_offset, jnp.int32)
+  query, key = reverse_only(query, _OP), reverse_only(key, _OP)
+  value = None if value is None else reverse_only(value, _OP)
+  return _over_mesh(options, query, key, value, segment_ids, alibi_slopes, offset)
+
+
+def _over_mesh(options, query, key, value, segment_ids, slopes, offset):
+  """Batch over the data axes, heads (with their slopes) over the model axis."""
+  mesh = meshes.current(query, key)
+  free = meshes.axes_of_kind(mesh, AxisType.Auto, AxisType.Explicit)
+  if not free:
+    return _one_device(options, query, key, value, segment_ids, slopes, offset)
+  batch = meshes.partition(query, 0, meshes.BATCH_AXES, mesh)
+  heads = meshes.partition(query, 2, (meshes.HEAD_AXIS,), mesh)
+  shards = 1
+  for axis in heads:
+    shards *= mesh.shape[axis]
+  kv_heads = key.shape[2]
+  if kv_heads > 1 and kv_heads % shards:
+    heads = ()  # A shard would need a part of the key heads that is not its own.
+  rows = P(batch or None, None, heads or None, None)
+  columns = rows if kv_heads > 1 else P(batch or None, None, None, None)
+  arrays = (query, key, value, segment_ids, slopes, offset)
+  specs = (rows, columns, None if value is None else columns,
+           None if segment_ids is None else (P(batch or None, None),) * 2,
+           None if slopes is None else P(heads or None),
+           None if offset is None else P())
+  arrays = jax.tree.map(lambda x, spec: meshes.reshard(x, spec, mesh), arrays, specs)
+  return jax.shard_map(
+      functools.partial(_one_device, options), mesh=mesh, axis_names=set(free),
+      in_specs=specs, out_specs=rows)(*arrays)
+
+
+def _one_device(options, query, key, value, segment_ids, slopes, offset):
+  query_ids, key_ids = segment_ids or (None, None)
+  query, key, value, query_ids, key_ids, slopes, offset = meshes.varying_together(
+      query, key, value, query_ids, key_ids, slopes, offset)
+  segment_ids = None if segment_ids is None else (query_ids, key_ids)
+  return _attention(options, query, key, value, segment_ids, slopes, offset)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(options, query, key, value, segment_ids, slopes, offset):
+  return options.backend.forward(
+      query, key, value, **options.keywords(segment_ids, slopes, offset))[0]
+
+
+def _forward(options, *arrays):
+  slopes = arrays[4]
+  if slopes is not None and slopes.perturbed:
+    raise ValueError(f"{_OP}: the fused kernels have no derivative with respect to alibi_slopes; "
+                     "pass implementation='xla' for that, or jax.lax.stop_gradient(alibi_slopes)")
+  arrays = jax.tree.map(lambda x: x.value, arrays, is_leaf=lambda x: hasattr(x, "perturbed"))
+  query, key, value, segment_ids, slopes, offset = arrays
+  out, lse = options.backend.forward(
+      query, key, value, **options.keywords(segment_ids, slopes, offset))
+  # Named here, where they are residuals: a policy that keeps both does not rerun the kernel.
+  out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+  return out, (*arrays, out, lse)
+
+
+def _backward(options, residuals, dout):
+  query, key, value, segment_ids, slopes, offset, out, lse = residuals
+  if type(dout) is jax.custom_derivatives.SymbolicZero:
+    dout = jnp.zeros(out.shape, out.dtype)
+  query, key, out, dout = (not_differentiable(x, _OP) for x in (query, key, out, dout))
+  value = None if value is None else not_differentiable(value, _OP)
+  gradients = options.backend.backward(
+      query, key, value, out, lse, dout, **options.keywords(segment_ids, slopes, offset))
+  return (*gradients, None, None, None)
+
+
+_attention.defvjp(_forward, _backward, symbolic_zeros=True)

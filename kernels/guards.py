@@ -1,0 +1,81 @@
+"""Identity functions that raise a clear error where a kernel meets what it cannot do.
+
+Left alone, JAX answers with an error about its own internals, or about a lowering rule. These
+are primitives, because only a primitive can tell how it is differentiated and for what platform
+it is lowered.
+"""
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from .compat import interpreting
+
+
+def reverse_only(x: jax.Array, op: str) -> jax.Array:
+  """x; forward-mode differentiation through it raises, reverse mode is not affected."""
+  return _reverse_only_p.bind(x, op=op)
+
+
+def not_differentiable(x: jax.Array, op: str) -> jax.Array:
+  """x; any differentiation through it raises. For what a backward pass starts from."""
+  return _not_differentiable_p.bind(x, op=op)
+
+
+def only_on(x: jax.Array, op: str, implementation: str) -> jax.Array:
+  """x; lowering it for a platform that the implementation is not for raises."""
+  return _only_on_p.bind(x, op=op, implementation=implementation, interpreted=interpreting())
+
+
+def _identity(name: str) -> Primitive:
+  primitive = Primitive(name)
+  primitive.def_impl(lambda x, **_: x)
+  primitive.def_abstract_eval(lambda x, **_: x)
+  mlir.register_lowering(primitive, lambda ctx, x, **_: [x])
+  batching.primitive_batchers[primitive] = lambda args, axes, **params: (
+      primitive.bind(*args, **params), axes[0])
+  return primitive
+
+
+_reverse_only_p = _identity("reverse_only")
+_not_differentiable_p = _identity("not_differentiable")
+_only_on_p = _identity("only_on")
+# The tangent of `reverse_only`. Reverse mode only ever transposes it; forward mode computes it.
+_tangent_p = _identity("reverse_only_tangent")
+
+
+def _refuse_forward_mode(op):
+  raise ValueError(f"{op}: the fused kernels have no forward-mode derivative (jvp, jacfwd, "
+                   "hessian); pass implementation='xla' for that")
+
+
+def _refuse_second_order(op):
+  raise ValueError(f"{op}: the fused kernels have no second derivative; "
+                   "pass implementation='xla' for that")
+
+
+_tangent_p.def_impl(lambda x, *, op: _refuse_forward_mode(op))
+mlir.register_lowering(_tangent_p, lambda ctx, x, *, op: _refuse_forward_mode(op))
+ad.deflinear2(_tangent_p, lambda ct, x, *, op: [ct])
+ad.primitive_jvps[_reverse_only_p] = lambda primals, tangents, *, op: (
+    _reverse_only_p.bind(*primals, op=op),
+    tangents[0] if type(tangents[0]) is ad.Zero else _tangent_p.bind(tangents[0], op=op))
+ad.primitive_jvps[_not_differentiable_p] = (
+    lambda primals, tangents, *, op: _refuse_second_order(op))
+
+_PLATFORMS = {"mosaic_gpu": ("cuda",), "mosaic_tpu": ("tpu",), "triton": ("cuda", "rocm")}
+
+
+def _check_platform(ctx, x, *, op, implementation, interpreted):
+  allowed = _PLATFORMS[implementation]
+  for platform in ctx.module_context.platforms:
+    if platform not in allowed and not interpreted:
+      raise ValueError(f"{op}: {implementation} needs a device of {' or '.join(allowed)}; "
+                       f"got {platform} (pass implementation='auto', or use JAX's interpret mode)")
+  return [x]
+
+
+# An eager call is lowered too, so that it is checked.
+_only_on_p.def_impl(lambda x, **params: jax.jit(lambda x: _only_on_p.bind(x, **params))(x))
+mlir.register_lowering(_only_on_p, _check_platform)
+ad.deflinear2(_only_on_p, lambda ct, x, **_: [ct])

@@ -1,0 +1,90 @@
+"""How an op's arrays are spread over a mesh when the caller does not say.
+
+A kernel is opaque to XLA's partitioner, so each op wraps its own in `jax.shard_map`. Axes in
+Explicit mode keep the sharding that an array's type carries; axes in Auto mode follow the names
+below; over any other axis the work is repeated.
+"""
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+BATCH_AXES = ("data", "fsdp")  # sequences are divided over these
+HEAD_AXIS = "model"  # heads, and the columns of weights, over this
+
+
+def current(*arrays: jax.Array) -> jax.sharding.AbstractMesh:
+  """The mesh that the arrays live on, else that of the context; it may be empty."""
+  for array in arrays:
+    mesh = jax.typeof(array).sharding.mesh
+    if not mesh.empty:
+      return mesh
+  return jax.sharding.get_abstract_mesh()
+
+
+def axes_of_kind(mesh: jax.sharding.AbstractMesh, *kinds: AxisType) -> tuple[str, ...]:
+  """Names of the mesh's axes of the given kinds that have more than one device."""
+  return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types)
+               if kind in kinds and mesh.shape[name] > 1)
+
+
+def partition(array: jax.Array, dim: int, names: tuple[str, ...],
+              mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
+  """The mesh axes that dimension `dim` is divided over.
+
+  Args:
+    array: whose type tells about Explicit axes.
+    dim: one of its dimensions.
+    names: Auto axes to use as far as they divide the dimension.
+  """
+  spec = jax.typeof(array).sharding.spec
+  entry = spec[dim] if dim < len(spec) else None
+  entry = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+  axes = tuple(name for name in entry if mesh.shape[name] > 1)
+  size = array.shape[dim]
+  for axis in axes:
+    size //= mesh.shape[axis]
+  for name in names:
+    if name in axes_of_kind(mesh, AxisType.Auto) and size % mesh.shape[name] == 0:
+      axes += (name,)
+      size //= mesh.shape[name]
+  return axes
+
+
+def reshard(array: jax.Array, spec: PartitionSpec, mesh: jax.sharding.AbstractMesh) -> jax.Array:
+  """The array laid out by `spec` as far as it names Explicit axes of the mesh."""
+  explicit = axes_of_kind(mesh, AxisType.Explicit)
+  if not explicit:
+    return array
+
+  def keep(entry):
+    names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+    return tuple(name for name in names if name in explicit) or None
+
+  wanted = PartitionSpec(*map(keep, spec), *[None] * (array.ndim - len(spec)))
+  return jax.reshard(array, jax.sharding.NamedSharding(mesh, wanted))
+
+
+def out_shape(shape: tuple[int, ...], dtype, *arrays: jax.Array | None) -> jax.ShapeDtypeStruct:
+  """The type of a kernel's output that depends on the arrays, inside `shard_map` too."""
+  manual = jax.typeof(arrays[0]).manual_axis_type.update(varying=_varying(arrays))
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)
+
+
+def varying_together(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
+  """The arrays, typed as varying over the same manual mesh axes.
+
+  Inside `shard_map`, that is where JAX puts the sum over devices of the cotangent of an array
+  that all of them share.
+  """
+  axes = _varying(arrays)
+
+  def cast(x):
+    missing = tuple(axes - _varying((x,)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+  return tuple(None if x is None else cast(x) for x in arrays)
+
+
+def _varying(arrays) -> frozenset[str]:
+  return frozenset().union(
+      *(jax.typeof(x).manual_axis_type.varying for x in arrays if x is not None))

@@ -1,0 +1,290 @@
+"""Text to batches: tokenizers, corpora, and batches that depend only on the step."""
+
+import codecs
+import dataclasses
+import functools
+import glob
+import gzip
+import hashlib
+import pathlib
+import zipfile
+from typing import Iterator
+
+import grain
+import numpy as np
+import sentencepiece
+
+
+class ByteTokenizer:
+  """The bytes of UTF-8 as tokens.
+
+  The end-of-document token is 0, the NUL byte, which text does not contain: so the vocabulary
+  stays at 256, as in PaLM-jax.
+  """
+
+  name = "bytes"
+  num_tokens = 256
+  eod = 0
+
+  def encode(self, text: str | bytes) -> np.ndarray:
+    """uint8[T]; raises ValueError for text that has no UTF-8 form."""
+    if isinstance(text, str):
+      try:
+        text = text.encode()
+      except UnicodeEncodeError as error:
+        raise ValueError(f"text cannot be encoded as UTF-8: {error.reason} at position "
+                         f"{error.start}") from error
+    return np.frombuffer(text, np.uint8)
+
+  def decode(self, tokens) -> str:
+    """The text of int[T]; what is not UTF-8 becomes a replacement character."""
+    return bytes(np.asarray(tokens, np.uint8)).decode(errors="replace")
+
+  def stream_decoder(self) -> "_ByteStreamDecoder":
+    """A decoder that is fed one token at a time."""
+    return _ByteStreamDecoder()
+
+
+class _ByteStreamDecoder:
+  """Holds bytes back until they make up a character."""
+
+  def __init__(self):
+    self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+  def feed(self, token: int) -> str:
+    """The text that this token completes, if any."""
+    return self._decoder.decode(bytes([token]))
+
+  def flush(self) -> str:
+    """What is left at the end."""
+    return self._decoder.decode(b"", final=True)
+
+
+class SentencePieceTokenizer:
+  """Subwords from a SentencePiece model file, whose end-of-sentence piece ends documents."""
+
+  def __init__(self, model_file: str):
+    if not pathlib.Path(model_file).is_file():
+      raise ValueError(f"no SentencePiece model at {model_file}")
+    self.name = str(model_file)
+    self._model = sentencepiece.SentencePieceProcessor()
+    try:
+      self._model.Load(str(model_file))
+    except (RuntimeError, OSError) as error:
+      raise ValueError(f"{model_file} is not a SentencePiece model") from error
+    self.num_tokens = self._model.vocab_size()
+    self.eod = self._model.eos_id()
+    if self.eod < 0:
+      raise ValueError(f"{model_file} has no end-of-sentence piece, which ends documents here")
+
+  def encode(self, text: str | bytes) -> np.ndarray:
+    """int32[T]; raises ValueError for bytes that are not UTF-8."""
+    try:
+      text = text.decode() if isinstance(text, bytes) else text.encode().decode()
+    except UnicodeError as error:
+      raise ValueError(f"text is not valid UTF-8: {error.reason} at position "
+                       f"{error.start}") from error
+    return np.asarray(self._model.EncodeAsIds(text), np.int32)
+
+  def decode(self, tokens) -> str:
+    """The text of int[T]."""
+    return self._model.DecodeIds([int(token) for token in tokens])
+
+  def stream_decoder(self) -> "_PieceStreamDecoder":
+    """A decoder that is fed one token at a time."""
+    return _PieceStreamDecoder(self)
+
+
+class _PieceStreamDecoder:
+  """Decodes all pieces so far and gives what is new, since spaces depend on neighbours."""
+
+  def __init__(self, tokenizer: SentencePieceTokenizer):
+    self._tokenizer = tokenizer
+    self._tokens: list[int] = []
+    self._shown = 0
+
+  def feed(self, token: int) -> str:
+    """The text that this token completes, if any."""
+    self._tokens.append(token)
+    text = self._tokenizer.decode(self._tokens)
+    return "" if text.endswith("\ufffd") else self._show(text)
+
+  def flush(self) -> str:
+    """What is left at the end."""
+    return self._show(self._tokenizer.decode(self._tokens))
+
+  def _show(self, text):
+    new, self._shown = text[self._shown:], len(text)
+    return new
+
+
+def load_tokenizer(name: str) -> ByteTokenizer | SentencePieceTokenizer:
+  """The tokenizer called `name`: "bytes", or the path of a SentencePiece model file."""
+  return ByteTokenizer() if name == "bytes" else SentencePieceTokenizer(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """Text as tokens, documents concatenated with an end-of-document token between them."""
+
+  name: str
+  train: np.ndarray  # unsigned int[N]
+  eval: np.ndarray  # unsigned int[M], held out
+  eod: int
+  eval_bytes_per_token: float  # to turn nats per token into bits per byte
+  fingerprint: str  # of the tokens; differs when the text or the tokenizer does
+
+
+def load_corpus(source: str, tokenizer, eval_fraction: float) -> Corpus:
+  """Reads text and holds the end of it out.
+
+  Args:
+    source: "pydoc" (CPython's documentation prose, on every machine); "enwik8" or a path of it
+      (plain, gz or zip; split into 90M and 5M bytes, as PaLM-jax has it, whatever
+      `eval_fraction` is); or a path or glob of UTF-8 text files, each a document, plain, gz or
+      zip.
+    tokenizer: of `load_tokenizer`.
+    eval_fraction: how much of the text, counted in bytes from its end, is held out.
+
+  Raises:
+    ValueError: no such data, empty data, or text that the tokenizer cannot take.
+  """
+  if not 0 <= eval_fraction < 1:
+    raise ValueError(f"eval_fraction must be in [0, 1); got {eval_fraction}")
+  if source == "pydoc":
+    documents = _pydoc()
+  else:
+    documents = [_read(path) for path in _find(source)]
+  total = sum(map(len, documents))
+  if not total:
+    raise ValueError(f"{source} is empty")
+  if pathlib.Path(source).name.startswith("enwik8") and total >= 95_000_000:
+    documents = [b"".join(documents)[:95_000_000]]
+    cut = 90_000_000
+  else:
+    cut = total - int(total * eval_fraction)
+  train, held_out = _split(documents, cut)
+  dtype = np.min_scalar_type(tokenizer.num_tokens - 1)
+  train, evaluation = (_tokenize(part, tokenizer, dtype) for part in (train, held_out))
+  digest = hashlib.sha256(train.tobytes() + b"|" + evaluation.tobytes()).hexdigest()
+  return Corpus(source, train, evaluation, tokenizer.eod,
+                sum(map(len, held_out)) / max(1, len(evaluation)), digest[:16])
+
+
+def _pydoc() -> list[bytes]:
+  from pydoc_data import topics
+  return [text.encode() for _, text in sorted(topics.topics.items())]
+
+
+def _find(source: str) -> list[str]:
+  if source == "enwik8":
+    names = [folder + name for folder in ("", "data/")
+             for name in ("enwik8", "enwik8.gz", "enwik8.zip")]
+    found = [name for name in names if pathlib.Path(name).is_file()][:1]
+    if not found:
+      raise ValueError("there is no enwik8, enwik8.gz or enwik8.zip here or in ./data; it can be "
+                       "had at https://mattmahoney.net/dc/enwik8.zip")
+    return found
+  found = sorted(name for name in glob.glob(source, recursive=True)
+                 if pathlib.Path(name).is_file())
+  if pathlib.Path(source).is_file():
+    found = [source]
+  elif pathlib.Path(source).is_dir():
+    raise ValueError(f"{source} is a directory; name its files, such as '{source}/*.txt'")
+  if not found:
+    raise ValueError(f"no file matches {source}")
+  return found
+
+
+def _read(path: str) -> bytes:
+  if path.endswith(".gz"):
+    with gzip.open(path) as stream:
+      return stream.read()
+  if path.endswith(".zip"):
+    with zipfile.ZipFile(path) as archive:
+      return b"".join(archive.read(name) for name in archive.namelist())
+  return pathlib.Path(path).read_bytes()
+
+
+def _split(documents: list[bytes], cut: int) -> tuple[list[bytes], list[bytes]]:
+  """Splits at byte `cut`, or at the next character if that is within one."""
+  before, after = [], []
+  for document in documents:
+    here = min(max(cut, 0), len(document))
+    while here < len(document) and document[here] & 0xC0 == 0x80:
+      here += 1
+    before += [document[:here]] if here else []
+    after += [document[here:]] if here < len(document) else []
+    cut -= len(document)
+  return before, after
+
+
+def _tokenize(documents, tokenizer, dtype) -> np.ndarray:
+  parts = []
+  for document in documents:
+    parts += [tokenizer.encode(document).astype(dtype), np.array([tokenizer.eod], dtype)]
+  return np.concatenate(parts[:-1]) if parts else np.zeros(0, dtype)
+
+
+def batches(tokens: np.ndarray, *, batch_size: int, seq_len: int, seed: int,
+            eod: int | None = None) -> grain.MapDataset:
+  """Endless training batches; `batches(...)[k]` is that of step k and depends on nothing else.
+
+  An epoch is a random order of windows that overlap only in the token that is the target of
+  one and the input of the next; where they begin shifts from epoch to epoch.
+
+  Args:
+    tokens: int[N].
+    seq_len: tokens that a model reads; a window has one more, the last target.
+    eod: end-of-document token, for segment ids.
+
+  Returns:
+    A dataset of {"tokens": int32[batch_size, seq_len + 1]} and, with `eod`, "segment_ids" of
+    the same shape, which count documents from the start of the window.
+
+  Raises:
+    ValueError: fewer tokens than one window.
+  """
+  if len(tokens) < seq_len + 1:
+    raise ValueError(f"the training data have {len(tokens)} tokens, fewer than one sequence of "
+                     f"seq_len + 1 = {seq_len + 1}")
+  count = (len(tokens) - 1) // seq_len
+  slack = len(tokens) - 1 - count * seq_len
+
+  @functools.lru_cache(maxsize=2)
+  def shift(epoch):
+    return int(np.random.default_rng((seed, epoch)).integers(slack + 1))
+
+  def window(index, position):
+    start = shift(index // count) + position * seq_len
+    row = {"tokens": tokens[start: start + seq_len + 1].astype(np.int32)}
+    return row if eod is None else row | {"segment_ids": segment_ids(row["tokens"], eod)}
+
+  return (grain.MapDataset.range(count).shuffle(seed=seed).repeat()
+          .map_with_index(window).batch(batch_size))
+
+
+def segment_ids(tokens: np.ndarray, eod: int) -> np.ndarray:
+  """int32[..., T]: the number of the document that a token belongs to, its `eod` included."""
+  ends = np.cumsum(tokens == eod, axis=-1, dtype=np.int32)
+  return ends - (tokens == eod)
+
+
+def eval_batches(tokens: np.ndarray, *, batch_size: int, seq_len: int,
+                 eod: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+  """Batches that hold every target of `tokens` (all but the first token) once, in order.
+
+  Yields:
+    As `batches`, and "weights": float32[batch_size, seq_len], 0 where a target is padding; all
+    of one shape.
+  """
+  targets = len(tokens) - 1
+  count = -(-targets // seq_len)
+  rows = np.arange(-(-count // batch_size) * batch_size)[:, None] * seq_len
+  for first in range(0, len(rows), batch_size):
+    index = rows[first: first + batch_size] + np.arange(seq_len + 1)
+    batch = {
+        "tokens": tokens[np.minimum(index, targets)].astype(np.int32),
+        "weights": (index[:, 1:] <= targets).astype(np.float32),
+    }
+    yield batch if eod is None else batch | {"segment_ids": segment_ids(batch["tokens"], eod)}

@@ -1,0 +1,167 @@
+"""What every attention kernel must satisfy: drawn cases, the oracle in float64, the error bound.
+
+A backend's test draws `cases(...)`, computes `inputs(case)`, runs its forward and backward on
+them, and calls `check(case, arrays, results)`.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from palm_haiku.kernels import alibi_slopes
+from palm_haiku.kernels.attention import xla
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One attention: shapes, mask and bias."""
+
+  batch: int = 1
+  num_queries: int = 33
+  num_keys: int = 33
+  heads: int = 4
+  kv_heads: int = 1
+  dim_head: int = 64
+  dtype: str = "bfloat16"
+  is_causal: bool = True
+  alibi: bool = True
+  window: tuple[int, int] | None = None
+  segments: str | None = None  # "packed" (sorted runs) | "shuffled" (any order) | None
+  query_offset: int = 0
+  traced_offset: bool = False
+  shared_kv: bool = False
+  scale: float | None = None
+  seed: int = 0
+
+
+@st.composite
+def cases(draw, *, dim_heads=(64, 128, 256), dtypes=("bfloat16", "float16"), max_queries=150,
+          max_keys=200, groups=((1, 1), (1, 3), (1, 8), (2, 2), (3, 1), (2, 5)), max_batch=2):
+  """Cases as varied as the contract; groups are (kv_heads, query heads of each)."""
+  kv_heads, group = draw(st.sampled_from(groups))
+  length = lambda most: st.one_of(st.integers(1, most), st.sampled_from([1, 2, 63, 64, 65, 127,
+                                                                         128, 129]))
+  num_queries = min(draw(length(max_queries)), max_queries)
+  num_keys = num_queries if draw(st.booleans()) else min(draw(length(max_keys)), max_keys)
+  # Mostly offsets at which something is visible, sometimes ones at which whole blocks are not.
+  offset = draw(st.one_of(st.just(0), st.just(num_keys - num_queries),
+                          st.integers(-num_queries - 3, num_keys + 3)))
+  window = draw(st.none() | st.none() | st.tuples(st.integers(0, 90), st.integers(0, 90)))
+  return Case(
+      batch=draw(st.integers(1, max_batch)), num_queries=num_queries, num_keys=num_keys,
+      heads=kv_heads * group, kv_heads=kv_heads, dim_head=draw(st.sampled_from(dim_heads)),
+      dtype=draw(st.sampled_from(dtypes)), is_causal=draw(st.booleans()),
+      alibi=draw(st.booleans()), window=window,
+      segments=draw(st.sampled_from([None, None, "packed", "shuffled"])), query_offset=offset,
+      traced_offset=draw(st.booleans()), shared_kv=draw(st.booleans()),
+      scale=draw(st.sampled_from([None, 0.3])), seed=draw(st.integers(0, 9)))
+
+
+def inputs(case: Case) -> dict:
+  """Random arrays of a case, as a backend's `forward` takes them, and dout.
+
+  Values are rounded to the case's dtype: the oracle computes with the same numbers.
+  """
+  rng = np.random.default_rng(case.seed)
+
+  def normal(length, heads):
+    shape = (case.batch, length, heads, case.dim_head)
+    return jnp.asarray(rng.normal(size=shape), case.dtype)
+
+  def ids(length):
+    drawn = rng.integers(0, 3, (case.batch, length))
+    return jnp.asarray(np.sort(drawn) if case.segments == "packed" else drawn, jnp.int32)
+
+  offset = jnp.asarray(case.query_offset, jnp.int32) if case.traced_offset else case.query_offset
+  segments = (ids(case.num_queries), ids(case.num_keys)) if case.segments else None
+  return dict(
+      query=normal(case.num_queries, case.heads),
+      key=normal(case.num_keys, case.kv_heads),
+      value=None if case.shared_kv else normal(case.num_keys, case.kv_heads),
+      dout=normal(case.num_queries, case.heads),
+      options=dict(
+          segment_ids=segments,
+          alibi_slopes=jnp.asarray(alibi_slopes(case.heads)) if case.alibi else None,
+          query_offset=offset, is_causal=case.is_causal,
+          scale=case.dim_head**-0.5 if case.scale is None else case.scale, window=case.window))
+
+
+# Every case is a compilation; optimizing it would cost more than it saves.
+@functools.partial(jax.jit, static_argnames=("dtype", "is_causal", "scale", "window"),
+                   compiler_options={"xla_backend_optimization_level": 0})
+def reference(query, key, value, dout, *, dtype, segment_ids, alibi_slopes, query_offset,
+              is_causal, scale, window):
+  """The formula of `xla.attend` in `dtype`: {"out", "lse", "dquery", "dkey", "dvalue"}."""
+  def f(query, key, value):
+    return xla.attend(
+        query, key, key if value is None else value, query_offset + jnp.arange(query.shape[1]),
+        jnp.arange(key.shape[1]), segment_ids, is_causal=is_causal, alibi_slopes=alibi_slopes,
+        scale=scale, window=window)
+
+  primals = jax.tree.map(lambda x: x.astype(dtype), (query, key, value))
+  out, pull = jax.vjp(f, *primals)
+  dquery, dkey, dvalue = pull(dout.astype(dtype))
+  return dict(out=out, dquery=dquery, dkey=dkey, dvalue=dvalue)
+
+
+def reference_lse(query, key, *, segment_ids, alibi_slopes, query_offset, is_causal, scale,
+                  window):
+  """float64[B, heads, T]: log of each row's sum of exponentials, -inf for an empty row."""
+  query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
+  heads, kv_heads = query.shape[2], key.shape[2]
+  scores = scale * np.einsum("bthd,bshd->bhts", query, np.repeat(key, heads // kv_heads, 2))
+  distance = np.arange(key.shape[1]) - int(query_offset) - np.arange(query.shape[1])[:, None]
+  if alibi_slopes is not None:
+    scores = scores + np.asarray(alibi_slopes, np.float64)[:, None, None] * distance
+  visible = np.ones(scores.shape[:1] + distance.shape, bool)
+  if is_causal:
+    visible &= distance <= 0
+  if window is not None:
+    visible &= (distance >= -window[0]) & (distance <= window[1])
+  if segment_ids is not None:
+    visible &= np.asarray(segment_ids[0])[:, :, None] == np.asarray(segment_ids[1])[:, None, :]
+  scores = np.where(visible[:, None], scores, -np.inf)
+  top = scores.max(-1, keepdims=True)
+  top = np.where(np.isfinite(top), top, 0)
+  with np.errstate(divide="ignore"):
+    return np.log(np.exp(scores - top).sum(-1)) + top[..., 0]
+
+
+def check(case: Case, arrays: dict, results: dict) -> None:
+  """Asserts that results are at most twice as far from float64 as the XLA path is.
+
+  Args:
+    case: what was computed.
+    arrays: its `inputs`.
+    results: any of "out", "lse", "dquery", "dkey", "dvalue", as the backend returned them.
+  """
+  data = {name: arrays[name] for name in ("query", "key", "value", "dout")}
+  with jax.enable_x64(True):
+    exact = reference(**data, dtype="float64", **arrays["options"])
+  rough = reference(**data, dtype=case.dtype, **arrays["options"])
+  for name, got in results.items():
+    if name == "lse":
+      want = reference_lse(arrays["query"], arrays["key"], **arrays["options"])
+      np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2e-3, atol=2e-3)
+      continue
+    if exact[name] is None:
+      assert got is None, f"{name} must be None where the value is the key"
+      continue
+    assert got.shape == exact[name].shape and got.dtype == jnp.dtype(case.dtype), name
+    want, xla_path, got = (np.asarray(x, np.float64) for x in (exact[name], rough[name], got))
+    assert np.all(np.isfinite(got)), f"{name} is not finite"
+    # A few roundings of the largest value: where the XLA path happens to be exact, or nearly so.
+    # In float32 they are those of the computation, not of its result.
+    roundings = 8 if case.dtype == "float32" else 2
+    floor = roundings * float(jnp.finfo(case.dtype).eps) * np.abs(want).max(initial=0)
+    for norm, measure in (("largest", lambda x: np.abs(x).max(initial=0)),
+                          ("mean square", lambda x: np.sqrt(np.square(x).mean()))):
+      error, allowed = measure(got - want), max(2 * measure(xla_path - want), floor / 2)
+      if norm == "largest":
+        allowed = max(allowed, floor)
+      assert error <= allowed, (
+          f"{name}: {norm} error {error:.3g}, allowed {allowed:.3g}, for {case}")

@@ -1,0 +1,229 @@
+"""Derivatives, residuals and meshes of the kernels, with a kernel written in plain JAX."""
+
+import functools
+import sys
+import types
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from palm_haiku.kernels import alibi_slopes, backend, flash_attention
+from palm_haiku.kernels.attention import xla
+from tests.kernels.attention import contract
+
+
+def _scores(query, key, *, segment_ids, alibi_slopes, query_offset, is_causal, scale, window):
+  heads, kv_heads = query.shape[2], key.shape[2]
+  key = jnp.repeat(key, heads // kv_heads, 2)
+  scores = scale * jnp.einsum("bthd,bshd->bhts", query, key)
+  distance = jnp.arange(key.shape[1]) - query_offset - jnp.arange(query.shape[1])[:, None]
+  if alibi_slopes is not None:
+    scores += alibi_slopes[:, None, None] * distance
+  visible = jnp.ones_like(distance, bool)
+  if is_causal:
+    visible &= distance <= 0
+  if window is not None:
+    visible &= (distance >= -window[0]) & (distance <= window[1])
+  visible = jnp.broadcast_to(visible, scores.shape[:1] + visible.shape)
+  if segment_ids is not None:
+    visible &= segment_ids[0][:, :, None] == segment_ids[1][:, None, :]
+  return jnp.where(visible[:, None], scores, -jnp.inf)
+
+
+class PlainBackend(types.ModuleType):
+  """The functions of a backend, in plain JAX."""
+
+  def __init__(self):
+    super().__init__("plain")
+
+  def unsupported(self, query, key, value, *, chip):
+    return None if query.shape[-1] % 2 == 0 else f"an even dim_head; got {query.shape[-1]}"
+
+  def forward(self, query, key, value, *, chip, **options):
+    value = key if value is None else value
+    scores = _scores(query.astype(jnp.float32), key.astype(jnp.float32), **options)
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0)[..., None])
+    value = jnp.repeat(value, query.shape[2] // value.shape[2], 2).astype(jnp.float32)
+    return jnp.einsum("bhts,bshd->bthd", weights, value).astype(query.dtype), lse
+
+  def backward(self, query, key, value, out, lse, dout, *, chip, **options):
+    q, k, v, out_, dout_ = (x.astype(jnp.float32) for x in (
+        query, key, key if value is None else value, out, dout))
+    heads, kv_heads = q.shape[2], k.shape[2]
+    weights = jnp.exp(_scores(q, k, **options) - jnp.where(jnp.isfinite(lse), lse, 0)[..., None])
+    k, v = (jnp.repeat(x, heads // kv_heads, 2) for x in (k, v))
+    dweights = jnp.einsum("bthd,bshd->bhts", dout_, v)
+    delta = jnp.einsum("bthd,bthd->bht", out_, dout_)[..., None]
+    dscores = options["scale"] * weights * (dweights - delta)
+    fold = lambda x: x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]).sum(3)
+    dquery = jnp.einsum("bhts,bshd->bthd", dscores, k).astype(query.dtype)
+    dkey = fold(jnp.einsum("bhts,bthd->bshd", dscores, q))
+    dvalue = fold(jnp.einsum("bhts,bthd->bshd", weights, dout_))
+    if value is None:
+      return dquery, (dkey + dvalue).astype(key.dtype), None
+    return dquery, dkey.astype(key.dtype), dvalue.astype(key.dtype)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+  module = PlainBackend()
+  monkeypatch.setitem(backend.KERNELS, "flash_attention", ("mosaic_gpu",))
+  monkeypatch.setattr(backend, "kernel_module", lambda op, name: module)
+  monkeypatch.setattr("palm_haiku.kernels.guards._PLATFORMS", {"mosaic_gpu": ("cpu",)})
+  return module
+
+
+fused = functools.partial(flash_attention, implementation="mosaic_gpu")
+SLOPES = alibi_slopes(4)
+
+
+def qkv(batch=8, num_queries=12, heads=4, kv_heads=1, dim_head=4):
+  keys = jax.random.split(jax.random.key(0), 3)
+  return (jax.random.normal(keys[0], (batch, num_queries, heads, dim_head)),
+          jax.random.normal(keys[1], (batch, num_queries, kv_heads, dim_head)),
+          jax.random.normal(keys[2], (batch, num_queries, kv_heads, dim_head)))
+
+
+def loss(attend):
+  return lambda *x: (attend(*x) * jnp.cos(jnp.arange(x[0].size).reshape(x[0].shape))).sum()
+
+
+@settings(max_examples=20)
+@given(contract.cases(dim_heads=(4, 6), dtypes=("bfloat16", "float32"), max_queries=20,
+                      max_keys=30))
+def test_the_contract_holds_for_plain_jax(case):
+  arrays = contract.inputs(case)
+  q, k, v, dout = (arrays[name] for name in ("query", "key", "value", "dout"))
+  module = PlainBackend()
+  out, lse = module.forward(q, k, v, chip=None, **arrays["options"])
+  gradients = module.backward(q, k, v, out, lse, dout, chip=None, **arrays["options"])
+  contract.check(case, arrays, dict(
+      out=out, lse=lse, dquery=gradients[0], dkey=gradients[1], dvalue=gradients[2]))
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda f: f, jax.jit, jax.checkpoint,
+    lambda f: lambda *x: jax.lax.scan(lambda c, _: (c, f(*x)), 0, None, length=2)[1][0],
+    lambda f: jax.vmap(lambda *x: f(*(y[None] for y in x))[0]),
+], ids=["eager", "jit", "remat", "scan", "vmap"])
+def test_value_and_gradients_equal_the_xla_path(plain, wrap):
+  x = qkv()
+  got, want = (jax.value_and_grad(loss(wrap(functools.partial(f, alibi_slopes=SLOPES))),
+                                  argnums=(0, 1, 2))(*x) for f in (fused, flash_attention))
+  chex.assert_trees_all_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_shared_keys_and_values_arrive_as_one_array(plain, monkeypatch):
+  q, k, _ = qkv()
+  got, want = (jax.grad(loss(lambda q, k: f(q, k, k)), argnums=(0, 1))(q, k)
+               for f in (fused, flash_attention))
+  chex.assert_trees_all_close(got, want, atol=1e-5)
+  monkeypatch.setattr(plain, "forward", lambda q, k, v, **_: (
+      q if v is None else None, jnp.zeros(())))
+  assert fused(q, k, k).shape == q.shape
+
+
+def test_a_policy_that_keeps_the_residuals_does_not_rerun_the_kernel(plain, monkeypatch):
+  runs = []
+  forward = plain.forward
+
+  def counted(*arrays, **options):
+    results = forward(*arrays, **options)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), results)
+    # Unlike an effect, a pure callback is left out where its results are not needed.
+    return jax.pure_callback(lambda *x: runs.append(1) or x, shapes, *results)
+
+  def number_of_runs(*names):
+    runs.clear()
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    jax.block_until_ready(
+        jax.jit(jax.value_and_grad(loss(jax.checkpoint(fused, policy=policy))))(*qkv()))
+    return len(runs)
+
+  monkeypatch.setattr(plain, "forward", counted)
+  assert number_of_runs("attention_out", "attention_lse") == 1
+  assert number_of_runs("attention_out") == 2
+  assert number_of_runs() == 2
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_other_derivatives_name_the_xla_path(plain, jit):
+  q, k, v = qkv()
+  f = lambda q: loss(fused)(q, k, v)
+  f = jax.jit(f) if jit else f
+  with pytest.raises(ValueError, match="no forward-mode derivative.*implementation='xla'"):
+    jax.jit(lambda q: jax.jvp(f, (q,), (q,)))(q) if jit else jax.jvp(f, (q,), (q,))
+  with pytest.raises(ValueError, match="no second derivative.*implementation='xla'"):
+    jax.grad(lambda q: jax.grad(f)(q).sum())(q)
+  with pytest.raises(ValueError, match="alibi_slopes.*implementation='xla'"):
+    jax.grad(lambda slopes: fused(q, k, v, alibi_slopes=slopes).sum())(jnp.asarray(SLOPES))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("context", [False, True])
+def test_a_mesh_divides_batch_and_heads(plain, kind, kv_heads, context):
+  devices = np.array(jax.devices()[:8]).reshape(2, 2, 2)
+  mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "model"), axis_types=(kind,) * 3)
+  x = qkv(kv_heads=kv_heads)
+  ids = jnp.tile(jnp.repeat(jnp.arange(2), 6), (8, 1))
+  run = lambda f: jax.jit(jax.value_and_grad(loss(functools.partial(
+      f, alibi_slopes=SLOPES, segment_ids=ids)), argnums=(0, 1, 2)))
+  want = run(flash_attention)(*x)
+  heads = "model" if kv_heads > 1 else None
+  place = lambda x, heads: jax.device_put(
+      x, NamedSharding(mesh, P(("data", "fsdp"), None, heads)))
+  sharded = place(x[0], "model"), place(x[1], heads), place(x[2], heads)
+  if context:
+    with jax.set_mesh(mesh):
+      text = run(fused).lower(*sharded).as_text()
+      got = run(fused)(*sharded)
+  else:
+    text = run(fused).lower(*sharded).as_text()
+    got = run(fused)(*sharded)
+  chex.assert_trees_all_close(got, want, atol=1e-4, rtol=1e-4)
+  assert f"tensor<2x12x2x4xf32>" in text  # the part of one device: batch 8/4, heads 4/2
+
+
+def test_what_a_mesh_does_not_divide_is_repeated(plain):
+  mesh = jax.make_mesh((2, 4), ("fsdp", "model"), axis_types=(AxisType.Auto,) * 2)
+  x = qkv(batch=3, heads=6)
+  f = lambda *x: fused(*x, alibi_slopes=alibi_slopes(6))
+  with jax.set_mesh(mesh):
+    got = jax.jit(f)(*x)
+  np.testing.assert_allclose(got, flash_attention(*x, alibi_slopes=alibi_slopes(6)), atol=1e-5)
+
+
+def test_inside_a_shard_map_of_the_caller(plain):
+  mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+  x = qkv()
+  f = jax.shard_map(
+      lambda q, k, v, slopes: fused(q, k, v, alibi_slopes=jax.lax.stop_gradient(slopes)),
+      mesh=mesh, in_specs=(P("data", None, "model"), P("data"), P("data"), P("model")),
+      out_specs=P("data", None, "model"))
+  attend = lambda *x: f(*x, jnp.asarray(SLOPES))
+  want = jax.value_and_grad(loss(functools.partial(flash_attention, alibi_slopes=SLOPES)),
+                            argnums=(0, 1, 2))(*x)
+  got = jax.value_and_grad(loss(attend), argnums=(0, 1, 2))(*x)
+  chex.assert_trees_all_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_named_backend_says_what_it_lacks_before_anything_compiles(plain):
+  q, k, v = qkv(dim_head=5)
+  with pytest.raises(ValueError, match="mosaic_gpu needs an even dim_head; got 5"):
+    fused(q, k, v)
+
+
+def test_a_named_backend_says_on_what_it_runs(plain, monkeypatch):
+  monkeypatch.setattr("palm_haiku.kernels.guards._PLATFORMS", {"mosaic_gpu": ("cuda",)})
+  x = qkv()
+  with pytest.raises(ValueError, match="mosaic_gpu needs a device of cuda; got cpu"):
+    fused(*x)
+  with pytest.raises(ValueError, match="mosaic_gpu needs a device of cuda; got cpu"):
+    jax.jit(fused).lower(*x)
