@@ -180,7 +180,7 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
 
     layout.interleave(plan, tiles, scores, update)
 
-  first_position = block * (plan.block_rows // plan.group) + query_offset
+  first_position = block * (plan.block_rows // plan.group) + query_offset if edges else None
   layout.traverse(ranges, refs, head, block, key_block, first_position, plan, edges, step)
 
   @pl.when(turn == last_turn)

@@ -115,7 +115,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
         *ranges.operands, jnp.reshape(n, (1,)),
         ranges.row_blocks(n, plan.cores).reshape(-1), *(x for x, _ in operands.values()))
     # The cores' parts, in one order.
-    factors = (scale, 1.0)
+    factors = (1.0,) if value is None else (scale, 1.0)
     return dquery, [(x.sum(0) * c).astype(key.dtype) for x, c in zip(rest, factors)]
 
   if num_key_blocks == 1:
@@ -154,7 +154,7 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
     if "slope" in refs:
       layout.fill_bias(refs, plan)
 
-  first_position = block * (plan.block_rows // plan.group) + query_offset
+  first_position = block * (plan.block_rows // plan.group) + query_offset if edges else None
   starts_fresh = False
   if edges:
     diagonal = first_position // plan.major
@@ -195,8 +195,12 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
       dscores = (weights * (dweights - refs["delta"][:, at])).astype(dtype)
       weights = weights.astype(dtype)
       span = pl.ds(first_key + tile.keys[0], tile.keys[1] - tile.keys[0])
-      (dkey if shared else refs["dvalue"])[span, :] += dot(weights, dout[at, :], nn)
-      dkey[span, :] += dot(dscores, query[at, :], nn)
+      dvalue_part, dkey_part = dot(weights, dout[at, :], nn), dot(dscores, query[at, :], nn)
+      if shared:
+        dkey[span, :] += dvalue_part + dkey_part * scale
+      else:
+        refs["dvalue"][span, :] += dvalue_part
+        dkey[span, :] += dkey_part
       dquery = dot(k_turned[:, slice(*tile.keys)], dscores, nn)
       accum[:, at] = dquery if fresh else accum[:, at] + dquery
 
