@@ -138,8 +138,8 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
 
   @pl.when((turn == 0) & jnp.logical_not(starts_fresh))
   def _():
+    layout.clear(accum)
     top[...] = jnp.full_like(top, LOWEST)
-    accum[...] = jnp.zeros_like(accum)
 
   if "slope" in refs:
     @pl.when((turn == 0) & (row_block == 0))

@@ -150,7 +150,7 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
   @pl.when(row_block == 0)
   def _():
     for name in ("dkey",) if shared else ("dkey", "dvalue"):
-      refs[name][...] = jnp.zeros_like(refs[name])
+      layout.clear(refs[name])
     if "slope" in refs:
       layout.fill_bias(refs, plan)
 
@@ -162,7 +162,7 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
 
   @pl.when(jnp.logical_not(starts_fresh))
   def _():
-    accum[...] = jnp.zeros_like(accum)
+    layout.clear(accum)
 
   def step(first_row, first_key, tiles, size, masked, ids, fresh):
     first_key = pl.multiple_of(first_key, plan.fine)

@@ -372,6 +372,10 @@ def hide(x, tile, distance, num_keys, refs, at, key_ids, *, is_causal, window):
   return jnp.concatenate([part for part in parts if part.shape[0]], axis=0)
 
 
+def clear(ref):
+  ref[...] = jnp.zeros_like(ref)
+
+
 def turned(key_ids, lanes):
   """Ids int32[1, keys], which lie along lanes, as int32[keys, lanes]."""
   width = min(128, lanes)

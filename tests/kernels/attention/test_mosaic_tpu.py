@@ -1,0 +1,210 @@
+"""The TPU kernels in JAX's TPU interpreter, and compiled ahead of time.
+
+The interpreter looks for races and reads out of bounds, and fills fresh memory with NaN.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from palm_haiku.kernels import alibi_slopes
+from palm_haiku.kernels.attention import mosaic_tpu, mosaic_tpu_layout as layout
+from palm_haiku.kernels.tuning import TpuBlocks
+
+from . import contract
+from .contract import Case
+
+# Small enough that short sequences have several blocks of rows and of keys, and steps of all
+# kinds: diagonal, large, fine. The second deals the blocks of rows to two cores.
+BLOCKS = (
+    TpuBlocks(area=1024, rows=32, lanes=32, chunk=32, fine=16, major=64, ahead=1, cores=1),
+    TpuBlocks(area=1024, rows=32, lanes=16, chunk=16, fine=8, major=32, ahead=2, cores=2),
+)
+
+
+@functools.lru_cache(maxsize=64)
+def compiled(blocks, backward, **static):
+  # Every case is a compilation; optimizing it would cost more than it saves.
+  @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+  def run(query, key, value, dout, options):
+    options = dict(options, **static, chip=None, blocks=blocks)
+    out, lse = mosaic_tpu.forward(query, key, value, **options)
+    results = dict(out=out, lse=lse)
+    if backward:
+      gradients = mosaic_tpu.backward(query, key, value, out, lse, dout, **options)
+      results |= dict(zip(("dquery", "dkey", "dvalue"), gradients, strict=True))
+    return results
+  return run
+
+
+def attention(arrays, blocks=BLOCKS[0], backward=True):
+  """{"out", "lse", "dquery", "dkey", "dvalue"} of `contract.inputs`."""
+  options = dict(arrays["options"])
+  static = {name: options.pop(name) for name in ("is_causal", "scale", "window")}
+  if isinstance(options["query_offset"], int):
+    static["query_offset"] = options.pop("query_offset")
+  run = compiled(blocks, backward, **static)
+  params = pltpu.InterpretParams(
+      detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan",
+      num_cores_or_threads=blocks.cores)
+  try:
+    with pltpu.force_tpu_interpret_mode(params):
+      return jax.block_until_ready(
+          run(*(arrays[n] for n in ("query", "key", "value", "dout")), options))
+  finally:
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def check(case, blocks=BLOCKS[0], backward=True):
+  arrays = contract.inputs(case)
+  contract.check(case, arrays, attention(arrays, blocks, backward))
+
+
+# A program is compiled once for each of these; what lies in its arrays is drawn. The fuzz below
+# draws everything.
+STRUCTURES = [(Case(**case), BLOCKS[blocks]) for blocks, case in (
+    (0, dict(num_queries=64, num_keys=64)),
+    (0, dict(num_queries=80, num_keys=80, segments="packed", dim_head=128)),
+    (0, dict(num_queries=70, num_keys=70, window=(32, 0), segments="packed")),
+    (0, dict(num_queries=33, num_keys=150, query_offset=96, dtype="float32")),
+    (0, dict(num_queries=37, num_keys=61, heads=6, kv_heads=2, traced_offset=True)),
+    (0, dict(num_queries=50, num_keys=90, is_causal=False, window=(21, 9), shared_kv=True)),
+    (0, dict(num_queries=1, num_keys=77, query_offset=76, scale=0.3, heads=8)),
+    (0, dict(num_queries=90, num_keys=41, alibi=False, heads=3, kv_heads=3, dim_head=128)),
+    (1, dict(num_queries=64, num_keys=64, shared_kv=True, batch=2)),
+    (1, dict(num_queries=45, num_keys=45, segments="packed", heads=3, traced_offset=True)),
+    (1, dict(num_queries=40, num_keys=40, is_causal=False, segments="packed", scale=0.3)),
+    (1, dict(num_queries=65, num_keys=65, window=(16, 5), dim_head=256)),
+)]
+
+
+@st.composite
+def drawn(draw):
+  case, blocks = draw(st.sampled_from(STRUCTURES))
+  changes = dict(seed=draw(st.integers(0, 10**6)))
+  if case.segments:
+    changes["segments"] = draw(st.sampled_from(["packed", "shuffled"]))
+  if case.traced_offset:
+    changes["query_offset"] = draw(st.integers(-case.num_queries - 3, case.num_keys + 3))
+  return dataclasses.replace(case, **changes), blocks
+
+
+@settings(max_examples=72)
+@given(drawn())
+def test_right_on_drawn_cases(case):
+  check(*case)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(6 * 3600)
+@settings(max_examples=700)
+@given(case=contract.cases(dtypes=("bfloat16", "float32"), max_queries=80, max_keys=120),
+       blocks=st.sampled_from(BLOCKS))
+def test_right_on_many_drawn_cases(case, blocks):
+  compiled.cache_clear()
+  check(case, blocks)
+
+
+def off_by_one(hide):
+  return lambda x, tile, distance, *rest, **options: hide(
+      x, tile, distance - 1, *rest, **options)
+
+
+def of_another_head(row_slopes):
+  return lambda slopes, *rest: row_slopes(jnp.roll(slopes, 1), *rest)
+
+
+def shortened(visible_chunks):
+  def mutant(*args, **options):
+    chunks = visible_chunks(*args, **options)
+    return chunks.at[:, 0].set(jnp.minimum(chunks[:, 0] + 1, chunks[:, 3]))
+  return mutant
+
+
+def without_a_mask_there(visible_chunks):
+  def mutant(*args, **options):
+    chunks = visible_chunks(*args, **options)
+    return chunks.at[:, 2].set(chunks[:, 3])
+  return mutant
+
+
+def nothing(clear):
+  return lambda ref: None
+
+
+MUTANTS = {
+    "mask": ("hide", off_by_one), "slopes": ("row_slopes", of_another_head),
+    "skipped block": ("visible_chunks", shortened),
+    "block without its mask": ("visible_chunks", without_a_mask_there),
+    "stale accumulator": ("clear", nothing)}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_planted_error_is_found(monkeypatch, mutant):
+  # Small, but with two blocks of rows and of keys; no diagonal steps, which start afresh.
+  case = Case(num_queries=20, num_keys=40, query_offset=19, dtype="float32")
+  if mutant == "mask":  # on the diagonal, too
+    check_fails(monkeypatch, mutant, dataclasses.replace(case, num_keys=32, num_queries=32,
+                                                         query_offset=0))
+  check_fails(monkeypatch, mutant, case)
+
+
+def check_fails(monkeypatch, mutant, case):
+  name, mutate = MUTANTS[mutant]
+  with monkeypatch.context() as patch:
+    patch.setattr(layout, name, mutate(getattr(layout, name)))
+    compiled.cache_clear()
+    results = attention(contract.inputs(case))
+  compiled.cache_clear()
+  found = set()
+  for result, array in results.items():
+    try:
+      contract.check(case, contract.inputs(case), {result: array})
+    except AssertionError:
+      found.add(result)
+  # Each kernel is found out by itself: the forward by out, the backward by what it adds up.
+  assert "out" in found and found & {"dquery", "dkey", "dvalue"}, found
+
+
+def test_no_gradient_flows_from_the_future():
+  for row in (0, 17, 39):
+    arrays = contract.inputs(Case(num_queries=40, num_keys=40, dtype="float32"))
+    arrays["dout"] = jnp.zeros_like(arrays["dout"]).at[:, row].set(1.0)
+    results = attention(arrays)
+    for name in ("dkey", "dvalue"):
+      gradient = np.asarray(results[name])[0, :, 0]
+      assert not np.any(gradient[row + 1 :]), (name, row)
+      if row or name == "dvalue":
+        assert np.all(np.any(gradient[: row + 1] != 0, axis=-1)), (name, row)
+    assert not np.any(np.delete(np.asarray(results["dquery"]), row, axis=1))
+
+
+def test_alibi_depends_on_distance_alone():
+  arrays = contract.inputs(Case(num_queries=24, num_keys=24, dtype="float32"))
+  near = attention(arrays)
+  # The same queries and keys 32 positions later, behind keys of another segment.
+  shift = 32
+  front = lambda x: jnp.concatenate([jnp.ones_like(x[:, :1]).repeat(shift, axis=1), x], axis=1)
+  ids = jnp.ones((1, 24), jnp.int32)
+  later = dict(arrays, key=front(arrays["key"]), value=front(arrays["value"]))
+  later["options"] = dict(arrays["options"], query_offset=shift, segment_ids=(
+      ids, jnp.concatenate([jnp.zeros((1, shift), jnp.int32), ids], axis=1)))
+  far = attention(later)
+  for name in ("out", "lse", "dquery"):
+    np.testing.assert_allclose(far[name], near[name], rtol=1e-5, atol=1e-5)
+  for name in ("dkey", "dvalue"):
+    np.testing.assert_allclose(far[name][:, shift:], near[name], rtol=1e-5, atol=1e-5)
+    assert not np.any(far[name][:, :shift])
+
+
+def test_the_same_bits_on_every_run():
+  arrays = contract.inputs(Case(num_queries=40, num_keys=40))
+  first, second = attention(arrays, BLOCKS[1]), attention(arrays, BLOCKS[1])
+  for name in first:
+    np.testing.assert_array_equal(first[name], second[name])
