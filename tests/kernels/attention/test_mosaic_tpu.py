@@ -17,8 +17,8 @@ from palm_haiku.kernels import alibi_slopes
 from palm_haiku.kernels.attention import mosaic_tpu, mosaic_tpu_layout as layout
 from palm_haiku.kernels.tuning import TpuBlocks
 
-from . import contract
-from .contract import Case
+from tests.kernels.attention import contract
+from tests.kernels.attention.contract import Case
 
 # Small enough that short sequences have several blocks of rows and of keys, and steps of all
 # kinds: diagonal, large, fine. The second deals the blocks of rows to two cores.
