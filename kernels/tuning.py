@@ -26,11 +26,30 @@ class TpuBlocks(NamedTuple):
   cores: int  # that the blocks of rows are dealt to
 
 
+VMEM = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128, "tpu7x": 64}  # MiB of one core
+
+_TPU_BASE = TpuBlocks(
+    area=2**22, rows=2048, lanes=256, chunk=512, fine=128, major=8192, ahead=3, cores=1)
+_TPU_BACKWARD = _TPU_BASE._replace(ahead=2)
+
+
+# (chip, dim_head up to) -> forward, backward.
 ATTENTION_MOSAIC_TPU = {
-    ("v6e", 128): (TpuBlocks(2**22, 4096, 256, 512, 128, 8192, 3, 1),
-                   TpuBlocks(2**22, 2048, 256, 512, 128, 8192, 1, 1)),
+    ("v4", 128): (_TPU_BASE._replace(area=2**18, major=2048, cores=2),
+                  _TPU_BACKWARD._replace(area=2**18, major=1024, cores=2)),
+    ("v4", 256): (_TPU_BASE._replace(area=2**18, major=1024, cores=2),
+                  _TPU_BACKWARD._replace(area=2**16, rows=1024, major=1024, cores=2)),
+    ("v5e", 128): (_TPU_BASE, _TPU_BACKWARD),
+    ("v5e", 256): (_TPU_BASE, _TPU_BACKWARD),
+    ("v5p", 128): (_TPU_BASE._replace(cores=2), _TPU_BACKWARD._replace(cores=2)),
+    ("v5p", 256): (_TPU_BASE._replace(cores=2), _TPU_BACKWARD._replace(area=2**20, cores=2)),
+    ("v6e", 128): (_TPU_BASE._replace(rows=4096, ahead=4), _TPU_BACKWARD),
+    ("v6e", 256): (_TPU_BASE._replace(rows=4096), _TPU_BACKWARD),
+    ("tpu7x", 128): (_TPU_BASE._replace(rows=4096, ahead=4), _TPU_BACKWARD),
+    ("tpu7x", 256): (_TPU_BASE._replace(rows=4096), _TPU_BACKWARD._replace(area=2**20)),
 }
 
 
-def attention_mosaic_tpu(chip, dim):
-  return ATTENTION_MOSAIC_TPU[("v6e", 128)]
+def attention_mosaic_tpu(chip: str | None, dim_head: int) -> tuple[TpuBlocks, TpuBlocks]:
+  """Block sizes of the forward and the backward kernel; those of a v4, the smallest, for None."""
+  return ATTENTION_MOSAIC_TPU[chip or "v4", 128 if dim_head <= 128 else 256]

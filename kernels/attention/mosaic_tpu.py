@@ -30,10 +30,23 @@ def unsupported(query, key, value, *, chip) -> str | None:
     chip: "v4", "v5e", "v5p", "v6e" or "tpu7x"; None asks whether any of them could.
   """
   if query.dtype not in (jnp.bfloat16, jnp.float32):
-    return f"bfloat16 or float32 (the matrix unit takes no float16); got {query.dtype}"
-  dim_head = query.shape[-1]
-  if dim_head > 256:
-    return f"dim_head <= 256; got {dim_head}"
+    return f"bfloat16 or float32, for the matrix unit takes no float16; got {query.dtype}"
+  dim = query.shape[-1]
+  if dim > 256:
+    return f"dim_head of at most 256; got {dim}"
+  if chip is None:
+    return None
+  if chip not in tuning.VMEM:
+    return f"one of the chips {', '.join(tuning.VMEM)}; got {chip}"
+  itemsize = query.dtype.itemsize
+  for backward_too, blocks in enumerate(tuning.attention_mosaic_tpu(chip, dim)):
+    plan = layout.fit(blocks, length=query.shape[1], group=query.shape[2] // key.shape[2],
+                      num_keys=key.shape[1], itemsize=itemsize)
+    taken = layout.vmem_bytes(plan, dim=dim, itemsize=itemsize, shared=value is None,
+                              backward=bool(backward_too)) / 2**20
+    if taken > tuning.VMEM[chip]:
+      return (f"blocks within the {tuning.VMEM[chip]} MiB of VMEM of a {chip}; "
+              f"{'backward' if backward_too else 'forward'} takes {taken:.1f} MiB")
   return None
 
 
@@ -58,7 +71,7 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
   num_keys, kv_heads = key.shape[1:3]
   group = heads // kv_heads
   plan = layout.fit(blocks or tuning.attention_mosaic_tpu(chip, dim)[0], length=length,
-                    group=group, num_keys=num_keys)
+                    group=group, num_keys=num_keys, itemsize=query.dtype.itemsize)
   mask = dict(query_offset=query_offset, is_causal=is_causal, window=window)
   edges = layout.find_edges(plan, length=length, num_keys=num_keys, **mask)
   chunks = layout.visible_chunks(
@@ -114,7 +127,9 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
           layout.struct((batch * kv_heads, 1, plan.num_rows), jnp.float32, query, key, value)],
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"),
-          vmem_limit_bytes=100 << 20),
+          vmem_limit_bytes=layout.vmem_bytes(
+              plan, dim=dim, itemsize=query.dtype.itemsize, shared=value is None,
+              backward=False)),
       name="alibi_attention_forward",
   )(*ranges.operands, *(x for x, _ in operands.values()))
   return (layout.unpack(out, batch, length, heads),

@@ -36,7 +36,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   num_keys, kv_heads = key.shape[1:3]
   group = heads // kv_heads
   plan = layout.fit(blocks or tuning.attention_mosaic_tpu(chip, dim)[1], length=length,
-                    group=group, num_keys=num_keys)
+                    group=group, num_keys=num_keys, itemsize=query.dtype.itemsize)
   mask = dict(query_offset=query_offset, is_causal=is_causal, window=window)
   edges = layout.find_edges(plan, length=length, num_keys=num_keys, **mask)
   chunks = layout.visible_chunks(
@@ -67,7 +67,9 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
       (None, 1, plan.block_rows), lambda s, b, i, *r: (index(b), 0, rows_at(s, b, i, r)))
   rows_spec = pl.BlockSpec(
       (None, plan.block_rows, dim), lambda s, b, i, *r: (b, rows_at(s, b, i, r), 0))
-  keys_spec = pl.BlockSpec((None, plan.major, dim), lambda s, b, i, *r: (b, r[2][0], 0))
+  once = pl.Buffered(1)  # these stay for all blocks of rows
+  keys_spec = pl.BlockSpec((None, plan.major, dim), lambda s, b, i, *r: (b, r[2][0], 0),
+                           pipeline_mode=once)
   operands = dict(query=(q, rows_spec), dout=(do, rows_spec), lse=(lse, row_spec(lambda b: b)),
                   delta=(delta, row_spec(lambda b: b)), key=(k, keys_spec))
   if v is not None:
@@ -86,7 +88,8 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   for name in gradients:
     outputs[name] = (
         layout.struct((plan.cores, batch * kv_heads, plan.major, dim), jnp.float32, *arrays),
-        pl.BlockSpec((None, None, plan.major, dim), lambda s, b, i, *r: (s, b, 0, 0)))
+        pl.BlockSpec((None, None, plan.major, dim), lambda s, b, i, *r: (s, b, 0, 0),
+                     pipeline_mode=once))
   scratch = dict(accum=pltpu.VMEM((dim, plan.block_rows), jnp.float32))
   if alibi_slopes is not None:
     scratch["bias"] = layout.bias_scratch(plan, edges)
@@ -107,7 +110,9 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
       out_shape=[shape for shape, _ in outputs.values()],
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-          vmem_limit_bytes=110 << 20),
+          vmem_limit_bytes=layout.vmem_bytes(
+              plan, dim=dim, itemsize=query.dtype.itemsize, shared=value is None,
+              backward=True)),
       name="alibi_attention_backward")
 
   def of_key_block(n):

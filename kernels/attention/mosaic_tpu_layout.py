@@ -239,6 +239,24 @@ class Plan(NamedTuple):
     return lanes if lanes % self.group == 0 else None
 
 
+def vmem_bytes(plan: Plan, *, dim, itemsize, shared, backward) -> int:
+  """VMEM that a kernel takes, at most.
+
+  Blocks that change from step to step have two buffers. Score tiles that wait for their turn
+  are spilled; the compiler's allocations stayed below this count of them.
+  """
+  dim, edge = round_up(dim, 128), plan.block_rows // plan.group
+  row, key = plan.block_rows * dim, plan.major * dim
+  tile = 4 * plan.lanes * max(plan.chunk, edge)
+  vectors = 2 * 8 * 4 * plan.block_rows + 4 * 128 * max(plan.chunk, edge)
+  if backward:
+    dquery = 2 * (itemsize if plan.padded_keys == plan.major else 4) + 4
+    return (row * (4 * itemsize + dquery) + (1 if shared else 2) * key * (itemsize + 4)
+            + 2 * (plan.ahead + 3) * tile + vectors)
+  return (row * (4 * itemsize + 4) + 16 * 4 * plan.block_rows
+          + (1 if shared else 2) * 2 * key * itemsize + (plan.ahead + 3) * tile + vectors)
+
+
 class Tile(NamedTuple):
   """Some rows against some keys of a step, all relative to the step's first."""
 
@@ -278,8 +296,10 @@ def find_edges(plan, *, length, num_keys, query_offset, is_causal, window) -> tu
   return tuple(edges)
 
 
-def fit(blocks, *, length, group, num_keys) -> Plan:
+def fit(blocks, *, length, group, num_keys, itemsize) -> Plan:
   """Block sizes for this problem."""
+  if itemsize > 2:  # float32: half as many rows and keys in the same memory
+    blocks = blocks._replace(area=blocks.area // 4, major=max(blocks.major // 2, blocks.chunk))
   unit = min(128, blocks.lanes)
   lanes = min(blocks.lanes, round_up(length * group, unit))
   positions = 1

@@ -85,20 +85,21 @@ STRUCTURES = [(Case(**case), BLOCKS[blocks]) for blocks, case in (
 
 
 @st.composite
-def drawn(draw):
-  case, blocks = draw(st.sampled_from(STRUCTURES))
+def drawn(draw, case):
   changes = dict(seed=draw(st.integers(0, 10**6)))
   if case.segments:
     changes["segments"] = draw(st.sampled_from(["packed", "shuffled"]))
   if case.traced_offset:
     changes["query_offset"] = draw(st.integers(-case.num_queries - 3, case.num_keys + 3))
-  return dataclasses.replace(case, **changes), blocks
+  return dataclasses.replace(case, **changes)
 
 
-@settings(max_examples=72)
-@given(drawn())
-def test_right_on_drawn_cases(case):
-  check(*case)
+@pytest.mark.parametrize("structure", range(len(STRUCTURES)))
+@settings(max_examples=6)  # 72 in all
+@given(data=st.data())
+def test_right_on_drawn_cases(structure, data):
+  case, blocks = STRUCTURES[structure]
+  check(data.draw(drawn(case)), blocks)
 
 
 @pytest.mark.slow
