@@ -13,7 +13,7 @@ IMPLEMENTATIONS = ("auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton"
 
 # The backends that an op has kernels for; "xla" is the fallback of every one.
 KERNELS = {
-    "flash_attention": (),
+    "flash_attention": ("mosaic_tpu",),
     "parallel_attention_ffn": (),
 }
 

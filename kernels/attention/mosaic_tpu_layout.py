@@ -282,7 +282,7 @@ def find_edges(plan, *, length, num_keys, query_offset, is_causal, window) -> tu
           and plan.major % size == 0 and isinstance(query_offset, int)
           and query_offset % size == 0 and 0 <= query_offset <= num_keys - length):
     return ()
-  grain, sublanes = max(plan.fine // 2, 8), 8
+  grain, sublanes = max(plan.fine // 8, 8), 8
   right, left = [], []
   for row in range(0, plan.block_rows, plan.lanes):
     first, last = row // plan.group, (row + plan.lanes - 1) // plan.group
