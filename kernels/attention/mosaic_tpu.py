@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import tuning
+from .. import mesh as meshes, tuning
 from . import mosaic_tpu_layout as layout
 from .mosaic_tpu_backward import backward as backward
 from .mosaic_tpu_layout import LOG2E
@@ -67,7 +67,9 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
   Returns:
     [B, T, heads, D] in query's dtype, and float32[B, heads, T].
   """
-  batch, length, heads, dim = query.shape
+  batch, length, heads, given_dim = query.shape
+  query, key, value = (layout.widen(x) for x in (query, key, value))
+  dim = query.shape[-1]
   num_keys, kv_heads = key.shape[1:3]
   group = heads // kv_heads
   plan = layout.fit(blocks or tuning.attention_mosaic_tpu(chip, dim)[0], length=length,
@@ -123,8 +125,8 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
           out_specs=[rows_spec, row_spec(lambda b: b)],
           scratch_shapes=list(scratch.values())),
       out_shape=[
-          layout.struct((batch * kv_heads, plan.num_rows, dim), query.dtype, query, key, value),
-          layout.struct((batch * kv_heads, 1, plan.num_rows), jnp.float32, query, key, value)],
+          meshes.out_shape((batch * kv_heads, plan.num_rows, dim), query.dtype, query, key, value),
+          meshes.out_shape((batch * kv_heads, 1, plan.num_rows), jnp.float32, query, key, value)],
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"),
           vmem_limit_bytes=layout.vmem_bytes(
@@ -132,7 +134,7 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
               backward=False)),
       name="alibi_attention_forward",
   )(*ranges.operands, *(x for x, _ in operands.values()))
-  return (layout.unpack(out, batch, length, heads),
+  return (layout.unpack(out, batch, length, heads)[..., :given_dim],
           layout.unpack_vector(lse, batch, length, heads))
 
 

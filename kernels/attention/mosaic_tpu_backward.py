@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import tuning
+from .. import mesh as meshes, tuning
 from . import mosaic_tpu_layout as layout
 from .mosaic_tpu_layout import LOG2E
 
@@ -32,7 +32,9 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   Returns:
     dquery, dkey, dvalue; where value is None, dkey is the sum of both and dvalue None.
   """
-  batch, length, heads, dim = query.shape
+  batch, length, heads, given_dim = query.shape
+  query, key, value, out, dout = (layout.widen(x) for x in (query, key, value, out, dout))
+  dim = query.shape[-1]
   num_keys, kv_heads = key.shape[1:3]
   group = heads // kv_heads
   plan = layout.fit(blocks or tuning.attention_mosaic_tpu(chip, dim)[1], length=length,
@@ -46,7 +48,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
 
   # A row's sum of (gradient * output); the log-sum-exp in base 2, infinite where the row is
   # empty or padding, which makes its weights zero.
-  delta = jnp.einsum("bthd,bthd->bht", out, dout, preferred_element_type=jnp.float32)
+  delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
   lse = jnp.where(jnp.isfinite(lse), lse * LOG2E, jnp.inf)
   q = layout.pack(query, kv_heads, plan.num_rows)
   do = layout.pack(dout, kv_heads, plan.num_rows)
@@ -83,11 +85,11 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   gradients = ("dkey",) if value is None else ("dkey", "dvalue")
   arrays = (query, key, value, dout)
   outputs = dict(
-      dquery=(layout.struct((batch * kv_heads, plan.num_rows, dim), dquery_type, *arrays),
+      dquery=(meshes.out_shape((batch * kv_heads, plan.num_rows, dim), dquery_type, *arrays),
               pl.BlockSpec((None, plan.block_rows, dim), lambda s, b, i, *r: (b, at(s, i), 0))))
   for name in gradients:
     outputs[name] = (
-        layout.struct((plan.cores, batch * kv_heads, plan.major, dim), jnp.float32, *arrays),
+        meshes.out_shape((plan.cores, batch * kv_heads, plan.major, dim), jnp.float32, *arrays),
         pl.BlockSpec((None, None, plan.major, dim), lambda s, b, i, *r: (s, b, 0, 0),
                      pipeline_mode=once))
   scratch = dict(accum=pltpu.VMEM((dim, plan.block_rows), jnp.float32))
@@ -129,13 +131,13 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
     def body(sofar, n):
       dquery, parts = of_key_block(n)
       return sofar + dquery, parts
-    start = jnp.zeros_like(q, jnp.float32)
+    start = meshes.varying_together(jnp.zeros(q.shape, jnp.float32), q)[0]
     dquery, parts = jax.lax.scan(body, start, jnp.arange(num_key_blocks, dtype=jnp.int32))
     # [key blocks, B * kv_heads, major, D]
     parts = [x.swapaxes(0, 1).reshape(batch * kv_heads, plan.padded_keys, dim) for x in parts]
   dquery = layout.unpack(dquery.astype(query.dtype), batch, length, heads)
-  dkey, dvalue = (*(layout.unpack(x, batch, num_keys, kv_heads) for x in parts), None)[:2]
-  return dquery, dkey, dvalue
+  gradients = dquery, *(layout.unpack(x, batch, num_keys, kv_heads) for x in parts)
+  return (*(x[..., :given_dim] for x in gradients), None)[:3]
 
 
 def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_causal, window):

@@ -31,6 +31,13 @@ def pad(x: jax.Array, axis: int, size: int, mode: str = "constant") -> jax.Array
   return jnp.pad(x, widths, mode=mode)
 
 
+def widen(x: jax.Array | None) -> jax.Array | None:
+  """[..., D] with zeros up to the next width that fills whole tiles."""
+  if x is None or x.shape[-1] == 64:
+    return x
+  return pad(x, x.ndim - 1, round_up(x.shape[-1], 128))
+
+
 def pack(x: jax.Array, kv_heads: int, num_rows: int) -> jax.Array:
   """[B, T, heads, D] as [B * kv_heads, num_rows, D]; rows past T * group are zeros."""
   batch, length, heads, dim = x.shape
@@ -201,14 +208,6 @@ class Ranges:
   def key_blocks(self, scalars, head, block):
     """The first and the last block of keys to visit."""
     return [self._of_block(scalars[1], head, block, k) for k in range(2)]
-
-
-def struct(shape, dtype, *arrays):
-  """The type of an output that varies over every mesh axis over which `arrays` vary."""
-  varying = frozenset().union(
-      *(jax.typeof(x).manual_axis_type.varying for x in arrays if x is not None))
-  return jax.ShapeDtypeStruct(
-      shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying))
 
 
 class Plan(NamedTuple):

@@ -5,6 +5,9 @@ The interpreter looks for races and reads out of bounds, and fills fresh memory 
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from palm_haiku.kernels import alibi_slopes
+from palm_haiku.kernels import alibi_slopes, flash_attention, tuning
 from palm_haiku.kernels.attention import mosaic_tpu, mosaic_tpu_layout as layout
 from palm_haiku.kernels.tuning import TpuBlocks
 
@@ -209,3 +212,115 @@ def test_the_same_bits_on_every_run():
   first, second = attention(arrays, BLOCKS[1]), attention(arrays, BLOCKS[1])
   for name in first:
     np.testing.assert_array_equal(first[name], second[name])
+
+
+def test_a_row_that_sees_nothing_is_zero_with_zero_gradient():
+  arrays = contract.inputs(Case(num_queries=40, num_keys=40, segments="packed"))
+  query_ids, key_ids = arrays["options"]["segment_ids"]
+  arrays["options"]["segment_ids"] = query_ids.at[:, 7].set(9), key_ids
+  results = attention(arrays)
+  assert not np.any(results["out"][:, 7]) and np.all(np.isneginf(results["lse"][:, :, 7]))
+  assert not np.any(results["dquery"][:, 7])
+  for name in ("dquery", "dkey", "dvalue"):
+    assert np.all(np.isfinite(np.asarray(results[name], np.float32)))
+
+
+def test_through_the_op_with_vmap_and_a_head_dim_that_is_padded():
+  arrays = contract.inputs(Case(batch=2, num_queries=20, num_keys=20, dim_head=72, dtype="float32",
+                                segments="packed"))
+  def loss(query, key, value, ids, implementation):
+    f = lambda q, k, v, i: flash_attention(
+        q, k, v, segment_ids=i, alibi_slopes=alibi_slopes(4), implementation=implementation)
+    return (jax.vmap(f)(query, key, value, ids) * arrays["dout"]).sum()
+  ids = arrays["options"]["segment_ids"][0]
+  gradient = jax.grad(loss, argnums=(0, 1, 2))
+  given = tuple(arrays[name] for name in ("query", "key", "value"))
+  want = gradient(*given, ids, "xla")
+  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+    got = jax.block_until_ready(jax.jit(gradient, static_argnums=4)(*given, ids, "mosaic_tpu"))
+  for g, w in zip(got, want, strict=True):
+    np.testing.assert_allclose(g, w, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("change, chip, message", [
+    (dict(dtype="float16"), "v5e", "bfloat16 or float32"),
+    (dict(dim_head=512), None, "dim_head of at most 256; got 512"),
+    (dict(), "v9", "one of the chips v4, v5e, v5p, v6e, tpu7x; got v9"),
+    (dict(dim_head=256), "v4", "blocks within the 8 MiB of VMEM of a v4; forward takes 1"),
+])
+def test_what_a_chip_cannot_do_is_said(monkeypatch, change, chip, message):
+  monkeypatch.setitem(tuning.VMEM, "v4", 8)
+  case = Case(**{"heads": 16, "num_queries": 8192, "num_keys": 8192, **change})
+  array = lambda length, heads: jax.ShapeDtypeStruct(
+      (1, length, heads, case.dim_head), jnp.dtype(case.dtype))
+  query, key = array(case.num_queries, case.heads), array(case.num_keys, 1)
+  assert message in mosaic_tpu.unsupported(query, key, key, chip=chip)
+
+
+@pytest.mark.parametrize("chip", tuning.VMEM)
+@pytest.mark.parametrize("dim_head", [64, 128, 256])
+@pytest.mark.parametrize("heads, kv_heads", [(16, 1), (16, 16), (12, 4), (71, 1)])
+def test_the_table_fits_the_chip(chip, dim_head, heads, kv_heads):
+  for length in (1, 700, 2048, 65536):
+    query, key = (jax.ShapeDtypeStruct((1, length, n, dim_head), jnp.bfloat16)
+                  for n in (heads, kv_heads))
+    assert mosaic_tpu.unsupported(query, key, key, chip=chip) is None
+
+
+COMPILE = """
+import sys
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from palm_haiku.kernels.attention import mosaic_tpu
+
+chip, topology, length, heads, kv_heads, dim, dtype = sys.argv[1:]
+length, heads, kv_heads, dim = map(int, (length, heads, kv_heads, dim))
+device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+mesh = jax.sharding.Mesh([device], ("x",))
+
+def both(query, key, value, dout, slopes):
+  options = dict(segment_ids=None, alibi_slopes=slopes, query_offset=0, is_causal=True,
+                 scale=dim**-0.5, window=None, chip=chip)
+  out, lse = mosaic_tpu.forward(query, key, value, **options)
+  return mosaic_tpu.backward(query, key, value, out, lse, dout, **options)
+
+everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+array = lambda shape, dtype=dtype: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=everywhere)
+query, key = array((1, length, heads, dim)), array((1, length, kv_heads, dim))
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+  compiled = jax.jit(both).trace(query, key, key, query, array((heads,), "float32")).lower(
+      lowering_platforms=("tpu",)).compile()
+print("temporaries", compiled.memory_analysis().temp_size_in_bytes)
+"""
+
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2",
+              "tpu7x": "tpu7x:2x2x1"}
+
+
+def temporaries(chip, length, heads=16, kv_heads=1, dim=128, dtype="bfloat16"):
+  """Bytes of temporaries of forward and backward, compiled for a chip that is not here."""
+  pytest.importorskip("libtpu", reason="the compiler for TPUs is in libtpu")
+  done = subprocess.run(
+      [sys.executable, "-c", COMPILE, chip, TOPOLOGIES[chip],
+       *map(str, (length, heads, kv_heads, dim, dtype))],
+      env=os.environ | dict(
+          JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4",
+          TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1"),
+      capture_output=True, text=True, timeout=1200)
+  assert done.returncode == 0, done.stderr[-2000:]
+  return int(done.stdout.split()[-1])
+
+
+def test_compiles_for_65536_positions_with_temporaries_of_their_number():
+  assert temporaries("v5e", 65536) < 16 * 65536 * 16 * (128 + 8)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("heads, kv_heads, dim, dtype", [
+    (16, 1, 64, "bfloat16"), (16, 1, 128, "bfloat16"), (16, 1, 256, "bfloat16"),
+    (4, 4, 128, "bfloat16"), (12, 4, 128, "bfloat16"), (16, 1, 128, "float32")])
+def test_compiles_within_the_vmem_that_is_counted(chip, heads, kv_heads, dim, dtype):
+  assert temporaries(chip, 8192, heads, kv_heads, dim, dtype) < 16 * 8192 * heads * (dim + 8)
