@@ -39,9 +39,16 @@ TPU_COLUMNS = {
 # ---- programs, built in the process that compiles them
 
 
-def attention(*, implementation, chip, shape, dtype, alibi, options=()):
-  """(function, arguments) of an attention by name."""
+def attention(*, implementation, chip, shape, dtype, alibi, gradient=False, options=()):
+  """(function, arguments) of an attention by name, or of the gradient of its sum."""
   shape = Attention.parse(shape)
+  function, arguments = _forward(implementation, chip, shape, dtype, alibi, options)
+  if not gradient:
+    return function, arguments
+  return jax.grad(lambda *a: function(*a).astype(jnp.float32).sum(), argnums=(0, 1, 2)), arguments
+
+
+def _forward(implementation, chip, shape, dtype, alibi, options):
   if implementation == "tokamax-gpu":
     # It asks the default device what it is, not the mesh.
     jax.config.update("jax_default_device", aot.devices(chip)[0])
@@ -131,9 +138,10 @@ def _job(name, target, shape, dtype, variant, backward, options, steps=None, lab
                length=shape.length, blocks="/".join(map(str, options.get("blocks", ()))))
   flops = shape.flops(True) - shape.flops(False) if backward else shape.flops(False)
   return about, aot.job(
-      "benchmarks.static:attention", target=target, backward=backward, flops=flops,
+      "benchmarks.static:attention", target=target, flops=flops,
       square=(shape.length, shape.length), steps=steps or {}, implementation=name, chip=target,
-      shape=str(shape), dtype=dtype, alibi=variant == "alibi", options=tuple(options.items()))
+      gradient=backward, shape=str(shape), dtype=dtype, alibi=variant == "alibi",
+      options=tuple(options.items()))
 
 
 def best_blocks(name, target, dim, length, backward):
