@@ -128,7 +128,7 @@ def tpu_jobs(target, implementations, dims, dtype, lengths=(2048, 8192)):
             blocks = best_blocks(name, target, dim, length, backward)
             options = {"blocks": blocks} if blocks else {}
             jobs.append(_job(name, target, shape, dtype, variant, backward, options,
-                             causal_steps(name, shape, blocks) if blocks else {}))
+                             causal_steps(name, shape, blocks, target) if blocks else {}))
   return jobs
 
 
@@ -161,7 +161,7 @@ def best_blocks(name, target, dim, length, backward):
   return (1024, 1024, 512) if target == "v5e" and length > 2048 else (512, 512, 512)
 
 
-def causal_steps(name, shape, blocks) -> dict[str, aot.Steps]:
+def causal_steps(name, shape, blocks, target) -> dict[str, aot.Steps]:
   """How often the parts of the peers' kernels run: which blocks the causal mask leaves."""
   block_q, block_kv = blocks[:2]
   rows, columns = shape.length // block_q, shape.length // block_kv
@@ -170,7 +170,8 @@ def causal_steps(name, shape, blocks) -> dict[str, aot.Steps]:
   whole = sum(min(columns, (i * block_q + 1) // block_kv) for i in range(rows))
   if name == "tokamax-tpu":  # one body for whole blocks, one for masked ones; no empty blocks
     return {
-        "_fwd_": aot.Steps(grid=visible * shape.heads, edge=rows / visible,
+        "_fwd_": aot.Steps(grid=visible * shape.heads // aot.chip(target).cores,
+                           edge=rows / visible,
                            active=(whole / visible, 1 - whole / visible)),
         "_dkv_": aot.Steps(active=(whole / pairs, (visible - whole) / pairs), edge=1 / rows)}
   by_query = aot.Steps(active=visible / pairs, edge=1 / columns)
