@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def table_of(target, jobs, args) -> int:
   """Compiles the jobs, prints and saves their table; how many did not compile."""
-  result = results.document(f"static-{target}", device=target)
+  result = results.document("static", device=target)
   about_of = {id(job): (order, about) for order, (about, job) in enumerate(jobs)}
   rows, failed = {}, 0
   for done, report in aot.run_all((job for _, job in jobs), timeout=args.timeout):

@@ -84,7 +84,8 @@ def run(job: Job, timeout: float = 600) -> Report:
     with open(folder / "log", "w") as log:
       process = subprocess.Popen(
           [sys.executable, "-m", f"{__package__}.child", str(folder), str(os.getpid())],
-          stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(job, folder), start_new_session=True)
+          stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(job, folder),
+          start_new_session=True)
       try:
         process.wait(timeout)
       except subprocess.TimeoutExpired:

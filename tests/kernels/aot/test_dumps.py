@@ -64,8 +64,9 @@ def test_loops_are_natural_loops():
 
 @pytest.mark.parametrize("opcode, kind", [
     ("HGMMA.64x128x16.F32", "HGMMA"), ("HMMA.16816.F32.BF16", "HMMA"), ("UTCHMMA", "UTCMMA"),
-    ("IMAD.MOV.U32", "MOV"), ("IMAD", "INT"), ("MUFU.EX2", "MUFU"), ("F2FP.BF16.F32.PACK_AB", "F2F"),
-    ("STL.64", "STL"), ("UTMALDG.4D", "TMA"), ("UIADD3", "UNIFORM"), ("WARPGROUP.ARRIVE", "WARPGROUP"),
+    ("IMAD.MOV.U32", "MOV"), ("IMAD", "INT"), ("MUFU.EX2", "MUFU"), ("STL.64", "STL"),
+    ("F2FP.BF16.F32.PACK_AB", "F2F"), ("UTMALDG.4D", "TMA"), ("UIADD3", "UNIFORM"),
+    ("WARPGROUP.ARRIVE", "WARPGROUP"),
     ("I2FP.F32.S32", "I2F"), ("TOMORROW", "other")])
 def test_instruction_classes(opcode, kind):
   assert sass.classify(opcode) == kind
