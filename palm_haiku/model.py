@@ -144,7 +144,8 @@ class PaLM(hk.Module):
     self._check(tokens, cache)
     embedding = hk.get_parameter(
         "embedding", (c.num_tokens, c.dim), init=hk.initializers.RandomNormal())
-    x = embedding.astype(self.dtype).at[tokens].get(mode="fill", fill_value=jnp.nan)
+    table = jnp.asarray(embedding, self.dtype)
+    x = table.at[tokens].get(mode="fill", fill_value=jnp.nan)
 
     stack = functools.partial(hk.layer_stack, c.depth, name="layers")
     if cache is None:
@@ -158,8 +159,10 @@ class PaLM(hk.Module):
     gain = hk.get_parameter("norm", (c.dim,), init=jnp.ones)
     x = normalize(x, gain, kind=c.norm, eps=c.norm_eps)
     scale = c.dim**-0.5 if c.logits_scale is None else c.logits_scale
-    logits = scale * jnp.einsum("...td,vd->...tv", x, embedding.astype(self.dtype),
-                                preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    # As one product of two matrices, for the reason that `kernels.parallel_block.xla` has.
+    logits = jnp.einsum("td,vd->tv", x.reshape(-1, c.dim), table,
+                        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    logits = scale * logits.reshape(*x.shape[:-1], c.num_tokens)
     return logits if cache is None else (logits, cache)
 
   def _layer(self, **inputs):

@@ -105,13 +105,19 @@ class TrainState(NamedTuple):
   opt_state: Any
 
 
+class Score(NamedTuple):
+  """A loss, and what it is across tokenizers."""
+
+  nats_per_token: float
+  bits_per_byte: float
+
+
 class Result(NamedTuple):
   """How a run ended."""
 
   step: int
-  loss: float
-  eval_loss: float | None  # nats per token
-  bits_per_byte: float | None  # of the held-out text
+  train: Score  # of the last step that was logged
+  held_out: Score | None  # after the last step
   interrupted_by: signal.Signals | None
 
 
@@ -211,7 +217,6 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
   has_eval = len(corpus.eval) > 1
   peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
   tokens_per_step = config.batch_size * config.seq_len
-  eval_loss = None
 
   def evaluate(params):
     sums = [eval_fn(params, batch) for batch in data.eval_batches(
@@ -224,8 +229,7 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
 
   with (_Interrupts() as interrupts,
         runlog.RunLog(out, steps=config.steps, start=start, console=console) as log):
-    saved = start
-    step = start
+    saved = step = start
     clock, clock_step = None, start
     while step < config.steps and interrupts.received is None:
       state, metrics = step_fn(state, batches[step])
@@ -233,12 +237,7 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
       last = step == config.steps
       evaluated = has_eval and (last or step % config.eval_every == 0)
       if evaluated or last or step == 1 or step % config.log_every == 0:
-        row = {"step": step} | {name: float(x) for name, x in metrics.items()}
-        if not math.isfinite(row["loss"]):
-          raise FloatingPointError(
-              f"the loss is {row['loss']} at step {step}; "
-              + (f"checkpoint {saved} is intact" if saved else "nothing was saved yet")
-              + "; a lower learning rate or another seed may help")
+        row = {"step": step, **_finite(metrics, step, saved)}
         now = time.perf_counter()
         if clock is not None:  # The first interval would count compilation.
           rate = (step - clock_step) * tokens_per_step / (now - clock)
@@ -247,19 +246,40 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
             flops = config.model.train_flops_per_token(config.seq_len)
             row["mfu"] = rate * flops / (peak * jax.device_count())
         if evaluated:
-          row["eval_loss"] = eval_loss = evaluate(state.params)
+          row["eval_loss"] = evaluate(state.params)
         log.write(row)
         clock, clock_step = time.perf_counter(), step
       log.advance(step)
       if last or step % config.checkpoint_every == 0:
+        _finite(metrics, step, saved)
         save(step)
         saved = step
     if step > saved:
+      _finite(metrics, step, saved)
       save(step)
   rows = runlog.read_metrics(log.path)
-  bpb = eval_loss and runlog.bits_per_byte(eval_loss, corpus.eval_bytes_per_token)
-  return Result(step, rows[-1]["loss"] if rows else math.nan, eval_loss, bpb,
-                interrupts.received)
+  end = rows[-1] if rows else {}
+  eval_loss = end.get("eval_loss") if end.get("step") == step else None
+  return Result(
+      step, _score(end.get("loss", math.nan), corpus.train_bytes_per_token),
+      None if eval_loss is None else _score(eval_loss, corpus.eval_bytes_per_token),
+      interrupts.received)
+
+
+def _score(nats_per_token, bytes_per_token) -> Score:
+  return Score(nats_per_token, nats_per_token / math.log(2) / bytes_per_token)
+
+
+def _finite(metrics, step, saved) -> dict[str, float]:
+  """The metrics as numbers, if the run has not diverged."""
+  row = {name: float(x) for name, x in metrics.items()}
+  for name, value in row.items():
+    if not math.isfinite(value):
+      raise FloatingPointError(
+          f"{name} is {value} at step {step}; "
+          + (f"checkpoint {saved} is intact" if saved else "nothing was saved yet")
+          + "; a lower learning rate or another seed may help")
+  return row
 
 
 def load_config(metadata: dict[str, Any]) -> TrainConfig:
@@ -283,7 +303,7 @@ def _starting_step(out, checkpoints, run, resume) -> int:
       raise ValueError(f"{out} holds another run; continue it with --resume, or choose another "
                        "--out")
     return 0
-  step = checkpoints.latest()
+  step = checkpoints.latest(repair=True)
   if step is None:
     return 0
   then = checkpoints.metadata(step)
@@ -292,6 +312,8 @@ def _starting_step(out, checkpoints, run, resume) -> int:
     if name not in _FREE_ON_RESUME and was.get(name) != now.get(name):
       raise ValueError(f"{out} was trained with {name} = {was.get(name)!r}, not "
                        f"{now.get(name)!r}; resume with the same, or choose another --out")
+  if then["data_fingerprint"] is None:
+    raise ValueError(f"{out} holds imported weights, not a run that could go on")
   if then["data_fingerprint"] != run["data_fingerprint"]:
     raise ValueError(f"{out} was trained on other data: {was['data']!r} has changed since")
   return step
