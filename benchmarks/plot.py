@@ -70,7 +70,7 @@ def _case(row):
 
 def _bars(result, rows):
   """One row of axes for each pass and variant; groups of bars for each shape."""
-  panels = sorted({_case(row)[1:] for row in rows})
+  panels = list(dict.fromkeys(_case(row)[1:] for row in rows))
   figure, axes = plt.subplots(len(panels), 1, figsize=(_WIDTH, 1.2 + 2.3 * len(panels)),
                               squeeze=False, layout="constrained")
   names = list(dict.fromkeys(row["implementation"] for row in rows))
