@@ -1,10 +1,12 @@
-"""Times implementations of one op against each other, on the device's own clock as far as it goes.
+"""Times implementations of one op against each other.
 
 Each implementation becomes one program that calls it `n` times, each call waiting for the last, and
 is started once: what the host takes to start it is spread over `n`. `n` is a constant of the
 program, for XLA on GPUs asks the host after each trip of a loop whose end it does not know. It is
-chosen so that twice the time that the chip needs at its best adds up to `CHAIN_SECONDS`. All implementations of a case are started in turns, round after
-round, so that what else the machine does hits them alike; medians are compared.
+chosen so that twice the time that the chip needs at its best adds up to `CHAIN_SECONDS`.
+
+All implementations of a case are started in turns, round after round, so that what else the machine
+does hits them alike; medians are compared.
 """
 
 import dataclasses

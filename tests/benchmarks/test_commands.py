@@ -1,7 +1,6 @@
 """The commands as they are typed, on this machine's CPU."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -139,10 +138,13 @@ def test_the_static_table_reproduces_known_figures(tmp_path, capsys):
   assert "libtpu" in result["compiler"]
   found = {(r["implementation"], r["pass"]): (r["us"], r["busy"], r["useful"])
            for r in result["rows"]}
-  # Measured with libtpu 0.0.52: static microseconds, MXU busy %, useful %.
-  known = {("jax-splash", "forward"): (117, 48.1, 16.0), ("jax-flash", "forward"): (110, 51.1, 17.0),
+  # Measured with libtpu 0.0.52 and jax 0.12.0.1: static microseconds, MXU busy %, useful %.
+  known = {("jax-splash", "forward"): (117, 48.1, 16.0),
+           ("jax-flash", "forward"): (110, 51.1, 17.0),
            ("jax-splash", "backward"): (173, 81.0, 27.0),
            ("jax-flash", "backward"): (303, 64.9, 15.5)}
+  if jax.__version__ == "0.11.2":  # whose splash attention is another
+    known["jax-splash", "forward"] = (121.1, 46.4, 15.5)
   assert found.keys() == known.keys()
   for key, figures in known.items():
     assert found[key] == pytest.approx(figures, rel=0.03), key
