@@ -7,6 +7,7 @@ they rank kernels and are no times.
 
 import argparse
 import functools
+import importlib
 import importlib.util
 import math
 import re
@@ -15,7 +16,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from palm_haiku.kernels import aot
+from palm_haiku.kernels import aot, tuning
 
 from . import peers, results, table
 from .shapes import Attention
@@ -128,7 +129,8 @@ def tpu_jobs(target, implementations, dims, dtype, lengths=(2048, 8192)):
             blocks = best_blocks(name, target, dim, length, backward)
             options = {"blocks": blocks} if blocks else {}
             jobs.append(_job(name, target, shape, dtype, variant, backward, options,
-                             causal_steps(name, shape, blocks, target) if blocks else {}))
+                             causal_steps(name, shape, blocks, target) if blocks
+                             else own_steps(name, shape, target, dtype, backward)))
   return jobs
 
 
@@ -176,6 +178,25 @@ def causal_steps(name, shape, blocks, target) -> dict[str, aot.Steps]:
         "_dkv_": aot.Steps(active=(whole / pairs, (visible - whole) / pairs), edge=1 / rows)}
   by_query = aot.Steps(active=visible / pairs, edge=1 / columns)
   return {"dkv": aot.Steps(active=visible / pairs, edge=1 / rows), "dq": by_query, "": by_query}
+
+
+def own_steps(name, shape, target, dtype, backward) -> dict[str, aot.Steps]:
+  """The same for this project's TPU kernel, from its plan of the problem."""
+  if name != "mosaic_tpu":
+    return {}
+  layout = importlib.import_module("palm_haiku.kernels.attention.mosaic_tpu_layout")
+  group = shape.heads // shape.kv_heads
+  blocks = tuning.attention_mosaic_tpu(target, shape.dim_head)[backward]
+  plan = layout.fit(blocks, length=shape.length, group=group, num_keys=shape.length,
+                    itemsize=jnp.dtype(dtype).itemsize)
+  positions = plan.block_rows // group
+  if plan.block_rows % group or shape.length % positions or plan.major % positions:
+    return {}  # no diagonal steps: how many there are of the others is not said here
+  # A block of rows sees all keys before it in steps without a mask and one diagonal step; where
+  # the keys are several blocks, it meets each in turn.
+  turns = plan.padded_keys // plan.major
+  large = (plan.num_blocks - 1) / 2 * positions / plan.chunk / turns
+  return {"": aot.Steps(active=(1 / turns, 1, 1), edge=1 / plan.num_blocks, inner=(large, 0))}
 
 
 # ---- the table
