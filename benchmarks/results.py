@@ -40,6 +40,24 @@ def path(result: dict, out: pathlib.Path | str | None = None) -> pathlib.Path:
   return pathlib.Path(out or FOLDER) / name
 
 
+def resume(result: dict, out: pathlib.Path | str | None = None) -> dict:
+  """The rows of an earlier result of the same day, device, benchmark, versions and commit, too."""
+  try:
+    earlier = json.loads(path(result, out).read_text())
+  except (OSError, json.JSONDecodeError):
+    return result
+  same = all(earlier.get(key) == result[key] for key in ("versions", "commit", "driver"))
+  return result | {"rows": earlier["rows"]} if same else result
+
+
+def add(result: dict, rows: list[dict]) -> None:
+  """Adds rows in the place of those that name the same case."""
+  identity = lambda row: tuple(row.get(key) for key in (
+      "implementation", "shape", "dtype", "variant", "pass"))
+  new = {identity(row) for row in rows}
+  result["rows"] = [row for row in result["rows"] if identity(row) not in new] + rows
+
+
 def save(result: dict, out: pathlib.Path | str | None = None) -> pathlib.Path:
   """Writes a result, replacing an earlier one of the same day, device and benchmark."""
   where = path(result, out)

@@ -7,6 +7,7 @@ they rank kernels and are no times.
 
 import argparse
 import functools
+import importlib
 import importlib.util
 import math
 import re
@@ -15,7 +16,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from palm_haiku.kernels import aot
+from palm_haiku.kernels import aot, tuning
 
 from . import peers, results, table
 from .shapes import Attention
@@ -39,9 +40,16 @@ TPU_COLUMNS = {
 # ---- programs, built in the process that compiles them
 
 
-def attention(*, implementation, chip, shape, dtype, alibi, options=()):
-  """(function, arguments) of an attention by name."""
+def attention(*, implementation, chip, shape, dtype, alibi, gradient=False, options=()):
+  """(function, arguments) of an attention by name, or of the gradient of its sum."""
   shape = Attention.parse(shape)
+  function, arguments = _forward(implementation, chip, shape, dtype, alibi, options)
+  if not gradient:
+    return function, arguments
+  return jax.grad(lambda *a: function(*a).astype(jnp.float32).sum(), argnums=(0, 1, 2)), arguments
+
+
+def _forward(implementation, chip, shape, dtype, alibi, options):
   if implementation == "tokamax-gpu":
     # It asks the default device what it is, not the mesh.
     jax.config.update("jax_default_device", aot.devices(chip)[0])
@@ -121,7 +129,8 @@ def tpu_jobs(target, implementations, dims, dtype, lengths=(2048, 8192)):
             blocks = best_blocks(name, target, dim, length, backward)
             options = {"blocks": blocks} if blocks else {}
             jobs.append(_job(name, target, shape, dtype, variant, backward, options,
-                             causal_steps(name, shape, blocks) if blocks else {}))
+                             causal_steps(name, shape, blocks, target) if blocks
+                             else own_steps(name, shape, target, dtype, backward)))
   return jobs
 
 
@@ -131,9 +140,10 @@ def _job(name, target, shape, dtype, variant, backward, options, steps=None, lab
                length=shape.length, blocks="/".join(map(str, options.get("blocks", ()))))
   flops = shape.flops(True) - shape.flops(False) if backward else shape.flops(False)
   return about, aot.job(
-      "benchmarks.static:attention", target=target, backward=backward, flops=flops,
+      "benchmarks.static:attention", target=target, flops=flops,
       square=(shape.length, shape.length), steps=steps or {}, implementation=name, chip=target,
-      shape=str(shape), dtype=dtype, alibi=variant == "alibi", options=tuple(options.items()))
+      gradient=backward, shape=str(shape), dtype=dtype, alibi=variant == "alibi",
+      options=tuple(options.items()))
 
 
 def best_blocks(name, target, dim, length, backward):
@@ -153,7 +163,7 @@ def best_blocks(name, target, dim, length, backward):
   return (1024, 1024, 512) if target == "v5e" and length > 2048 else (512, 512, 512)
 
 
-def causal_steps(name, shape, blocks) -> dict[str, aot.Steps]:
+def causal_steps(name, shape, blocks, target) -> dict[str, aot.Steps]:
   """How often the parts of the peers' kernels run: which blocks the causal mask leaves."""
   block_q, block_kv = blocks[:2]
   rows, columns = shape.length // block_q, shape.length // block_kv
@@ -162,11 +172,31 @@ def causal_steps(name, shape, blocks) -> dict[str, aot.Steps]:
   whole = sum(min(columns, (i * block_q + 1) // block_kv) for i in range(rows))
   if name == "tokamax-tpu":  # one body for whole blocks, one for masked ones; no empty blocks
     return {
-        "_fwd_": aot.Steps(grid=visible * shape.heads, edge=rows / visible,
+        "_fwd_": aot.Steps(grid=visible * shape.heads // aot.chip(target).cores,
+                           edge=rows / visible,
                            active=(whole / visible, 1 - whole / visible)),
         "_dkv_": aot.Steps(active=(whole / pairs, (visible - whole) / pairs), edge=1 / rows)}
   by_query = aot.Steps(active=visible / pairs, edge=1 / columns)
   return {"dkv": aot.Steps(active=visible / pairs, edge=1 / rows), "dq": by_query, "": by_query}
+
+
+def own_steps(name, shape, target, dtype, backward) -> dict[str, aot.Steps]:
+  """The same for this project's TPU kernel, from its plan of the problem."""
+  if name != "mosaic_tpu":
+    return {}
+  layout = importlib.import_module("palm_haiku.kernels.attention.mosaic_tpu_layout")
+  group = shape.heads // shape.kv_heads
+  blocks = tuning.attention_mosaic_tpu(target, shape.dim_head)[backward]
+  plan = layout.fit(blocks, length=shape.length, group=group, num_keys=shape.length,
+                    itemsize=jnp.dtype(dtype).itemsize)
+  positions = plan.block_rows // group
+  if plan.block_rows % group or shape.length % positions or plan.major % positions:
+    return {}  # no diagonal steps: how many there are of the others is not said here
+  # A block of rows sees all keys before it in steps without a mask and one diagonal step; where
+  # the keys are several blocks, it meets each in turn.
+  turns = plan.padded_keys // plan.major
+  large = (plan.num_blocks - 1) / 2 * positions / plan.chunk / turns
+  return {"": aot.Steps(active=(1 / turns, 1, 1), edge=1 / plan.num_blocks, inner=(large, 0))}
 
 
 # ---- the table
@@ -265,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def table_of(target, jobs, args) -> int:
   """Compiles the jobs, prints and saves their table; how many did not compile."""
-  result = results.document(f"static-{target}", device=target)
+  result = results.document("static", device=target)
   about_of = {id(job): (order, about) for order, (about, job) in enumerate(jobs)}
   rows, failed = {}, 0
   for done, report in aot.run_all((job for _, job in jobs), timeout=args.timeout):

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
   tpu.add_argument("--edge", type=float, default=1.0, metavar="F",
                    help="fraction of the steps that begin or end an output block")
   tpu.add_argument("--inner", type=_numbers, metavar="N[,N]",
-                   help="trips of the loops inside the grid's")
+                   help="trips of the loops inside the grid's that are not known")
   args = parser.parse_args(argv)
   try:
     arrays = [_shape(text) for text in args.rest if "=" not in text]

@@ -1,4 +1,4 @@
-"""The process that compiles: python -m ...aot.child FOLDER, where FOLDER/job holds a `Job`.
+"""The process that compiles: python -m ...aot.child FOLDER PARENT, where FOLDER/job holds a `Job`.
 
 It leaves FOLDER/result, a pickled ("report", Report) or ("error", AotError).
 """
@@ -19,8 +19,8 @@ from .errors import AotError
 from .report import GpuKernel, Report, TpuKernel
 
 
-def main(folder: pathlib.Path) -> None:
-  _die_with_parent(folder)
+def main(folder: pathlib.Path, parent: int) -> None:
+  _die_with(parent, folder)
   job = pickle.loads((folder / "job").read_bytes())
   try:
     result = ("report", _report(job, folder))
@@ -33,9 +33,7 @@ def main(folder: pathlib.Path) -> None:
   (folder / "result.part").rename(folder / "result")
 
 
-def _die_with_parent(folder):
-  parent = os.getppid()
-
+def _die_with(parent, folder):
   def watch():
     while os.getppid() == parent:
       time.sleep(1)
@@ -47,7 +45,7 @@ def _die_with_parent(folder):
 
 def _first_lines(text, limit=600):
   lines = [line.strip() for line in text.splitlines() if line.strip()]
-  return " | ".join(lines)[:limit]
+  return " | ".join(lines)[:limit] or "without a word"
 
 
 def _report(job, folder) -> Report:
@@ -73,7 +71,7 @@ def _report(job, folder) -> Report:
       target=job.target, versions=_versions(cuda), kernels=tuple(kernels),
       memory={kind: getattr(memory, f"{kind}_size_in_bytes") for kind in
               ("temp", "argument", "output")},
-      square=tuple(found), flops=job.flops)
+      square=tuple(found), flops=job.flops, loops=" while(" in text)
 
 
 def _versions(cuda):
@@ -151,4 +149,4 @@ def _launches(folder):
 
 
 if __name__ == "__main__":
-  main(pathlib.Path(sys.argv[1]))
+  main(pathlib.Path(sys.argv[1]), int(sys.argv[2]))

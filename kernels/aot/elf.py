@@ -57,6 +57,8 @@ def _chunks(data):
   while at + _CHUNK_HEADER <= len(data):
     size, _, kind_and_count, decoded = struct.unpack_from("<QQQQ", data, at + 8)
     kind = chr(kind_and_count & 0xFF)
+    if kind not in "smprt" or max(size, decoded) >> 40:
+      break  # no chunk, but what follows the file in the message around it
     chunk = data[at + _CHUNK_HEADER:at + _CHUNK_HEADER + size]
     if len(chunk) < size:
       raise UnknownDump(f"the executable ends in the middle of a chunk of {size} bytes")
@@ -65,8 +67,7 @@ def _chunks(data):
       yield _records(chunk, decoded)
     elif kind == "t":
       raise UnknownDump("the executable's records are transposed, which is not read here")
-    elif kind not in "smp":  # signature, metadata, padding
-      break  # what follows the file in the message around it
+    # Else signature, metadata or padding.
     at += _CHUNK_HEADER + size
   if not found:
     raise UnknownDump("the serialized executable holds no records")

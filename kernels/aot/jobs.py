@@ -83,8 +83,9 @@ def run(job: Job, timeout: float = 600) -> Report:
     (folder / "job").write_bytes(pickle.dumps(job))
     with open(folder / "log", "w") as log:
       process = subprocess.Popen(
-          [sys.executable, "-m", f"{__package__}.child", str(folder)], stdin=subprocess.DEVNULL,
-          stdout=log, stderr=log, env=_environment(job, folder), start_new_session=True)
+          [sys.executable, "-m", f"{__package__}.child", str(folder), str(os.getpid())],
+          stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(job, folder),
+          start_new_session=True)
       try:
         process.wait(timeout)
       except subprocess.TimeoutExpired:
@@ -96,7 +97,7 @@ def run(job: Job, timeout: float = 600) -> Report:
     if not (folder / "result").exists():
       status = process.returncode
       how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-      tail = (folder / "log").read_text(errors="replace").strip()[-600:]
+      tail = " | ".join((folder / "log").read_text(errors="replace").split("\n"))[-600:]
       raise AotError(f"{job.name} for {job.target}: the compiler died ({how}): {tail}")
     kind, value = pickle.loads((folder / "result").read_bytes())
   if kind == "error":

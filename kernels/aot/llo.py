@@ -66,14 +66,14 @@ class Steps:
       guards, several fractions, in the order of their addresses.
     edge: the fraction of the steps that begin or end an output block: of guards without matrix
       work.
-    inner: trips of the loops inside the grid's loop, in the order of their addresses. None: as
-      many as their counters say.
+    inner: trips of those loops inside the grid's loop whose counters do not say them, in the order
+      of their addresses; a mean where they differ from step to step.
   """
 
   grid: int | None = None
   active: float | Sequence[float] = 1.0
   edge: float = 1.0
-  inner: int | Sequence[int] | None = None
+  inner: float | Sequence[float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,11 +292,9 @@ def _set_runs(root, steps):
         if grid is None and (matrix(part) or not any_matrix):
           trips = trips or (steps.grid + 2 if steps.grid else None)
           grid_of = max(1, trips - 2) if trips else 1
-        elif inner:
-          trips = inner.pop(0)
-        elif isinstance(steps.inner, int):
-          trips = steps.inner
-        part.runs, part.known = float(trips or 1), trips is not None
+        elif trips is None:
+          trips = inner.pop(0) if inner else steps.inner if inner is None else None
+        part.runs, part.known = 1.0 if trips is None else float(trips), trips is not None
       elif in_body:
         if not matrix(part) and size > 64:  # an initialisation inside the main body
           part.runs = steps.edge

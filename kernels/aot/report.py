@@ -102,6 +102,7 @@ class Report:
     memory: bytes per device: "temp", "argument", "output".
     square: buffers of the size T x S, if that was asked for.
     flops: useful FLOPs of one call, if they were given.
+    loops: whether the program has loops around its kernels. Each kernel is counted once.
   """
 
   target: str
@@ -110,6 +111,7 @@ class Report:
   memory: dict[str, int]
   square: tuple[Buffer, ...]
   flops: float | None = None
+  loops: bool = False
 
   @property
   def chip(self) -> Gpu | Tpu:
@@ -128,7 +130,7 @@ class Report:
   def seconds(self, part: str = "") -> float | None:
     """TPU: the issue cycles of the kernels whose name holds `part`, at the published clock.
 
-    None where a loop's trips are not known: say them with `Steps`.
+    None where a kernel has a loop of unknown trips: say them with `Steps`.
     """
     kernels = self.kernels_named(part)
     if not isinstance(self.chip, Tpu) or any(k.schedule.unknown for k in kernels):
@@ -150,8 +152,11 @@ class Report:
       text = f"static estimate: {seconds * 1e6:.1f} us" if seconds else "no estimate"
       if seconds and self.flops:
         text += f", {100 * self.utilization():.1f}% of the chip's peak does useful work"
-      lines.append(text + (" (issue cycles only: no wait for memory is in it)" if seconds else
-                           ": say how often the loops marked above run (Steps)"))
+      if not seconds:
+        text += ": say how often the loops marked above run (Steps)"
+      elif self.loops:
+        text += " for each kernel once, and the program has loops"
+      lines.append(text + " (issue cycles only: no wait for memory is in it)" * bool(seconds))
     lines += [f"PROBLEM: {problem}" for problem in self.problems]
     return "\n".join(lines)
 

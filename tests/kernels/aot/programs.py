@@ -20,7 +20,7 @@ def scores_in_memory(query, key, value):
 
 
 def normalize(x):
-  """float32[128, 256] over its sum, in one warpgroup: 256 values for each thread's 255 registers."""
+  """float32[128, 256] over its sum, in one warpgroup: 256 values a thread, of 255 registers."""
   def kernel(x_gmem, o_gmem, x_smem, barrier):
     plgpu.copy_gmem_to_smem(x_gmem, x_smem, barrier)
     plgpu.barrier_wait(barrier)

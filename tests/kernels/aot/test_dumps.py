@@ -64,8 +64,9 @@ def test_loops_are_natural_loops():
 
 @pytest.mark.parametrize("opcode, kind", [
     ("HGMMA.64x128x16.F32", "HGMMA"), ("HMMA.16816.F32.BF16", "HMMA"), ("UTCHMMA", "UTCMMA"),
-    ("IMAD.MOV.U32", "MOV"), ("IMAD", "INT"), ("MUFU.EX2", "MUFU"), ("F2FP.BF16.F32.PACK_AB", "F2F"),
-    ("STL.64", "STL"), ("UTMALDG.4D", "TMA"), ("UIADD3", "UNIFORM"), ("WARPGROUP.ARRIVE", "WARPGROUP"),
+    ("IMAD.MOV.U32", "MOV"), ("IMAD", "INT"), ("MUFU.EX2", "MUFU"), ("STL.64", "STL"),
+    ("F2FP.BF16.F32.PACK_AB", "F2F"), ("UTMALDG.4D", "TMA"), ("UIADD3", "UNIFORM"),
+    ("WARPGROUP.ARRIVE", "WARPGROUP"),
     ("I2FP.F32.S32", "I2F"), ("TOMORROW", "other")])
 def test_instruction_classes(opcode, kind):
   assert sass.classify(opcode) == kind
@@ -126,13 +127,22 @@ def test_bundles_loops_and_trips():
 
 
 def test_steps_that_are_given_count():
-  schedule = _loop_schedule()
-  schedule.set_runs(llo.Steps())
-  everything = schedule.cycles
-  schedule.set_runs(llo.Steps(inner=1))
-  once = schedule.cycles
-  schedule.set_runs(llo.Steps(inner=1, active=0.5))
-  assert schedule.cycles < once < everything
+  def cycles(steps, text=None):
+    schedule = _loop_schedule(text)
+    schedule.set_runs(steps)
+    return schedule.cycles, bool(schedule.unknown)
+
+  everything, unknown = cycles(llo.Steps())
+  assert not unknown
+  assert cycles(llo.Steps(active=0.5))[0] < everything
+  # What the program says itself is not overridden; what it does not say is taken from the caller.
+  assert cycles(llo.Steps(inner=5, grid=3)) == (everything, False)
+  dynamic = recorded("loop.bundles").replace("%s209_s17 = sadd.s32 1, ",
+                                             "%s209_s17 = sadd.s32 %s7, ")
+  assert cycles(llo.Steps(), dynamic)[1]
+  assert cycles(llo.Steps(inner=67), dynamic) == (everything, False)
+  assert cycles(llo.Steps(inner=[67]), dynamic) == (everything, False)
+  assert cycles(llo.Steps(inner=[0]), dynamic)[0] < everything / 10
 
 
 @pytest.mark.parametrize("change, trips", [
