@@ -216,3 +216,21 @@ def test_the_seeds_example():
   tokens = jnp.zeros((1, 16), jnp.int32)
   params = model.init(jax.random.key(0), tokens)
   assert model.apply(params, tokens).shape == (1, 16, 200)
+
+
+@pytest.mark.parametrize("name", ["palm-tiny", "palm-lite-tiny"])
+def test_the_loss_is_that_of_the_logits(name):
+  config = configs[name]
+  keys = jax.random.split(jax.random.key(0), 2)
+  tokens, targets = (jax.random.randint(key, (2, 30), 0, config.num_tokens) for key in keys)
+  model = hk.without_apply_rng(hk.multi_transform(lambda: (
+      lambda tokens, _: PaLM.from_config(config)(tokens),
+      (lambda tokens, _: PaLM.from_config(config)(tokens),
+       lambda tokens, targets: PaLM.from_config(config).loss(tokens, targets, z_loss=1e-2)))))
+  params = model.init(jax.random.key(1), tokens, targets)
+  logits_of, loss_of = model.apply
+  nll, log_z = loss_of(params, tokens, targets)
+  logits = logits_of(params, tokens, targets)
+  np.testing.assert_allclose(log_z, jax.nn.logsumexp(logits, -1), rtol=1e-5)
+  want = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+  np.testing.assert_allclose(nll, want + 1e-2 * jnp.square(log_z), rtol=1e-4)
