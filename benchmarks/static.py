@@ -209,7 +209,7 @@ def row(about: dict, report: aot.Report) -> list[dict]:
     return [_gpu_row(about, kernel, square) for kernel in report.kernels
             if kernel.source != "xla"] or [about | {"kernel": "XLA's own", "square": square}]
   backward = about["pass"] == "backward"
-  found = [k for k in report.kernels if k.matrix and bool(re.search("dq|dkv|bwd", k.name))
+  found = [k for k in report.kernels if k.matrix and bool(re.search("dq|dkv|bwd|backward", k.name))
            == backward]
   if not found:
     return [about | {"absent": "no kernel of this pass was found"}]
