@@ -16,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import rich.console
@@ -174,10 +175,11 @@ class _Worker:
 
   def __init__(self, name, shape, dtype):
     self.name = name
+    self._errors = tempfile.TemporaryFile("w+")
     self._process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "benchmarks.train", "--worker", name, "--shapes",
          str(shape), "--dtype", dtype],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True)
 
   def __enter__(self):
     return self
@@ -185,6 +187,7 @@ class _Worker:
   def __exit__(self, *_):
     self._process.kill()
     self._process.communicate()
+    self._errors.close()
 
   def ask(self, request: str):
     """The worker's answer; raises RuntimeError with its last words if it died."""
@@ -195,8 +198,10 @@ class _Worker:
       pass
     line = self._process.stdout.readline()
     if not line:
-      words = self._process.communicate()[1].strip().splitlines()
-      raise RuntimeError(words[-1] if words else f"ended with {self._process.returncode}")
+      status = self._process.wait()
+      self._errors.seek(0)
+      words = self._errors.read().strip().splitlines()
+      raise RuntimeError(words[-1] if words else f"ended with {status}")
     return json.loads(line)
 
 

@@ -88,8 +88,9 @@ def _parser() -> argparse.ArgumentParser:
   group.add_argument("--seed", type=int, help="of parameters and data order (default 0)")
   group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of activations and matrix "
                      "products (default float32)")
-  group.add_argument("--remat", choices=("none", "dots", "full"), help="what the backward pass "
-                     "recomputes to save memory (default none)")
+  group.add_argument("--remat", choices=("none", "attention", "full"), help="what the "
+                     "backward pass recomputes to save memory: little (the default), all but "
+                     "attention, or whole layers")
   _add_implementation(group)
   group.add_argument("--log-every", type=int, metavar="STEPS", help="default 10")
   group.add_argument("--eval-every", type=int, metavar="STEPS", help="default 250")
@@ -168,7 +169,8 @@ def _model(args, base: PaLMConfig | None) -> PaLMConfig | None:
     if args.model not in configs:
       near = difflib.get_close_matches(args.model, configs, n=1)
       raise ValueError(f"no model is called {args.model!r}; "
-                       + (f"did you mean {near[0]}?" if near else f"there are {', '.join(configs)}"))
+                       + (f"did you mean {near[0]}?" if near
+                          else f"there are {', '.join(configs)}"))
     base = configs[args.model]
   if base is not None:
     return dataclasses.replace(base, **given)
@@ -276,6 +278,7 @@ def _convert(args) -> int:
 
   if args.out.exists():
     raise ValueError(f"{args.out} exists already; choose another --out")
+  interop.layout_of(args.from_peer or args.to_peer)
   if args.to_peer:
     config, params = _load_run(args.source)
     interop.write_arrays(args.out, interop.dump(args.to_peer, config.model, params))
@@ -332,7 +335,7 @@ def _info(args) -> int:
   console.print()
   console.print(table)
   console.print(f"\nmemory: parameters {_gib(4 * c.num_params)} in float32, with gradients and "
-                f"AdamW's moments {_gib(16 * c.num_params)}", highlight=False)
+                f"AdamW's moments {_gib(16 * c.num_params)}", highlight=False, soft_wrap=True)
   return 0
 
 

@@ -15,6 +15,8 @@ import grain
 import numpy as np
 import sentencepiece
 
+ENWIK8_SPLIT = (90_000_000, 5_000_000)  # bytes to train on and held out, as PaLM-jax has it
+
 
 class ByteTokenizer:
   """The bytes of UTF-8 as tokens.
@@ -161,9 +163,9 @@ def load_corpus(source: str, tokenizer, eval_fraction: float) -> Corpus:
   total = sum(map(len, documents))
   if not total:
     raise ValueError(f"{source} is empty")
-  if pathlib.Path(source).name.startswith("enwik8") and total >= 95_000_000:
-    documents = [b"".join(documents)[:95_000_000]]
-    cut = 90_000_000
+  if pathlib.Path(source).name.startswith("enwik8") and total >= sum(ENWIK8_SPLIT):
+    documents = [b"".join(documents)[:sum(ENWIK8_SPLIT)]]
+    cut = ENWIK8_SPLIT[0]
   else:
     cut = total - int(total * eval_fraction)
   train, held_out = _split(documents, cut)

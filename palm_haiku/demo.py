@@ -23,10 +23,10 @@ def main(argv: list[str] | None = None) -> int:
     console.print(f"\n[bold]$ palm-haiku {shlex.join(command)}", highlight=False, soft_wrap=True)
     return cli.main(list(command))
 
-  console.print("A PaLM of 0.9 million parameters learns to write like Python's documentation, byte "
-                "by byte.", highlight=False)
+  console.print("A PaLM of a million parameters learns to write like Python's documentation, byte "
+                "by byte.", highlight=False, soft_wrap=True)
   status = run("train", "--model", "palm-tiny", "--data", "pydoc", "--steps", str(args.steps),
-               "--batch-size", "16", "--seq-len", "256", "--eval-every", "100", "--out", str(out))
+               "--batch-size", "16", "--seq-len", "128", "--eval-every", "100", "--out", str(out))
   if status:
     return status
   status = run("generate", str(out), "--prompt", "The for statement ", "--length", "400",

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import os
 import pathlib
+import warnings
 import zipfile
 from typing import Any, Mapping
 
@@ -52,7 +53,11 @@ class _Peer:
     if self.norm == "layer":
       return 1e-5
     # PaLM-pytorch clamps the root mean square at 1e-8; PaLM-jax adds to the sum of squares.
-    return 1e-16 if self.transposed else 1e-5 / dim
+    return 1e-5 / dim if self.has_epsilon else 1e-16
+
+  @property
+  def has_epsilon(self) -> bool:
+    return self.norm == "layer" or not self.transposed
 
 
 _JAX = _Peer(
@@ -89,6 +94,15 @@ PEERS: dict[str, _Peer] = {
 }
 
 
+def layout_of(peer: str) -> _Peer:
+  """The layout of a peer's parameters; raises ValueError for an unknown one."""
+  if peer not in PEERS:
+    near = difflib.get_close_matches(peer, PEERS, n=1)
+    raise ValueError(f"no peer is called {peer!r}; "
+                     + (f"did you mean {near[0]}?" if near else f"there are {', '.join(PEERS)}"))
+  return PEERS[peer]
+
+
 def load(peer: str, arrays: Mapping[str, Any],
          heads: int | None = None) -> tuple[PaLMConfig, dict[str, Any]]:
   """The architecture and parameters that another PaLM's arrays describe.
@@ -108,7 +122,7 @@ def load(peer: str, arrays: Mapping[str, Any],
   Raises:
     ValueError: an unknown peer; arrays that are missing, unknown, or do not fit together.
   """
-  layout = _peer(peer)
+  layout = layout_of(peer)
   depth = 0
   while _name(layout.fused, depth) in arrays:
     depth += 1
@@ -193,7 +207,8 @@ def dump(peer: str, config: PaLMConfig, params: Mapping[str, Any]) -> dict[str, 
   """The inverse of `load`: parameters under another PaLM's names.
 
   A scale of the logits goes into the last gain, and another epsilon than the peer's into the
-  scale of the residual stream; both are exact.
+  scale of the residual stream; both are exact. palm-pytorch-lite alone has no epsilon: a
+  warning says that the model's is left out.
 
   Args:
     peer: see `load`.
@@ -207,7 +222,7 @@ def dump(peer: str, config: PaLMConfig, params: Mapping[str, Any]) -> dict[str, 
   Raises:
     ValueError: an unknown peer, or an architecture that it does not have.
   """
-  layout = _peer(peer)
+  layout = layout_of(peer)
   eps = layout.norm_eps(config.dim)
   for name, want in (("position", layout.position), ("norm", layout.norm),
                      ("shared_kv", layout.shared_kv)):
@@ -218,13 +233,16 @@ def dump(peer: str, config: PaLMConfig, params: Mapping[str, Any]) -> dict[str, 
   if (config.xpos_scale_base is None) != (layout.xpos_scale_base is None):
     raise ValueError(f"{peer} {'has' if layout.xpos_scale_base else 'does not have'} xPos; this "
                      "model differs")
-  if config.norm_eps != eps and (eps == 1e-16 or not config.norm_eps):
-    raise ValueError(
-        f"{peer} has norms with another epsilon than this model's {config.norm_eps:g}; to change "
-        f"the logits by about that much instead, replace the config's norm_eps by {eps:g}")
-
   # Norms of x with epsilon e are norms of c x with epsilon c^2 e.
-  stream = np.float32((eps / config.norm_eps) ** 0.5 if config.norm_eps != eps else 1)
+  stream = np.float32(1)
+  if not layout.has_epsilon:
+    if config.norm_eps > 1e-12:
+      warnings.warn(f"{peer} adds no epsilon to its norms; this model's {config.norm_eps:g} is left "
+                    "out, which changes logits by about as much, relatively", stacklevel=2)
+  elif config.norm_eps != eps:
+    if not config.norm_eps:
+      raise ValueError(f"{peer} adds an epsilon to its norms; this model does not")
+    stream = np.float32((eps / config.norm_eps) ** 0.5)
   logits_scale = config.dim**-0.5 if config.logits_scale is None else config.logits_scale
   palm = {name: np.asarray(x, np.float32) for name, x in params["palm"].items()}
   layers = {name: np.asarray(x, np.float32)
@@ -278,14 +296,6 @@ def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> N
     draft.rename(path)
   finally:
     draft.unlink(missing_ok=True)
-
-
-def _peer(name: str) -> _Peer:
-  if name not in PEERS:
-    near = difflib.get_close_matches(name, PEERS, n=1)
-    raise ValueError(f"no peer is called {name!r}; "
-                     + (f"did you mean {near[0]}?" if near else f"there are {', '.join(PEERS)}"))
-  return PEERS[name]
 
 
 def _name(template: str, i: int, depth: int = 0) -> str:

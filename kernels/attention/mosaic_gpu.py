@@ -1,0 +1,215 @@
+"""Flash attention for Hopper in Pallas Mosaic GPU: the forward kernel and its launcher.
+
+The query heads of one key/value head are rows of one matrix: row r = i * group + g is query i of
+head g. A block of the grid takes 128 rows, 64 for each of two compute warpgroups; a third
+warpgroup feeds them K and V through TMA.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .. import tuning
+from . import mosaic_gpu_tiles as tiles
+from .mosaic_gpu_backward import backward as backward
+from .mosaic_gpu_tiles import COL, COMPUTE, FAR, LOG2E, QUAD, ROW, ROWS, TILE, WARPGROUP_ROWS
+from .mosaic_gpu_tiles import across, down, fold
+
+LOWEST = -1e30  # the running maximum of a row that has seen nothing: finite, so no inf - inf
+
+
+def unsupported(query, key, value, *, chip):
+  """The first requirement that the operands fail, or None."""
+  del key, value
+  if chip not in (None, "h100", "h200"):
+    return f"a Hopper GPU (h100, h200); got {chip}"
+  if query.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"bfloat16 or float16; got {query.dtype}"
+  if query.shape[-1] not in (64, 128, 256):
+    return f"dim_head in {{64, 128, 256}}; got {query.shape[-1]}"
+  return None
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slopes_ref,
+                    out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem,
+                    q_ready, k_ready, v_ready, k_free, v_free, turn, *,
+                    config, group, kv_heads, scale, is_causal, window, masked_head, masked_tail):
+  num_keys, dim = k_ref.shape[1], k_ref.shape[3]
+  block, stages = config.block_kv, config.stages
+  tile, wg = lax.axis_index("tile"), lax.axis_index("wg")
+  b, kv = lax.div(lax.axis_index("head"), kv_heads), lax.rem(lax.axis_index("head"), kv_heads)
+  tile = pl.cdiv(q_ref.shape[1], ROWS) - 1 - tile  # under a causal mask the long ones first
+  rows = lambda start, size: tiles.rows_at(q_ref, b, kv, kv_heads, start, size)
+  bounds = bounds_ref.at[b if bounds_ref.shape[0] > 1 else 0, tile]
+  lo, full_lo, full_hi, hi, offset = (bounds[i] for i in range(5))
+  shared = v_ref is None
+  if shared:
+    v_smem, v_ready = k_smem, None
+
+  @pl.when(wg == COMPUTE)
+  def copy():
+    plgpu.set_max_registers(24, action="decrease")
+    plgpu.copy_gmem_to_smem(q_ref.at[rows(tile * ROWS, ROWS)], q_smem, q_ready)
+
+    def stream(ref, smem, ready, free):
+      source = lambda i: ref.at[b, pl.ds((lo + i) * block, block), kv]
+      return stages, lambda i, slot: [(source(i), smem.at[slot])], ready, free
+
+    streams = [stream(k_ref, k_smem, k_ready, k_free), stream(v_ref, v_smem, v_ready, v_free)]
+    tiles.feed(hi - lo, streams[:1] if shared else streams)
+
+  @pl.when(wg < COMPUTE)
+  def compute():
+    plgpu.set_max_registers(240, action="increase")
+    row0 = tile * ROWS + wg * WARPGROUP_ROWS
+    row = row0 + plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROW)
+    position = offset + lax.div(row, group)
+    visible = tiles.visible_keys(position, num_keys, is_causal=is_causal, window=window)
+    slope = q_segment = None
+    if slopes_ref is not None:
+      at = pl.ds(lax.rem(row0, group), WARPGROUP_ROWS)
+      slope = plgpu.load(slopes_ref.at[kv, at], layout=ROW, optimized=False)
+    if q_seg_ref is not None:
+      at = pl.ds(row0, WARPGROUP_ROWS)
+      q_segment = plgpu.load(q_seg_ref.at[b, at], layout=ROW, optimized=False)
+    q_tile = q_smem.at[pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)]
+    # Scores are multiplied by `factor` as they enter exp2, which is one fused multiply-add; that
+    # needs factor > 0, so that it commutes with the maximum.
+    factor = scale * LOG2E if scale > 0 else 1.0
+
+    steps = hi - lo
+    fixed, lane = (x.astype(jnp.float32) for x in tiles.columns(block))
+
+    def pass_turn():
+      plgpu.barrier_arrive(turn)
+      plgpu.barrier_wait(turn)
+
+    def step(i, carry, masked):
+      acc, top, total = carry
+      slot = lax.rem(i, stages)
+      shape = (WARPGROUP_ROWS, block)
+      plgpu.barrier_wait(k_ready.at[slot])
+
+      def scores_of(acc_ref):
+        plgpu.wgmma(acc_ref, q_tile, k_smem.at[slot].T)
+        pass_turn()
+        return acc_ref[...]
+
+      scores = pl.run_scoped(scores_of, plgpu.ACC(shape, jnp.float32))
+      if not shared:
+        plgpu.barrier_arrive(k_free.at[slot])
+      if scale <= 0:
+        scores *= scale * LOG2E
+      if slope is not None:
+        scores += across(slope * (LOG2E / factor), shape) * down(fixed, shape)
+      if masked:
+        base, segments = (lo + i) * block, None
+        if q_segment is not None:
+          keys = k_seg_ref.at[b, pl.ds(base, block)]
+          segments = q_segment, plgpu.load(keys, layout=COL, optimized=False)
+        scores = tiles.mask_scores(scores, visible, base, segments)
+
+      high = fold(scores, jnp.maximum)
+      if slope is None:
+        new_top = jnp.maximum(top, high.max(axis=1) * factor)
+        shift = across(-new_top, shape)
+      else:
+        top -= slope * (LOG2E * block)  # into this tile's frame
+        high = high * factor + across(slope * LOG2E, high.shape) * down(lane[:QUAD], high.shape)
+        new_top = jnp.maximum(top, high.max(axis=1))
+        shift = across(slope * LOG2E, shape) * down(lane, shape) - across(new_top, shape)
+      decay = jnp.exp2(top - new_top)
+      weights = jnp.exp2(scores * factor + shift)
+      total = total * across(decay, total.shape) + fold(weights, jnp.add)
+      acc *= across(decay, acc.shape)
+      weights = weights.astype(q_smem.dtype)
+      acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))
+      plgpu.barrier_arrive(turn)
+      if not shared:
+        plgpu.barrier_wait(v_ready.at[slot])
+      plgpu.barrier_wait(turn)
+      acc = tiles.product_onto(acc, weights, v_smem.at[slot])
+      plgpu.barrier_arrive((k_free if shared else v_free).at[slot])
+      return acc, new_top, total
+
+    cast = plgpu.layout_cast
+    carry = (
+        cast(jnp.zeros((WARPGROUP_ROWS, dim), jnp.float32), TILE),
+        cast(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), ROW),
+        cast(jnp.zeros((WARPGROUP_ROWS, QUAD), jnp.float32), TILE),
+    )
+    plgpu.barrier_wait(q_ready)
+
+    # The warpgroups take turns: one is in its matrix products while the other is in its softmax.
+    pl.when(wg == 1)(pass_turn)
+    plain_lo = full_lo - lo if masked_head else 0
+    plain_hi = full_hi - lo if masked_tail else steps
+    if masked_head:
+      carry = lax.fori_loop(0, plain_lo, functools.partial(step, masked=True), carry)
+    carry = lax.fori_loop(plain_lo, plain_hi, functools.partial(step, masked=False), carry)
+    if masked_tail:
+      carry = lax.fori_loop(plain_hi, steps, functools.partial(step, masked=True), carry)
+    pl.when(wg == 0)(pass_turn)
+
+    acc, top, total = carry
+    if slope is not None:  # out of the last tile's frame
+      top += slope * LOG2E * ((hi - 1) * block - position).astype(jnp.float32)
+    total = total.sum(axis=1)
+    empty = total == 0
+    acc *= across(1 / jnp.where(empty, 1.0, total), acc.shape)
+    q_tile[...] = acc.astype(q_smem.dtype)
+    lse_tile = lse_smem.at[pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)]
+    lse_tile[...] = jnp.where(empty, -jnp.inf, (top + jnp.log2(total)) / LOG2E)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(q_tile, out_ref.at[rows(row0, WARPGROUP_ROWS)])
+    plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[b, kv, pl.ds(row0, WARPGROUP_ROWS)])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_causal, scale,
+            window, chip, config=None):
+  """(out, lse); shapes and meaning as in `flash_attention`, heads and batch flat."""
+  batch, length, heads, dim = query.shape
+  num_keys, kv_heads = key.shape[1:3]
+  config = config or tuning.attention_mosaic_gpu(chip, dim)
+  block, stages = config.block_kv, config.stages
+  bounds, q_segments, k_segments = tiles.key_blocks(
+      query, key, block, segment_ids, query_offset, is_causal=is_causal, window=window)
+  left, right = tiles.reach(is_causal, window)
+  packed, num_tiles = tiles.pack(query, kv_heads), bounds.shape[1]
+  operands = [packed, key, value, bounds, q_segments, k_segments,
+              None if alibi_slopes is None else tiles.row_slopes(alibi_slopes, kv_heads)]
+  varying = [x for x in operands if x is not None]
+  smem = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=tiles.TRANSFORMS)
+  out, lse = plgpu.kernel(
+      functools.partial(
+          _forward_kernel, config=config, group=heads // kv_heads, kv_heads=kv_heads, scale=scale,
+          is_causal=is_causal, window=window,
+          masked_head=left < FAR or segment_ids is not None,
+          masked_tail=right < FAR or segment_ids is not None or num_keys % block != 0),
+      out_type=[tiles.output(packed.shape, query.dtype, *varying),
+                tiles.output((batch, kv_heads, num_tiles * ROWS), jnp.float32, *varying)],
+      grid=(num_tiles, batch * kv_heads),
+      grid_names=("tile", "head"),
+      num_threads=COMPUTE + 1,
+      thread_name="wg",
+      kernel_name="flash_attention_forward",
+      compiler_params=tiles.COMPILER_PARAMS,
+      scratch_types=dict(
+          q_smem=smem((ROWS, dim)),
+          k_smem=smem((stages, block, dim)),
+          v_smem=None if value is None else smem((stages, block, dim)),
+          lse_smem=plgpu.SMEM((ROWS,), jnp.float32),
+          q_ready=plgpu.Barrier(),
+          k_ready=plgpu.Barrier(num_barriers=stages),
+          v_ready=plgpu.Barrier(num_barriers=stages),
+          k_free=plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE),
+          v_free=plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE),
+          turn=plgpu.Barrier(num_arrivals=COMPUTE),
+      ),
+  )(*operands)
+  return (tiles.unpack(out, query.shape, kv_heads),
+          tiles.unpack_rows(lse, (batch, heads, length)))

@@ -1,0 +1,329 @@
+"""The Hopper attention kernels: in the interpreter with race detection, and compiled for h200."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from palm_haiku.kernels import flash_attention
+from palm_haiku.kernels.attention import mosaic_gpu, mosaic_gpu_tiles as tiles
+from tests.kernels import hopper
+from tests.kernels.attention import contract
+from tests.kernels.attention.contract import Case
+
+STATIC = ("is_causal", "scale", "window")
+
+
+@functools.partial(jax.jit, static_argnames=(*STATIC, "static_offset", "gradients"))
+def kernels(query, key, value, dout, query_offset, static_offset, gradients, **options):
+  """What both passes return, for a query_offset that is an array, or a Python int."""
+  options |= dict(chip=None, query_offset=query_offset if static_offset is None else static_offset)
+  out, lse = mosaic_gpu.forward(query, key, value, **options)
+  results = dict(out=out, lse=lse)
+  if gradients:
+    grads = mosaic_gpu.backward(query, key, value, out, lse, dout, **options)
+    results |= dict(zip(("dquery", "dkey", "dvalue"), grads))
+  return results
+
+
+def run(case, *, gradients=True, detect_races=True):
+  """The case's inputs and the kernels' results on them."""
+  arrays = contract.inputs(case)
+  options = dict(arrays["options"])
+  offset = options.pop("query_offset")
+  with hopper.interpret(detect_races):
+    results = jax.block_until_ready(kernels(
+        arrays["query"], arrays["key"], arrays["value"], arrays["dout"], offset,
+        static_offset=offset if isinstance(offset, int) else None, gradients=gradients, **options))
+  return arrays, results
+
+
+def verify(case, **keywords):
+  contract.check(case, *run(case, **keywords))
+
+
+# A compilation in the interpreter takes seconds, a run of it tenths of one: for each program that
+# is drawn, three inputs are.
+VARIANTS = 3
+small = dict(max_queries=40, max_keys=150, max_batch=1,
+             groups=((1, 1), (1, 3), (1, 5), (2, 2), (3, 1)))
+
+
+def verify_variants(case, data, gradients):
+  for _ in range(VARIANTS):
+    verify(case, gradients=gradients)
+    changes = dict(seed=data.draw(st.integers(0, 999)))
+    if case.segments:
+      changes["segments"] = data.draw(st.sampled_from(["packed", "shuffled"]))
+    if case.traced_offset:
+      changes["query_offset"] = data.draw(
+          st.integers(-case.num_queries - 3, case.num_keys + 3))
+    case = dataclasses.replace(case, **changes)
+
+
+@settings(max_examples=14)
+@given(contract.cases(**small), st.data())
+def test_forward_of_drawn_cases(case, data):
+  verify_variants(case, data, gradients=False)
+
+
+@settings(max_examples=10)
+@given(contract.cases(**small), st.data())
+def test_gradients_of_drawn_cases(case, data):
+  verify_variants(case, data, gradients=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(6 * 3600)
+@settings(max_examples=700, suppress_health_check=list(HealthCheck))
+@given(contract.cases())
+def test_fuzz(case):
+  verify(case)
+  jax.clear_caches()
+
+
+@pytest.mark.parametrize("case", [
+    Case(num_queries=300, num_keys=300, heads=1, dim_head=256),  # more blocks than slots
+    Case(num_queries=20, num_keys=700, heads=1, query_offset=680),
+    Case(num_queries=1, num_keys=1, heads=1),
+    Case(num_queries=9, num_keys=70, heads=71, query_offset=61),  # heads straddle tiles
+    Case(heads=4, kv_heads=2, scale=-0.1),
+    Case(scale=0.0, is_causal=False, alibi=False),
+], ids=str)
+def test_edges(case):
+  verify(case)
+
+
+@pytest.mark.parametrize("dim_head", [64, 256])
+def test_a_query_that_sees_nothing_gets_zeros(dim_head):
+  case = Case(num_queries=20, num_keys=20, query_offset=-10, dim_head=dim_head)
+  arrays, results = run(case)
+  contract.check(case, arrays, results)
+  for name in ("out", "dquery"):
+    assert not np.any(np.asarray(results[name][:, :10], np.float32))
+  assert np.all(np.isneginf(results["lse"][:, :, :10]))
+
+
+def test_causality_by_gradient():
+  """d out[t] / d key[s] and / d value[s] are exactly 0 for every s > t."""
+  arrays = contract.inputs(Case(num_queries=140, num_keys=140, heads=2))
+  options = dict(arrays["options"], chip=None)
+  q, k, v = arrays["query"], arrays["key"], arrays["value"]
+  with hopper.interpret():
+    out, lse = mosaic_gpu.forward(q, k, v, **options)
+    for t in (0, 63, 100):
+      dout = jnp.zeros_like(out).at[:, t].set(arrays["dout"][:, t])
+      dq, dk, dv = mosaic_gpu.backward(q, k, v, out, lse, dout, **options)
+      for grad in (dk, dv):
+        seen = np.abs(np.asarray(grad, np.float32)).max((0, 2, 3)) > 0
+        assert not seen[t + 1:].any() and seen[:t + 1].sum() > t // 2
+      assert not np.any(np.delete(np.asarray(dq, np.float32), t, axis=1))
+
+
+def test_alibi_does_not_depend_on_where_position_zero_is():
+  """Without a mask, an offset adds slope * offset to a whole row, which softmax ignores."""
+  case = Case(num_queries=12, num_keys=90, heads=3, is_causal=False, traced_offset=True)
+  near, far = (run(dataclasses.replace(case, query_offset=offset))[1] for offset in (20, 4000))
+  for name in ("out", "dquery", "dkey", "dvalue"):
+    np.testing.assert_allclose(np.asarray(near[name], np.float32), np.asarray(far[name], np.float32),
+                               rtol=0.02, atol=0.02, err_msg=name)
+
+
+def test_same_bits_every_time():
+  case = Case(num_queries=100, num_keys=100, heads=3)
+  first, second = run(case)[1], run(case)[1]
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_under_vmap_and_grad_through_the_op():
+  arrays = contract.inputs(Case(batch=2, num_queries=20, num_keys=20, heads=2))
+  slopes = jnp.asarray([[0.5, 0.25], [0.1, 0.2]])
+
+  def loss(query, key, value, slopes, implementation):
+    out = flash_attention(query, key, value, alibi_slopes=slopes, implementation=implementation)
+    return jnp.sum(out.astype(jnp.float32) * jnp.cos(jnp.arange(out.size).reshape(out.shape)))
+
+  def gradients(implementation):
+    return jax.vmap(jax.grad(functools.partial(loss, implementation=implementation), (0, 1, 2)))(
+        arrays["query"], arrays["key"], arrays["value"], slopes)
+
+  with hopper.interpret():
+    got = jax.block_until_ready(gradients("mosaic_gpu"))
+  for a, b in zip(got, gradients("xla")):
+    np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32),
+                               rtol=0.05, atol=0.05)
+
+
+# Mutants: each of these changes of the kernels must be noticed. ----------------------------------
+
+
+def _without(monkeypatch, name, which):
+  """Leaves out the calls of plgpu.<name> that `which(call number, caller's line)` picks."""
+  original, count = getattr(plgpu, name), iter(range(1000))
+
+  def maybe(*args, **kwargs):
+    if next(count) != which:
+      return original(*args, **kwargs)
+
+  monkeypatch.setattr(plgpu, name, maybe)
+
+
+def _mutant_fails(case, **keywords):
+  jax.clear_caches()
+  try:
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+      verify(case, **keywords)
+  finally:
+    jax.clear_caches()
+
+
+LONG = Case(num_queries=16, num_keys=330, heads=2, dim_head=256, query_offset=310)
+
+
+# The waits of the forward kernel in the order in which they are traced: a slot to be free, at the
+# end of the copies, Q, K, the turn, V, the turn again.
+@pytest.mark.parametrize("which", [0, 5, 6])
+def test_mutant_without_a_wait(which, monkeypatch):
+  _without(monkeypatch, "barrier_wait", which)
+  _mutant_fails(LONG, gradients=False)
+
+
+@pytest.mark.parametrize("dim_head", [64, 256])
+def test_mutant_without_a_commit(dim_head, monkeypatch):
+  _without(monkeypatch, "commit_smem", 0)
+  _mutant_fails(Case(dim_head=dim_head), gradients=False)
+
+
+def test_mutant_mask_off_by_one(monkeypatch):
+  original = tiles.reach
+  monkeypatch.setattr(tiles, "reach", lambda *a: (original(*a)[0], original(*a)[1] + 1))
+  _mutant_fails(Case(), gradients=False)
+
+
+def test_mutant_mask_off_by_one_in_the_backward(monkeypatch):
+  arrays, good = run(Case())
+  original = tiles.reach
+  monkeypatch.setattr(tiles, "reach", lambda *a: (original(*a)[0], original(*a)[1] + 1))
+  with hopper.interpret():
+    bad = mosaic_gpu.backward(arrays["query"], arrays["key"], arrays["value"], good["out"],
+                              good["lse"], arrays["dout"], chip=None, **arrays["options"])
+  for name, grad in zip(("dquery", "dkey", "dvalue"), bad):
+    with pytest.raises(AssertionError):
+      contract.check(Case(), arrays, {name: grad})
+
+
+def test_mutant_slopes_of_the_wrong_head(monkeypatch):
+  original = tiles.row_slopes
+  monkeypatch.setattr(tiles, "row_slopes", lambda slopes, n: original(jnp.roll(slopes, 1), n))
+  _mutant_fails(Case(num_queries=60, num_keys=60), gradients=False)
+
+
+@pytest.mark.parametrize("bounds", ["key_blocks", "row_blocks"])
+def test_mutant_skips_a_block(bounds, monkeypatch):
+  original = getattr(tiles, bounds)
+
+  def one_less(*args, **kwargs):
+    table, rows, keys = original(*args, **kwargs)
+    hi = jnp.maximum(table[..., 0], table[..., 3] - 1)
+    return table.at[..., 1:4].min(hi[..., None]), rows, keys
+
+  monkeypatch.setattr(tiles, bounds, one_less)
+  _mutant_fails(Case(num_queries=16, num_keys=140, heads=2, query_offset=124))
+
+
+# What is refused. ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(dim_head=80), "mosaic_gpu needs dim_head in {64, 128, 256}; got 80"),
+    (dict(dtype="float32"), "mosaic_gpu needs bfloat16 or float16; got float32"),
+])
+def test_refusals_name_what_is_needed(changes, message):
+  arrays = contract.inputs(dataclasses.replace(Case(), **changes))
+  with pytest.raises(ValueError, match=message):
+    flash_attention(arrays["query"], arrays["key"], arrays["value"], implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize("chip, fits", [(None, True), ("h100", True), ("h200", True),
+                                        ("a100", False), ("b200", False), ("v5e", False)])
+def test_chips(chip, fits):
+  query = jax.ShapeDtypeStruct((1, 128, 4, 64), jnp.bfloat16)
+  problem = mosaic_gpu.unsupported(query, query, query, chip=chip)
+  assert (problem is None) == fits
+
+
+# Compiled for a chip that is not here. -------------------------------------------------------------
+
+
+def compiled(dim_head, *, alibi, backward, length=2048, heads=16, **options):
+  aot = pytest.importorskip("palm_haiku.kernels.aot", reason="compiles ahead of time")
+  return aot.report(
+      "tests.kernels.attention.test_mosaic_gpu:program", target="h200", dim_head=dim_head,
+      alibi=alibi, backward=backward, length=length, heads=heads, **options)
+
+
+def program(dim_head, alibi, backward, length, heads, segmented=False, **options):
+  """(one pass of the kernels, the types of its arguments)."""
+  options = dict(is_causal=True, window=None, scale=dim_head**-0.5, chip="h200",
+                 query_offset=0) | options
+  array = lambda heads: jax.ShapeDtypeStruct((1, length, heads, dim_head), jnp.bfloat16)
+  ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  slopes = jax.ShapeDtypeStruct((heads,), jnp.float32)
+
+  def both(query, key, value, dout, ids, slopes):
+    keywords = options | dict(segment_ids=(ids, ids) if segmented else None,
+                              alibi_slopes=slopes if alibi else None)
+    out, lse = mosaic_gpu.forward(query, key, value, **keywords)
+    if not backward:
+      return out, lse
+    return mosaic_gpu.backward(query, key, value, out, lse, dout, **keywords)
+
+  return both, (array(heads), array(1), array(1), array(heads), ids, slopes)
+
+
+def _sound(report, kernels):
+  names = [k.name for k in report.kernels if k.source == "mosaic_gpu"]
+  assert len(names) == kernels, names
+  assert not report.problems, report.problems
+
+
+@pytest.mark.parametrize("dim_head", [128, 256])
+def test_compiles_without_spills_or_serialized_products(dim_head):
+  _sound(compiled(dim_head, alibi=True, backward=True), 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("options", [
+    dict(), dict(is_causal=False), dict(segmented=True),
+    dict(segmented=True, window=(500, 100), is_causal=False)], ids=str)
+@pytest.mark.parametrize("alibi", [True, False])
+@pytest.mark.parametrize("dim_head", [64, 128, 256])
+def test_compiles_soundly_with_every_mask(dim_head, alibi, options):
+  _sound(compiled(dim_head, alibi=alibi, backward=True, **options), 3)
+
+
+# Instructions of tokamax 0.0.17's main loop (Mosaic GPU, causal, no bias) at the same tile, as
+# ptxas 13.0 compiles it.
+TOKAMAX = {64: 443, 128: 484, 256: 432}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alibi, allowed", [(True, 1.15), (False, 1.05)])
+@pytest.mark.parametrize("dim_head", [64, 128, 256])
+def test_main_loop_is_short(dim_head, alibi, allowed):
+  (kernel,) = (k for k in compiled(dim_head, alibi=alibi, backward=False).kernels
+               if k.source == "mosaic_gpu")
+  assert kernel.code.main_loop.instructions <= allowed * TOKAMAX[dim_head]
+
+
+def test_memory_grows_with_the_length_alone():
+  length, heads, dim_head = 65536, 16, 64
+  report = compiled(dim_head, alibi=True, backward=True, length=length, heads=heads)
+  assert report.memory["temp"] < 16 * length * heads * (dim_head + 8)

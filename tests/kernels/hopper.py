@@ -1,0 +1,78 @@
+"""The Mosaic GPU interpreter, with what it lacks: Hopper kernels on the CPU, races found."""
+
+import contextlib
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from palm_haiku.kernels.attention import mosaic_gpu_tiles
+
+
+class Race(AssertionError):
+  """Two accesses to one place, one of them a write, that no barrier orders."""
+
+
+@contextlib.contextmanager
+def interpret(detect_races: bool = True):
+  """Runs the Hopper kernels called inside on the CPU; raises `Race` if there was one."""
+  params = plgpu.InterpretGPUParams(detect_races=detect_races)
+  gpu_callbacks.reset_gpu_interpret_mode_state()
+  with (mock.patch.object(gpu_callbacks, "wgmma", _wgmma),
+        mock.patch.object(mosaic_gpu_tiles, "product_onto", _product_onto),
+        plgpu.force_gpu_interpret_mode(params)):
+    try:
+      yield
+    except Exception as e:
+      # 0.12 raises where 0.11 sets a flag; the callback's error arrives wrapped.
+      if "RACE DETECTED" in str(e):
+        raise Race(str(e)) from None
+      raise
+    finally:
+      races = gpu_callbacks._races
+      found = races is not None and races.races_found
+      gpu_callbacks.reset_gpu_interpret_mode_state()
+  if found:
+    raise Race("the interpreter found a race")
+
+
+_wgmma_of_refs = gpu_callbacks.wgmma
+
+
+def _wgmma(*, a_allocation_key_as_array, acc_allocation_key_as_array, acc_transforms,
+           b_allocation_key_as_array, b_transforms, **rest):
+  """`gpu_callbacks.wgmma`, which takes the left operand from shared memory only."""
+  a = np.asarray(a_allocation_key_as_array)
+  if a.ndim == 1:
+    return _wgmma_of_refs(
+        a_allocation_key_as_array=a_allocation_key_as_array, acc_transforms=acc_transforms,
+        acc_allocation_key_as_array=acc_allocation_key_as_array, b_transforms=b_transforms,
+        b_allocation_key_as_array=b_allocation_key_as_array, **rest)
+  memory, thread = gpu_callbacks._get_shared_memory(), rest["thread"]
+  info = gpu_callbacks.memory.GPULoggingInfo(
+      rest["mesh_location"], thread, rest.get("source_info"))
+
+  def read(key, transforms):
+    key = gpu_callbacks.HostAllocationKey.from_array(key)
+    where = memory.access(
+        key, jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms)))
+    return key, where, memory.get_buffer_content(key, where, thread, logging_info=info)[0]
+
+  _, _, b = read(b_allocation_key_as_array, b_transforms)
+  key, where, acc = read(acc_allocation_key_as_array, acc_transforms)
+  memory.store_buffer_content(
+      key, where, acc + np.matmul(a, b, dtype=acc.dtype), thread, logging_info=info)
+  return rest["token"]
+
+
+def _product_onto(start, a, b):
+  """The interpreter has no `pl.run_state`: an accumulator can't start from a value."""
+  def run(acc):
+    plgpu.wgmma(acc, a, b)
+    return acc[...]
+
+  return start + pl.run_scoped(run, plgpu.ACC(start.shape, jnp.float32))
