@@ -173,6 +173,13 @@ def _measure(case, rounds, deadline) -> list[dict]:
   return [rows[name] for name in case.implementations]
 
 
+def own(op: str) -> list[str]:
+  """This project's backends of an op that this machine could run."""
+  platform = {"mosaic_gpu": "gpu", "triton": "gpu", "mosaic_tpu": "tpu"}
+  here = backend.target().platform
+  return [name for name in backend.KERNELS.get(op, ()) if platform[name] == here]
+
+
 def peak_tflops() -> float | None:
   """The published bf16 peak of this machine's chip."""
   chip = backend.target().chip

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import attention, block, measure, peers, static, suite
+from benchmarks import attention, block, loss, measure, peers, static, suite
 from benchmarks.shapes import Attention
 
 
@@ -72,6 +72,15 @@ def test_block_against_its_formula():
   assert case.error((out * 1.01, gradients)) > 1e-3
 
 
+def test_loss_against_its_formula():
+  case = loss.case(loss.Shape(70, 32, 300), True, "float32", ["xla", "logits"])
+  for function in case.implementations.values():
+    out = function(*case.arrays)
+    assert case.error(out) < 2e-5
+    assert case.error((out[0] * 1.01, *out[1:])) > 1e-3
+    assert case.error((out[0], out[1] * 1.01, out[2])) > 1e-3
+
+
 def test_failures_and_absences_are_rows():
   def absent(x):
     raise peers.Absent("not here")
@@ -123,9 +132,9 @@ def test_a_suite_without_time_leaves_everything_out(tmp_path, capsys):
 def test_all_stages_parse():
   for name, arguments in suite.STAGES:
     for at, word in enumerate(arguments):
-      parse = {"attention": Attention.parse, "block": block.Shape.parse}.get(name)
+      parse = {"attention": Attention, "block": block.Shape, "loss": loss.Shape}.get(name)
       if parse and word[0].isdigit():
-        assert str(parse(word)) == word, arguments[at]
+        assert str(parse.parse(word)) == word, arguments[at]
 
 
 def test_the_static_table_reproduces_known_figures(tmp_path, capsys):
