@@ -9,7 +9,7 @@ import argparse
 import functools
 import importlib
 import importlib.util
-import math
+import json
 import re
 import sys
 
