@@ -15,20 +15,38 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import attention, block, loss, measure, peers, static, suite
 from benchmarks.shapes import Attention
+from palm_haiku.kernels import aot
 
 
-def test_a_chain_makes_every_call():
+@pytest.mark.parametrize("chained", [True, False])
+def test_a_chain_makes_every_call(chained):
   calls = []
 
   def function(x):
     jax.debug.callback(lambda: calls.append(1))
     return x * 2
 
-  chain = measure.Chain(function, (jnp.arange(4.0),), 7)
+  chain = measure.Chain(function, (jnp.arange(4.0),), 7, chained)
   np.testing.assert_array_equal(chain(), [0, 2, 4, 6])
   jax.effects_barrier()
-  assert len(calls) == 7
+  assert len(calls) == (7 if chained else 1)
   assert chain.seconds() > 0 and chain.bytes >= 32
+  jax.effects_barrier()
+  assert len(calls) == (14 if chained else 8)
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+def test_no_compiler_takes_a_call_out_of_its_chain(target):
+  def chain(x):
+    return measure.repeat(lambda x: jnp.tanh(x @ x), 100, (x,))
+
+  text = aot.compile(chain, jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16),
+                     target=target).as_text()
+  body = re.search(r" while\(.*body=%([\w.]+)", text)[1]
+  inside = text.partition(f"\n%{body} (")[2].partition("\n}")[0]
+  assert re.search(r"(gemm|dot|convolution|tanh)\S* = bf16\[2048,2048\]\S* fusion", inside)
+  outside = text.partition("\nENTRY")[2]
+  assert not re.search(r"(gemm|dot|convolution)\S* = ", outside)
 
 
 def test_attention(tmp_path, capsys):
