@@ -81,7 +81,8 @@ def run(job: Job, timeout: float = 600) -> Report:
   try:
     pickled = pickle.dumps(job)
   except (TypeError, AttributeError, pickle.PicklingError) as error:
-    raise AotError(f"{job.name}: its arguments cannot be sent to another process: {error}") from error
+    raise AotError(f"{job.name}: its arguments cannot be sent to another process: {error}"
+                   ) from error
   with tempfile.TemporaryDirectory(prefix="palm-haiku-aot-") as folder:
     folder = pathlib.Path(folder)
     (folder / "job").write_bytes(pickled)
