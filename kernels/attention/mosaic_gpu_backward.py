@@ -229,8 +229,16 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
       run(plain_hi, steps, True)
     return tuple(acc[...] for acc in accs)
 
-  def store(ref, x):
-    ref[part, b, pl.ds(key0, WARPGROUP_ROWS), kv] = x.astype(ref.dtype)
+  def store(ref, x, own):
+    """Writes a result; `own` is shared memory that this warpgroup alone reads, and no more."""
+    target = ref.at[part, b, pl.ds(key0, WARPGROUP_ROWS), kv]
+    if ref.dtype == jnp.float32:  # whole sectors from registers; there is no room for it in `own`
+      target[...] = x
+    else:
+      own[...] = x.astype(ref.dtype)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(own, target)
+      plgpu.wait_smem_to_gmem(0)
 
   def whole(i, slot, masked, dk_acc, dv_acc=None):
     plgpu.barrier_wait(q_ready.at[slot])
@@ -241,7 +249,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
     plgpu.barrier_arrive(dout_free.at[slot])
     plgpu.wgmma(dk_acc, dscores.astype(q_smem.dtype), q_smem.at[slot])
     plgpu.wgmma_wait(0)
-    plgpu.commit_smem()  # the table was read by the threads, and is next written by a copy
+    plgpu.commit_smem()  # the table was read by threads, and is next written by a copy
     plgpu.barrier_arrive(q_free.at[slot])
 
   def dv_part(i, slot, masked, acc):
@@ -279,22 +287,25 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
     @pl.when(wg == 0)
     def compute_dv():
       plgpu.set_max_registers(240, action="increase")
-      store(dv_ref, *pl.run_scoped(lambda a: loops(dv_part, a), acc))
+      dv, = pl.run_scoped(lambda a: loops(dv_part, a), acc)
+      store(dv_ref, dv, k_tile)
 
     @pl.when(wg == 1)
     def compute_dk():
       plgpu.set_max_registers(240, action="increase")
-      store(dk_ref, *(scaled(dk) for dk in pl.run_scoped(lambda a: loops(dk_part, a), acc)))
+      dk, = pl.run_scoped(lambda a: loops(dk_part, a), acc)
+      store(dk_ref, scaled(dk), v_tile)
   else:
     @pl.when(wg < COMPUTE)
     def compute():
       plgpu.set_max_registers(240, action="increase")
       if shared:
-        store(dk_ref, *pl.run_scoped(lambda a: loops(whole, a), acc))
+        dk, = pl.run_scoped(lambda a: loops(whole, a), acc)
+        store(dk_ref, dk, k_tile)
       else:
         dk, dv = pl.run_scoped(lambda *accs: loops(whole, *accs), acc, acc)
-        store(dk_ref, scaled(dk))
-        store(dv_ref, dv)
+        store(dk_ref, scaled(dk), k_tile)
+        store(dv_ref, dv, v_tile)
 
 
 def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, query_offset,

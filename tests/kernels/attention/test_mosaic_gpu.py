@@ -261,14 +261,14 @@ def test_chips(chip, fits):
 # Compiled for a chip that is not here. -------------------------------------------------------------
 
 
-def compiled(dim_head, *, alibi, backward, length=2048, heads=16, **options):
+def compiled(dim_head, *, alibi, gradients, length=2048, heads=16, **options):
   aot = pytest.importorskip("palm_haiku.kernels.aot", reason="compiles ahead of time")
   return aot.report(
       "tests.kernels.attention.test_mosaic_gpu:program", target="h200", dim_head=dim_head,
-      alibi=alibi, backward=backward, length=length, heads=heads, **options)
+      alibi=alibi, gradients=gradients, length=length, heads=heads, **options)
 
 
-def program(dim_head, alibi, backward, length, heads, segmented=False, **options):
+def program(dim_head, alibi, gradients, length, heads, segmented=False, **options):
   """(one pass of the kernels, the types of its arguments)."""
   options = dict(is_causal=True, window=None, scale=dim_head**-0.5, chip="h200",
                  query_offset=0) | options
@@ -280,7 +280,7 @@ def program(dim_head, alibi, backward, length, heads, segmented=False, **options
     keywords = options | dict(segment_ids=(ids, ids) if segmented else None,
                               alibi_slopes=slopes if alibi else None)
     out, lse = mosaic_gpu.forward(query, key, value, **keywords)
-    if not backward:
+    if not gradients:
       return out, lse
     return mosaic_gpu.backward(query, key, value, out, lse, dout, **keywords)
 
@@ -295,7 +295,7 @@ def _sound(report, kernels):
 
 @pytest.mark.parametrize("dim_head", [128, 256])
 def test_compiles_without_spills_or_serialized_products(dim_head):
-  _sound(compiled(dim_head, alibi=True, backward=True), 3)
+  _sound(compiled(dim_head, alibi=True, gradients=True), 3)
 
 
 @pytest.mark.slow
@@ -306,7 +306,7 @@ def test_compiles_without_spills_or_serialized_products(dim_head):
 @pytest.mark.parametrize("alibi", [True, False])
 @pytest.mark.parametrize("dim_head", [64, 128, 256])
 def test_compiles_soundly_with_every_mask(dim_head, alibi, options):
-  _sound(compiled(dim_head, alibi=alibi, backward=True, **options), 3)
+  _sound(compiled(dim_head, alibi=alibi, gradients=True, **options), 3)
 
 
 # Instructions of tokamax 0.0.17's main loop (Mosaic GPU, causal, no bias) at the same tile, as
@@ -318,12 +318,12 @@ TOKAMAX = {64: 443, 128: 484, 256: 432}
 @pytest.mark.parametrize("alibi, allowed", [(True, 1.15), (False, 1.05)])
 @pytest.mark.parametrize("dim_head", [64, 128, 256])
 def test_main_loop_is_short(dim_head, alibi, allowed):
-  (kernel,) = (k for k in compiled(dim_head, alibi=alibi, backward=False).kernels
+  (kernel,) = (k for k in compiled(dim_head, alibi=alibi, gradients=False).kernels
                if k.source == "mosaic_gpu")
   assert kernel.code.main_loop.instructions <= allowed * TOKAMAX[dim_head]
 
 
 def test_memory_grows_with_the_length_alone():
   length, heads, dim_head = 65536, 16, 64
-  report = compiled(dim_head, alibi=True, backward=True, length=length, heads=heads)
+  report = compiled(dim_head, alibi=True, gradients=True, length=length, heads=heads)
   assert report.memory["temp"] < 16 * length * heads * (dim_head + 8)
