@@ -39,8 +39,9 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
                     config, group, kv_heads, scale, is_causal, window, masked_head, masked_tail):
   num_keys, dim = k_ref.shape[1], k_ref.shape[3]
   block, stages = config.block_kv, config.stages
-  tile, wg = lax.axis_index("tile"), lax.axis_index("wg")
-  b, kv = lax.div(lax.axis_index("head"), kv_heads), lax.rem(lax.axis_index("head"), kv_heads)
+  wg, index, heads = lax.axis_index("wg"), lax.axis_index("block"), k_ref.shape[0] * kv_heads
+  tile, head = lax.div(index, heads), lax.rem(index, heads)
+  b, kv = lax.div(head, kv_heads), lax.rem(head, kv_heads)
   tile = pl.cdiv(q_ref.shape[1], ROWS) - 1 - tile  # under a causal mask the long ones first
   rows = lambda start, size: tiles.rows_at(q_ref, b, kv, kv_heads, start, size)
   bounds = bounds_ref.at[b if bounds_ref.shape[0] > 1 else 0, tile]
@@ -192,8 +193,8 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
           masked_tail=right < FAR or segment_ids is not None or num_keys % block != 0),
       out_type=[tiles.output(packed.shape, query.dtype, *varying),
                 tiles.output((batch, kv_heads, num_tiles * ROWS), jnp.float32, *varying)],
-      grid=(num_tiles, batch * kv_heads),
-      grid_names=("tile", "head"),
+      grid=(num_tiles * batch * kv_heads,),
+      grid_names=("block",),
       num_threads=COMPUTE + 1,
       thread_name="wg",
       kernel_name="flash_attention_forward",

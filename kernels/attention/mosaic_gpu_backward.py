@@ -27,8 +27,9 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
                config, group, kv_heads, scale, is_causal, window, masked_head, masked_tail):
   num_keys, dim = k_ref.shape[1], k_ref.shape[3]
   block, k_stages, v_stages = config.dq_block_kv, config.dq_k_stages, config.dq_v_stages
-  tile, wg = lax.axis_index("tile"), lax.axis_index("wg")
-  b, kv = lax.div(lax.axis_index("head"), kv_heads), lax.rem(lax.axis_index("head"), kv_heads)
+  wg, index, heads = lax.axis_index("wg"), lax.axis_index("block"), k_ref.shape[0] * kv_heads
+  tile, head = lax.div(index, heads), lax.rem(index, heads)
+  b, kv = lax.div(head, kv_heads), lax.rem(head, kv_heads)
   tile = pl.cdiv(q_ref.shape[1], ROWS) - 1 - tile
   rows = lambda start, size: tiles.rows_at(q_ref, b, kv, kv_heads, start, size)
   bounds = bounds_ref.at[b if bounds_ref.shape[0] > 1 else 0, tile]
@@ -352,8 +353,8 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
           masked_head=left < FAR or segmented,
           masked_tail=right < FAR or segmented or num_keys % block != 0, **mask),
       out_type=tiles.output(packed.shape, query.dtype, *varying),
-      grid=(bounds.shape[1], batch * kv_heads),
-      grid_names=("tile", "head"),
+      grid=(bounds.shape[1] * batch * kv_heads,),
+      grid_names=("block",),
       kernel_name="flash_attention_dq",
       scratch_types=dict(
           q_smem=smem((ROWS, dim)),

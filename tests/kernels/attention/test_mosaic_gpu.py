@@ -49,10 +49,10 @@ def verify(case, **keywords):
 
 
 # A compilation in the interpreter takes seconds, a run of it tenths of one: for each program that
-# is drawn, three inputs are.
-VARIANTS = 3
-small = dict(max_queries=40, max_keys=150, max_batch=1,
-             groups=((1, 1), (1, 3), (1, 5), (2, 2), (3, 1)))
+# is drawn, four inputs are. 12 and 6 programs make 72 cases.
+VARIANTS = 4
+small = dict(max_queries=40, max_keys=140, max_batch=1,
+             groups=((1, 1), (1, 3), (1, 5), (2, 2), (2, 1)))
 
 
 def verify_variants(case, data, gradients):
@@ -67,13 +67,15 @@ def verify_variants(case, data, gradients):
     case = dataclasses.replace(case, **changes)
 
 
-@settings(max_examples=14)
+@pytest.mark.timeout(900)
+@settings(max_examples=12)
 @given(contract.cases(**small), st.data())
 def test_forward_of_drawn_cases(case, data):
   verify_variants(case, data, gradients=False)
 
 
-@settings(max_examples=10)
+@pytest.mark.timeout(900)
+@settings(max_examples=6)
 @given(contract.cases(**small), st.data())
 def test_gradients_of_drawn_cases(case, data):
   verify_variants(case, data, gradients=True)
@@ -89,10 +91,10 @@ def test_fuzz(case):
 
 
 @pytest.mark.parametrize("case", [
-    Case(num_queries=300, num_keys=300, heads=1, dim_head=256),  # more blocks than slots
-    Case(num_queries=20, num_keys=700, heads=1, query_offset=680),
+    Case(num_queries=130, num_keys=260, heads=1, dim_head=256, query_offset=130),  # slots reused
+    Case(num_queries=9, num_keys=500, heads=1, query_offset=491),
     Case(num_queries=1, num_keys=1, heads=1),
-    Case(num_queries=9, num_keys=70, heads=71, query_offset=61),  # heads straddle tiles
+    Case(num_queries=4, num_keys=70, heads=71, query_offset=66),  # heads straddle tiles
     Case(heads=4, kv_heads=2, scale=-0.1),
     Case(scale=0.0, is_causal=False, alibi=False),
 ], ids=str)
@@ -112,12 +114,12 @@ def test_a_query_that_sees_nothing_gets_zeros(dim_head):
 
 def test_causality_by_gradient():
   """d out[t] / d key[s] and / d value[s] are exactly 0 for every s > t."""
-  arrays = contract.inputs(Case(num_queries=140, num_keys=140, heads=2))
+  arrays = contract.inputs(Case(num_queries=70, num_keys=70, heads=2))
   options = dict(arrays["options"], chip=None)
   q, k, v = arrays["query"], arrays["key"], arrays["value"]
   with hopper.interpret():
     out, lse = mosaic_gpu.forward(q, k, v, **options)
-    for t in (0, 63, 100):
+    for t in (0, 40):
       dout = jnp.zeros_like(out).at[:, t].set(arrays["dout"][:, t])
       dq, dk, dv = mosaic_gpu.backward(q, k, v, out, lse, dout, **options)
       for grad in (dk, dv):
@@ -136,7 +138,7 @@ def test_alibi_does_not_depend_on_where_position_zero_is():
 
 
 def test_same_bits_every_time():
-  case = Case(num_queries=100, num_keys=100, heads=3)
+  case = Case(num_queries=50, num_keys=50, heads=3)
   first, second = run(case)[1], run(case)[1]
   jax.tree.map(np.testing.assert_array_equal, first, second)
 
