@@ -6,6 +6,9 @@ PYTHON ?= python3
 VENV ?= .venv
 JAX ?= jax
 WORKERS ?= 2
+# The oldest jax is tested with the Triton of its time, which pip can't tell: newer jax-tritons ask
+# for no newer jax.
+TRITON ?= $(if $(filter jax==0.11.2,$(JAX)),jax-triton==0.3.1 triton==3.6.0)
 
 .PHONY: help demo test clean
 
@@ -16,7 +19,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 12) or sys.exit("palm-haiku needs Python 3.12 or newer; $(PYTHON) is %d.%d. Try: make PYTHON=python3.12 ..." % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --editable '.[test]' '$(JAX)'
+	$(VENV)/bin/python -m pip install --quiet --editable '.[test]' '$(JAX)' $(TRITON)
 	@touch $@
 
 test: $(VENV)/installed

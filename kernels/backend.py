@@ -11,10 +11,13 @@ from . import mesh, tuning
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton")
 
+_ATTENTION = ("mosaic_gpu", "mosaic_tpu", "triton")
+
 # The backends that an op has kernels for; "xla" is the fallback of every one.
 KERNELS = {
-    "flash_attention": ("mosaic_gpu",),
-    "parallel_attention_ffn": (),
+    "flash_attention": _ATTENTION,
+    "parallel_attention_ffn": _ATTENTION,  # of its attention; the projections are XLA's
+    "linear_cross_entropy": (),
 }
 
 # JAX's name of a chip (lower case, by its beginning) and ours.
@@ -55,7 +58,8 @@ def target(*arrays: jax.Array) -> Target:
 
 def kernel_module(op: str, implementation: str) -> types.ModuleType:
   """The module of an op's backend; imported when first needed."""
-  folder = {"flash_attention": "attention", "parallel_attention_ffn": "parallel_block"}[op]
+  folder = {"flash_attention": "attention", "parallel_attention_ffn": "parallel_block",
+            "linear_cross_entropy": "cross_entropy"}[op]
   return importlib.import_module(f".{folder}.{implementation}", __package__)
 
 

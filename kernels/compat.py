@@ -1,5 +1,7 @@
 """What the supported releases of jax and jax-triton lack or do differently."""
 
+import inspect
+
 from jax._src import config
 
 
@@ -9,3 +11,18 @@ def interpreting() -> bool:
   JAX (0.11.2 to 0.12.0) has no public name for that.
   """
   return config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
+def mend_jax_triton() -> None:
+  """Gives jax-triton's call the dead-code rule that jax 0.12 asks for.
+
+  jax-triton 0.4.1 registers a rule of two arguments; jax 0.12 passes three, so that any
+  `triton_call` under `jit` is a TypeError. To go when jax-triton registers one of three.
+  """
+  import jax_triton.triton_lib as jax_triton
+  from jax._src.interpreters import partial_eval
+
+  rules, call = partial_eval.dce_rules, jax_triton.triton_kernel_call_p
+  wanted = len(inspect.signature(partial_eval.dce_jaxpr_closed_call_rule).parameters)
+  if call in rules and len(inspect.signature(rules[call]).parameters) != wanted:
+    rules[call] = lambda *arguments: ([True] * len(arguments[-1].invars), arguments[-1])

@@ -14,6 +14,63 @@ def unknown(chip: str | None, query, key, value) -> str | None:
   return None
 
 
+class TritonBlocks(NamedTuple):
+  """Tile sizes and launch of one Triton attention kernel."""
+
+  rows: int  # of queries: (position, head of the group) pairs
+  keys: int
+  warps: int
+  stages: int
+  apart: bool = False  # of dkv: one launch for dk and one for dv, each with half the accumulators
+
+
+# By chip and head_dim: forward, dq, dkv. No two kernels of them could be timed, so static figures
+# chose: of the tiles that do not spill, those with the fewest instructions that a warp issues per
+# (row, key) pair in the main loop (beside each, x 1000), and of two alike the one that lets two
+# blocks share a multiprocessor. From triton 3.9 and ptxas 13.0 with bfloat16, ALiBi, causal,
+# 16 query heads on one key head; `python -m palm_haiku.kernels.aot` gives them again.
+_HOPPER = {
+    64: (TritonBlocks(128, 64, 4, 3),  # 295; (128, 128, 8, 3) 278, one block; (128, 64, 8, 3) 347
+         TritonBlocks(64, 128, 4, 2),  # 280; (128, 64, 4, 2) spills 184 bytes, (64, 64, 4, 3) 315
+         TritonBlocks(64, 64, 4, 2)),  # 361; (64, 128, 8, 2) 376, (32, 64, 4, 3) 477
+    128: (TritonBlocks(128, 64, 8, 3),  # 409; (128, 128, 8, 2) 354 but spills 16 in triton 3.6
+          TritonBlocks(128, 64, 8, 2),  # 384; (64, 64, 4, 2) 402, (128, 128, 8, 1) spills 36
+          TritonBlocks(32, 128, 8, 2)),  # 584; (64, 128, 8, 2) spills 172, apart it takes 671
+    256: (TritonBlocks(128, 64, 8, 2),  # 585, 64 bytes spilled; (128, 32, 8, 2) 844 and none
+          TritonBlocks(128, 32, 8, 2),  # 855; (64, 32, 4, 2) spills 20, (64, 64, 8, 2) 56
+          TritonBlocks(32, 128, 8, 2, True)),  # 883 + 486; together (64, 64, 8, 1) spills 788
+}
+_AMPERE = {
+    64: (TritonBlocks(128, 64, 8, 3),  # 402; (64, 64, 4, 3) 417, (128, 64, 4, 3) spills 56
+         TritonBlocks(128, 64, 8, 2),  # 375; (128, 32, 4, 2) spills 12
+         TritonBlocks(32, 128, 8, 2)),  # 492; (64, 128, 8, 2) spills 16, (32, 64, 4, 2) 520
+    128: (TritonBlocks(128, 32, 8, 3),  # 689; (128, 64, 8, 3) spills 24, (64, 64, 4, 3) 20
+          TritonBlocks(64, 64, 4, 2),  # 584; (128, 32, 8, 2) 590
+          TritonBlocks(64, 64, 8, 2)),  # 816; (32, 64, 4, 2) spills 8
+    256: (TritonBlocks(64, 64, 8, 2),  # 1387; (64, 32, 8, 2) 2262
+          TritonBlocks(32, 32, 4, 2),  # 1324; (64, 32, 8, 2) 1855
+          TritonBlocks(32, 64, 8, 2)),  # 2555; apart 1895 + 1363
+}
+_ADA = _AMPERE | {  # 99 KiB of shared memory
+    256: (TritonBlocks(64, 32, 8, 2),  # 2262
+          TritonBlocks(32, 32, 4, 2),  # 1324
+          TritonBlocks(32, 32, 8, 2)),  # 2562
+}
+_BLACKWELL = {
+    64: (TritonBlocks(128, 128, 8, 2),  # 259; (128, 64, 4, 3) spills 36
+         TritonBlocks(128, 64, 4, 2),  # 273; (128, 128, 8, 2) 284
+         TritonBlocks(64, 128, 8, 2)),  # 479; (64, 64, 4, 2) 490; triton 3.6 spills 4 and 64
+    128: (TritonBlocks(128, 64, 8, 3),  # 413; (128, 128, 8, 2) spills 132
+          TritonBlocks(128, 64, 8, 2),  # 406; (64, 64, 4, 2) 428
+          TritonBlocks(64, 64, 4, 2)),  # 552; (64, 128, 8, 2) 516 but spills 8 in triton 3.6
+    256: (TritonBlocks(128, 32, 8, 2),  # 826; (64, 64, 8, 2) 789, but 64 rows halve tcgen05's rate
+          TritonBlocks(128, 32, 8, 1),  # 828; (64, 64, 8, 2) 889
+          TritonBlocks(32, 128, 8, 2, True)),  # 883 + 576; together (64, 64, 8, 1) 1334, 64 rows
+}
+ATTENTION_TRITON = {"a100": _AMPERE, "rtx4090": _ADA, "h100": _HOPPER, "h200": _HOPPER,
+                    "b200": _BLACKWELL}
+
+
 class AttentionMosaicGpu(NamedTuple):
   """Tiles of the Hopper attention kernels; two compute warpgroups of 64 rows each, always."""
 
@@ -29,13 +86,13 @@ class AttentionMosaicGpu(NamedTuple):
 # By head_dim. Static figures only (instructions of the unmasked loop with ALiBi, ptxas 13.0; no
 # time was measured): the largest tiles that neither spill nor serialize, then the stages that
 # shared memory has room for. TABLE
-_HOPPER = {
+_MOSAIC_HOPPER = {
     64: AttentionMosaicGpu(128, 2, 128, 2, 2, 64, 2),
     128: AttentionMosaicGpu(128, 2, 64, 2, 2, 64, 2),
     256: AttentionMosaicGpu(64, 2, 64, 2, 1, 64, 2),
 }
 ATTENTION_MOSAIC_GPU = {
-    (chip, dim_head): blocks for chip in ("h100", "h200") for dim_head, blocks in _HOPPER.items()}
+    (chip, dim_head): blocks for chip in ("h100", "h200") for dim_head, blocks in _MOSAIC_HOPPER.items()}
 
 
 def attention_mosaic_gpu(chip: str | None, dim_head: int) -> AttentionMosaicGpu:
@@ -73,3 +130,47 @@ def splits(blocks: int, group: int) -> int:
   while parts * 2 <= group and blocks * parts < 2 * 132:  # two blocks for each multiprocessor
     parts *= 2
   return parts
+
+
+class TpuBlocks(NamedTuple):
+  """Block sizes of an attention kernel for TPUs, before they are fitted to a problem."""
+
+  area: int  # scores of a diagonal step: (query heads of a key/value head) * keys * keys
+  rows: int  # (position, head) rows of a step without a mask, at most
+  lanes: int  # rows of one score tile
+  chunk: int  # keys of a step without a mask
+  fine: int  # keys of a step under a mask
+  major: int  # keys held in VMEM
+  ahead: int  # score tiles computed before the softmax of an earlier one
+  cores: int  # that the blocks of rows are dealt to
+
+
+VMEM = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128, "tpu7x": 64}  # MiB of one core
+
+_TPU_BASE = TpuBlocks(
+    area=2**22, rows=2048, lanes=256, chunk=512, fine=128, major=8192, ahead=3, cores=1)
+_TPU_BACKWARD = _TPU_BASE._replace(ahead=2)
+
+
+# (chip, dim_head up to) -> forward, backward.
+ATTENTION_MOSAIC_TPU = {
+    ("v4", 128): (_TPU_BASE._replace(area=2**18, major=2048, cores=2),
+                  _TPU_BACKWARD._replace(area=2**18, major=1024, cores=2)),
+    ("v4", 256): (_TPU_BASE._replace(area=2**18, major=1024, cores=2),
+                  _TPU_BACKWARD._replace(area=2**16, rows=1024, major=1024, cores=2)),
+    ("v5e", 128): (_TPU_BASE, _TPU_BACKWARD._replace(area=2**20)),
+    ("v5e", 256): (_TPU_BASE, _TPU_BACKWARD._replace(area=2**20)),
+    ("v5p", 128): (_TPU_BASE._replace(cores=2),
+                   _TPU_BACKWARD._replace(area=2**20, cores=2)),
+    ("v5p", 256): (_TPU_BASE._replace(cores=2),
+                   _TPU_BACKWARD._replace(area=2**20, cores=2)),
+    ("v6e", 128): (_TPU_BASE._replace(rows=4096, ahead=4), _TPU_BACKWARD),
+    ("v6e", 256): (_TPU_BASE._replace(rows=4096), _TPU_BACKWARD),
+    ("tpu7x", 128): (_TPU_BASE._replace(rows=4096, ahead=4), _TPU_BACKWARD),
+    ("tpu7x", 256): (_TPU_BASE._replace(rows=4096), _TPU_BACKWARD._replace(area=2**20)),
+}
+
+
+def attention_mosaic_tpu(chip: str | None, dim_head: int) -> tuple[TpuBlocks, TpuBlocks]:
+  """Block sizes of the forward and the backward kernel; those of a v4, the smallest, for None."""
+  return ATTENTION_MOSAIC_TPU[chip or "v4", 128 if dim_head <= 128 else 256]

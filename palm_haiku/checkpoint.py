@@ -76,12 +76,14 @@ class Checkpoints:
     for old in self.steps()[: -self._keep]:
       self._remove(old)
 
-  def latest(self) -> int | None:
-    """The newest step whose checkpoint is whole; newer ones that are not are set aside.
+  def latest(self, *, repair: bool = False) -> int | None:
+    """The newest step whose checkpoint is whole; newer ones are refused with a warning.
 
-    A refused checkpoint is renamed to STEP.refused, so that its step can be saved again.
+    Args:
+      repair: for the one process that writes here: remove what was not finished and rename a
+        refused checkpoint to STEP.refused, so that its step can be saved again.
     """
-    if self.directory.is_dir():
+    if repair and self.directory.is_dir():
       for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
         self._warn(f"checkpoint {path} was not finished; it is removed")
         shutil.rmtree(path, ignore_errors=True)
@@ -90,10 +92,13 @@ class Checkpoints:
       if problem is None:
         return step
       path = self.directory / str(step)
-      refused = path.with_suffix(".refused")
-      shutil.rmtree(refused, ignore_errors=True)
-      path.rename(refused)
-      self._warn(f"checkpoint {path} is refused: {problem}; it is kept as {refused.name}")
+      message = f"checkpoint {path} is refused: {problem}"
+      if repair:
+        refused = path.with_suffix(".refused")
+        shutil.rmtree(refused, ignore_errors=True)
+        path.rename(refused)
+        message += f"; it is kept as {refused.name}"
+      self._warn(message)
     return None
 
   def problem(self, step: int) -> str | None:

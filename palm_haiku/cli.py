@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import pathlib
 import sys
+import time
 
 import rich.console
 import rich.table
@@ -28,12 +29,14 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
   """Runs a command; returns the exit status. Errors of the user are one line on stderr."""
   parser = _parser()
-  args = parser.parse_args(argv)
+  args, unknown = parser.parse_known_args(argv)
+  if unknown:
+    args.parser.error("unrecognized arguments: " + " ".join(unknown))
   try:
     return args.run(args)
-  except (ValueError, OSError, _errors()) as error:
+  except (ValueError, OSError, FloatingPointError, _errors()) as error:
     print(f"palm-haiku {args.command}: error: {error}", file=sys.stderr)
-    return 1 if isinstance(error, OSError) else 2
+    return 2 if isinstance(error, ValueError) else 1
   except KeyboardInterrupt:
     return 130
 
@@ -56,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
       "  palm-haiku train --out runs/first\n"
       "  palm-haiku train --model palm-lite --data 'books/*.txt' --out runs/books\n"
       "  palm-haiku train --resume --out runs/books")
-  train.set_defaults(run=_train)
+  train.set_defaults(run=_train, parser=train)
   _add_model_options(train)
   group = train.add_argument_group("data")
   group.add_argument("--data", metavar="SOURCE", help="text to train on: pydoc (Python's own "
@@ -85,8 +88,9 @@ def _parser() -> argparse.ArgumentParser:
   group.add_argument("--seed", type=int, help="of parameters and data order (default 0)")
   group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of activations and matrix "
                      "products (default float32)")
-  group.add_argument("--remat", choices=("none", "dots", "full"), help="what the backward pass "
-                     "recomputes to save memory (default none)")
+  group.add_argument("--remat", choices=("none", "attention", "full"), help="what the "
+                     "backward pass recomputes to save memory: little (the default), all but "
+                     "attention, or whole layers")
   _add_implementation(group)
   group.add_argument("--log-every", type=int, metavar="STEPS", help="default 10")
   group.add_argument("--eval-every", type=int, metavar="STEPS", help="default 250")
@@ -97,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
       "printing it as it comes.",
       epilog="example: palm-haiku generate runs/first --prompt 'The for statement' --top-k 40",
       formatter_class=argparse.RawDescriptionHelpFormatter)
-  generate.set_defaults(run=_generate)
+  generate.set_defaults(run=_generate, parser=generate)
   generate.add_argument("checkpoint", type=pathlib.Path, metavar="DIR", help="directory of a run")
   generate.add_argument("--prompt", default="", help="text to continue (default: a new document)")
   generate.add_argument("--length", type=int, default=256, help="tokens to add (default 256)")
@@ -117,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
       "  palm-haiku convert --from palm-pytorch weights.npz --out runs/imported\n"
       "  palm-haiku convert --to palm-pytorch runs/imported --out weights.npz",
       formatter_class=argparse.RawDescriptionHelpFormatter)
-  convert.set_defaults(run=_convert)
+  convert.set_defaults(run=_convert, parser=convert)
   convert.add_argument("source", type=pathlib.Path, metavar="SOURCE", help="a file of the peer's "
                        "arrays (--from) or a run of this project (--to)")
   direction = convert.add_mutually_exclusive_group(required=True)
@@ -127,12 +131,14 @@ def _parser() -> argparse.ArgumentParser:
   direction.add_argument("--to", dest="to_peer", metavar="PEER")
   convert.add_argument("--out", required=True, type=pathlib.Path, metavar="PATH", help="a new run "
                        "directory (--from) or file (--to)")
+  convert.add_argument("--tokenizer", metavar="NAME", default="bytes", help="that the model was "
+                       "trained with: bytes (the default) or a SentencePiece model file")
   convert.add_argument("--heads", type=int, help="query heads, where the arrays leave it open")
 
   info = commands.add_parser(
       "info", help="parameters and FLOPs of a model", description="Parameters and FLOPs of a "
       "model; nothing is allocated. Without a model: those that have names.")
-  info.set_defaults(run=_info)
+  info.set_defaults(run=_info, parser=info)
   _add_model_options(info)
   info.add_argument("--seq-len", type=int, default=2048, help="for attention's FLOPs (default "
                     "2048)")
@@ -163,7 +169,8 @@ def _model(args, base: PaLMConfig | None) -> PaLMConfig | None:
     if args.model not in configs:
       near = difflib.get_close_matches(args.model, configs, n=1)
       raise ValueError(f"no model is called {args.model!r}; "
-                       + (f"did you mean {near[0]}?" if near else f"there are {', '.join(configs)}"))
+                       + (f"did you mean {near[0]}?" if near
+                          else f"there are {', '.join(configs)}"))
     base = configs[args.model]
   if base is not None:
     return dataclasses.replace(base, **given)
@@ -183,8 +190,8 @@ def _train(args) -> int:
   console = rich.console.Console()
   base = None
   if args.resume:
-    checkpoints = Checkpoints(args.out / "checkpoints", warn=lambda line: console.print(
-        f"[yellow]warning:[/] {line}", soft_wrap=True))
+    # What is refused is reported when the run resumes.
+    checkpoints = Checkpoints(args.out / "checkpoints", warn=lambda line: None)
     step = checkpoints.latest()
     base = None if step is None else load_config(checkpoints.metadata(step))
   model = _model(args, base and base.model) or configs["palm-tiny"]
@@ -199,10 +206,11 @@ def _train(args) -> int:
   console.print(f"{model.num_params:,} parameters, {config.steps} steps of "
                 f"{config.batch_size} x {config.seq_len} tokens of {config.data}", highlight=False)
   result = train(config, args.out, resume=args.resume, console=console)
-  console.print(f"\n{'train loss':16}{result.loss:.4f} nats per token", highlight=False)
-  if result.eval_loss is not None:
-    console.print(f"{'held-out loss':16}{result.eval_loss:.4f} nats per token, "
-                  f"{result.bits_per_byte:.4f} bits per byte", highlight=False)
+  console.print()
+  for name, score in (("train loss", result.train), ("held-out loss", result.held_out)):
+    if score is not None:
+      console.print(f"{name:16}{score.nats_per_token:.4f} nats per token, "
+                    f"{score.bits_per_byte:.4f} bits per byte", highlight=False)
   console.print(f"{'loss curve':16}{args.out / 'loss.png'}", highlight=False, soft_wrap=True)
   if result.interrupted_by is not None:
     console.print(f"stopped by {result.interrupted_by.name} at step {result.step}, which is saved; "
@@ -243,34 +251,42 @@ def _generate(args) -> int:
   tokenizer = data.load_tokenizer(config.tokenizer)
   prompt = tokenizer.encode(args.prompt) if args.prompt else [tokenizer.eod]
   decoder = tokenizer.stream_decoder()
+  times = []
+
+  def show(token):
+    times.append(time.perf_counter())
+    if token != tokenizer.eod:
+      print(decoder.feed(int(token)), end="", flush=True)
+
   print(args.prompt, end="", flush=True)
   generate(
       params, config.model, prompt, args.length, key=jax.random.key(args.seed),
       temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, eod=tokenizer.eod,
-      dtype=args.dtype, implementation=args.implementation or "auto",
-      on_token=lambda token: print(
-          decoder.feed(int(token)) if token != tokenizer.eod else "", end="", flush=True))
+      dtype=args.dtype, implementation=args.implementation or "auto", on_token=show)
   jax.effects_barrier()
   print(decoder.flush())
+  if len(times) > 1:
+    print(f"{len(times)} tokens, {(len(times) - 1) / (times[-1] - times[0]):.0f} a second",
+          file=sys.stderr)
   return 0
 
 
 def _convert(args) -> int:
-  import dataclasses as dc
-
   from palm_haiku import interop
   from palm_haiku.checkpoint import Checkpoints
   from palm_haiku.train import TrainConfig
 
   if args.out.exists():
     raise ValueError(f"{args.out} exists already; choose another --out")
+  interop.layout_of(args.from_peer or args.to_peer)
   if args.to_peer:
     config, params = _load_run(args.source)
     interop.write_arrays(args.out, interop.dump(args.to_peer, config.model, params))
     print(f"{args.out}: {config.model.num_params:,} parameters for {args.to_peer}")
     return 0
   model, params = interop.load(args.from_peer, interop.read_arrays(args.source), args.heads)
-  metadata = {"config": dc.asdict(TrainConfig(model=model)), "data_fingerprint": None, "step": 0}
+  metadata = {"config": dataclasses.asdict(
+      TrainConfig(model=model, tokenizer=args.tokenizer)), "data_fingerprint": None, "step": 0}
   Checkpoints(args.out / "checkpoints").save(0, {"params": params}, metadata)
   print(f"{args.out}: {model.num_params:,} parameters from {args.from_peer}; "
         f"sample: palm-haiku generate {args.out}")
@@ -319,7 +335,7 @@ def _info(args) -> int:
   console.print()
   console.print(table)
   console.print(f"\nmemory: parameters {_gib(4 * c.num_params)} in float32, with gradients and "
-                f"AdamW's moments {_gib(16 * c.num_params)}", highlight=False)
+                f"AdamW's moments {_gib(16 * c.num_params)}", highlight=False, soft_wrap=True)
   return 0
 
 

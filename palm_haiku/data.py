@@ -8,11 +8,14 @@ import gzip
 import hashlib
 import pathlib
 import zipfile
+import zlib
 from typing import Iterator
 
 import grain
 import numpy as np
 import sentencepiece
+
+ENWIK8_SPLIT = (90_000_000, 5_000_000)  # bytes to train on and held out, as PaLM-jax has it
 
 
 class ByteTokenizer:
@@ -53,7 +56,8 @@ class _ByteStreamDecoder:
 
   def feed(self, token: int) -> str:
     """The text that this token completes, if any."""
-    return self._decoder.decode(bytes([token]))
+    # A model from elsewhere may have more tokens than there are bytes.
+    return self._decoder.decode(bytes([token]) if token < 256 else b"\xff")
 
   def flush(self) -> str:
     """What is left at the end."""
@@ -131,7 +135,8 @@ class Corpus:
   train: np.ndarray  # unsigned int[N]
   eval: np.ndarray  # unsigned int[M], held out
   eod: int
-  eval_bytes_per_token: float  # to turn nats per token into bits per byte
+  train_bytes_per_token: float  # to turn nats per token into bits per byte
+  eval_bytes_per_token: float
   fingerprint: str  # of the tokens; differs when the text or the tokenizer does
 
 
@@ -158,17 +163,22 @@ def load_corpus(source: str, tokenizer, eval_fraction: float) -> Corpus:
   total = sum(map(len, documents))
   if not total:
     raise ValueError(f"{source} is empty")
-  if pathlib.Path(source).name.startswith("enwik8") and total >= 95_000_000:
-    documents = [b"".join(documents)[:95_000_000]]
-    cut = 90_000_000
+  if pathlib.Path(source).name.startswith("enwik8") and total >= sum(ENWIK8_SPLIT):
+    documents = [b"".join(documents)[:sum(ENWIK8_SPLIT)]]
+    cut = ENWIK8_SPLIT[0]
   else:
     cut = total - int(total * eval_fraction)
   train, held_out = _split(documents, cut)
   dtype = np.min_scalar_type(tokenizer.num_tokens - 1)
-  train, evaluation = (_tokenize(part, tokenizer, dtype) for part in (train, held_out))
-  digest = hashlib.sha256(train.tobytes() + b"|" + evaluation.tobytes()).hexdigest()
-  return Corpus(source, train, evaluation, tokenizer.eod,
-                sum(map(len, held_out)) / max(1, len(evaluation)), digest[:16])
+  train_tokens, eval_tokens = (_tokenize(part, tokenizer, dtype) for part in (train, held_out))
+  digest = hashlib.sha256(train_tokens.tobytes() + b"|" + eval_tokens.tobytes()).hexdigest()
+
+  def bytes_per_token(parts, tokens):
+    return sum(map(len, parts)) / max(1, len(tokens))
+
+  return Corpus(source, train_tokens, eval_tokens, tokenizer.eod,
+                bytes_per_token(train, train_tokens), bytes_per_token(held_out, eval_tokens),
+                digest[:16])
 
 
 def _pydoc() -> list[bytes]:
@@ -197,12 +207,15 @@ def _find(source: str) -> list[str]:
 
 
 def _read(path: str) -> bytes:
-  if path.endswith(".gz"):
-    with gzip.open(path) as stream:
-      return stream.read()
-  if path.endswith(".zip"):
-    with zipfile.ZipFile(path) as archive:
-      return b"".join(archive.read(name) for name in archive.namelist())
+  try:
+    if path.endswith(".gz"):
+      with gzip.open(path) as stream:
+        return stream.read()
+    if path.endswith(".zip"):
+      with zipfile.ZipFile(path) as archive:
+        return b"".join(archive.read(name) for name in archive.namelist())
+  except (gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error) as error:
+    raise ValueError(f"{path} cannot be unpacked: {error}") from error
   return pathlib.Path(path).read_bytes()
 
 

@@ -37,6 +37,17 @@ def next_token_loss(logits, targets, *, weights=None, z_loss: float = 0.0) -> Lo
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   log_z = jax.nn.logsumexp(logits, axis=-1)
   nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  return mean_loss(nll, log_z, weights=weights, z_loss=z_loss)
+
+
+def mean_loss(nll, log_z, *, weights=None, z_loss: float = 0.0) -> Loss:
+  """The same from what `PaLM.loss` returns, which never holds the logits.
+
+  Args:
+    nll: float[..., T], negative log-likelihood of each target.
+    log_z: float[..., T], log of each softmax normaliser.
+    weights, z_loss: as for `next_token_loss`.
+  """
   weights = jnp.ones_like(nll) if weights is None else weights.astype(nll.dtype)
   count = jnp.maximum(weights.sum(), jnp.finfo(nll.dtype).tiny)
 

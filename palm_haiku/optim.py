@@ -15,12 +15,17 @@ def adamw(learning_rate: float = 3e-3, *, steps: int, warmup: int = 100, b2: flo
     warmup: steps of linear warm-up; at most a tenth of the run is spent on it.
     weight_decay: on matrices only, not on the gains of norms.
   """
-  schedule = optax.warmup_cosine_decay_schedule(
-      init_value=0.0, peak_value=learning_rate, warmup_steps=min(warmup, steps // 10),
-      decay_steps=max(steps, 1), end_value=learning_rate / 10)
   return optax.chain(
       optax.clip_by_global_norm(clip),
-      optax.adamw(schedule, b1=0.9, b2=b2, weight_decay=weight_decay, mask=_matrices))
+      optax.adamw(schedule(learning_rate, steps=steps, warmup=warmup), b1=0.9, b2=b2,
+                  weight_decay=weight_decay, mask=_matrices))
+
+
+def schedule(learning_rate: float, *, steps: int, warmup: int = 100) -> optax.Schedule:
+  """Linear warm-up, then a cosine that ends at a tenth; arguments as in `adamw`."""
+  return optax.warmup_cosine_decay_schedule(
+      init_value=0.0, peak_value=learning_rate, warmup_steps=min(warmup, steps // 10),
+      decay_steps=max(steps, 1), end_value=learning_rate / 10)
 
 
 def palm(learning_rate: float = 1e-2, *, constant_steps: int = 10_000,
@@ -34,7 +39,7 @@ def palm(learning_rate: float = 1e-2, *, constant_steps: int = 10_000,
     learning_rate: constant for `constant_steps`, then falling with 1/sqrt(k).
     clip: global norm of the gradient.
   """
-  def schedule(count):
+  def rate(count):
     k = jnp.maximum(count + 1, constant_steps)
     return learning_rate * jnp.sqrt(constant_steps / k)
 
@@ -43,8 +48,8 @@ def palm(learning_rate: float = 1e-2, *, constant_steps: int = 10_000,
       optax.scale_by_factored_rms(factored=False, decay_rate=0.8),
       optax.ema(0.9, debias=False),
       _scale_by_parameter_rms(),
-      optax.scale_by_learning_rate(schedule),
-      _decay_by_squared_learning_rate(schedule))
+      optax.scale_by_learning_rate(rate),
+      _decay_by_squared_learning_rate(rate))
 
 
 def _is_layer(path) -> bool:

@@ -1,7 +1,6 @@
 """What a training run leaves for people: JSON lines, TensorBoard, a picture, a progress bar."""
 
 import json
-import math
 import os
 import pathlib
 from typing import Any
@@ -60,7 +59,10 @@ class RunLog:
     self._tensorboard.close()
     self._file.close()
     if self._rows:
-      plot_loss(self._rows, self._directory / "loss.png")
+      try:
+        plot_loss(self._rows, self._directory / "loss.png")
+      except OSError as error:  # A full disk is no reason to hide why the run ended.
+        self.say(f"loss.png could not be drawn: {error}")
 
   def advance(self, step: int) -> None:
     """Moves the progress bar."""
@@ -123,7 +125,13 @@ def plot_loss(rows: list[dict[str, Any]], path: os.PathLike) -> None:
   axes.grid(alpha=0.3)
   axes.spines[["top", "right"]].set_visible(False)
   axes.legend(frameon=False)
-  figure.savefig(path, dpi=150)
+  path = pathlib.Path(path)
+  draft = path.with_stem(path.stem + ".draft")
+  try:
+    figure.savefig(draft, dpi=150)
+    draft.rename(path)
+  finally:
+    draft.unlink(missing_ok=True)
 
 
 def _status(row) -> str:
@@ -135,8 +143,3 @@ def _status(row) -> str:
   if "mfu" in row:
     parts.append(f"MFU {row['mfu']:.1%}")
   return "  ".join(parts)
-
-
-def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-  """A loss that can be compared across tokenizers."""
-  return nats_per_token / math.log(2) / bytes_per_token

@@ -19,7 +19,7 @@ import rich.console
 from palm_haiku import data, optim, runlog
 from palm_haiku.checkpoint import CheckpointError, Checkpoints
 from palm_haiku.config import PaLMConfig
-from palm_haiku.loss import next_token_loss
+from palm_haiku.loss import mean_loss
 from palm_haiku.model import PaLM
 
 # Dense bfloat16 FLOP/s of a chip, from its maker's data sheet, by JAX's name of it.
@@ -80,10 +80,11 @@ class TrainConfig:
       raise ValueError(f"dtype must be float32 or bfloat16; got {self.dtype!r}")
 
   def build_model(self) -> hk.Transformed:
-    """The model as a pure function (params, tokens, segment_ids) -> logits."""
-    return hk.without_apply_rng(hk.transform(lambda tokens, segment_ids=None: PaLM.from_config(
-        self.model, dtype=jnp.dtype(self.dtype), remat=self.remat,
-        implementation=self.implementation)(tokens, segment_ids=segment_ids)))
+    """The model as a pure function (params, tokens, targets, segment_ids) -> (nll, log Z)."""
+    return hk.without_apply_rng(hk.transform(
+        lambda tokens, targets, segment_ids=None: PaLM.from_config(
+            self.model, dtype=jnp.dtype(self.dtype), remat=self.remat,
+            implementation=self.implementation).loss(tokens, targets, segment_ids=segment_ids)))
 
   def build_optimizer(self) -> optax.GradientTransformation:
     """The optimizer with its schedule."""
@@ -105,21 +106,30 @@ class TrainState(NamedTuple):
   opt_state: Any
 
 
+class Score(NamedTuple):
+  """A loss, and what it is across tokenizers."""
+
+  nats_per_token: float
+  bits_per_byte: float
+
+
 class Result(NamedTuple):
   """How a run ended."""
 
   step: int
-  loss: float
-  eval_loss: float | None  # nats per token
-  bits_per_byte: float | None  # of the held-out text
+  train: Score  # of the last step that was logged
+  held_out: Score | None  # after the last step
   interrupted_by: signal.Signals | None
 
 
 def init(config: TrainConfig) -> TrainState:
   """The state before the first step; depends on `config.seed` alone."""
   tokens = jnp.zeros((1, config.seq_len), jnp.int32)
-  params = config.build_model().init(jax.random.key(config.seed), tokens)
+  params = config.build_model().init(jax.random.key(config.seed), tokens, tokens)
   return TrainState(params, config.build_optimizer().init(params))
+
+
+_init = jax.jit(init, static_argnums=0)
 
 
 def train_step(config: TrainConfig, state: TrainState, batch) -> tuple[TrainState, dict]:
@@ -135,8 +145,8 @@ def train_step(config: TrainConfig, state: TrainState, batch) -> tuple[TrainStat
   model = config.build_model()
 
   def loss_of(params, batch):
-    logits = model.apply(params, batch["tokens"][:, :-1], _inputs_segments(batch))
-    loss = next_token_loss(logits, batch["tokens"][:, 1:], z_loss=config.z_loss)
+    nll, log_z = model.apply(params, *_inputs_and_targets(batch))
+    loss = mean_loss(nll, log_z, z_loss=config.z_loss)
     return loss.total, loss
 
   grad = jax.grad(loss_of, has_aux=True)
@@ -159,14 +169,17 @@ def train_step(config: TrainConfig, state: TrainState, batch) -> tuple[TrainStat
 
 def eval_step(config: TrainConfig, params, batch) -> tuple[jax.Array, jax.Array]:
   """Summed negative log-likelihood of a batch's targets, and the sum of their weights."""
-  logits = config.build_model().apply(params, batch["tokens"][:, :-1], _inputs_segments(batch))
-  weight = batch["weights"].sum()
-  nll = next_token_loss(logits, batch["tokens"][:, 1:], weights=batch["weights"]).nll
-  return nll * weight, weight
+  nll, _ = config.build_model().apply(params, *_inputs_and_targets(batch))
+  return (nll * batch["weights"]).sum(), batch["weights"].sum()
 
 
-def _inputs_segments(batch):
-  return batch["segment_ids"][:, :-1] if "segment_ids" in batch else None
+_train_step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
+_eval_step = jax.jit(eval_step, static_argnums=0)
+
+
+def _inputs_and_targets(batch):
+  segment_ids = batch["segment_ids"][:, :-1] if "segment_ids" in batch else None
+  return batch["tokens"][:, :-1], batch["tokens"][:, 1:], segment_ids
 
 
 def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
@@ -201,20 +214,17 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
                          seed=config.seed, eod=eod)
 
   out.mkdir(parents=True, exist_ok=True)
-  state = jax.eval_shape(lambda: init(config)) if start else jax.jit(lambda: init(config))()
+  state = jax.eval_shape(lambda: init(config)) if start else _init(config)
   if start:
     restored = checkpoints.restore(start, state._asdict())
     state = TrainState(**restored)
     console.print(f"resuming from step {start}", highlight=False)
-  step_fn = jax.jit(functools.partial(train_step, config), donate_argnums=0)
-  eval_fn = jax.jit(functools.partial(eval_step, config))
   has_eval = len(corpus.eval) > 1
   peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
   tokens_per_step = config.batch_size * config.seq_len
-  eval_loss = None
 
   def evaluate(params):
-    sums = [eval_fn(params, batch) for batch in data.eval_batches(
+    sums = [_eval_step(config, params, batch) for batch in data.eval_batches(
         corpus.eval, batch_size=config.batch_size, seq_len=config.seq_len, eod=eod)]
     nll, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
     return float(nll / count)
@@ -224,21 +234,15 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
 
   with (_Interrupts() as interrupts,
         runlog.RunLog(out, steps=config.steps, start=start, console=console) as log):
-    saved = start
-    step = start
+    saved = step = start
     clock, clock_step = None, start
     while step < config.steps and interrupts.received is None:
-      state, metrics = step_fn(state, batches[step])
+      state, metrics = _train_step(config, state, batches[step])
       step += 1
       last = step == config.steps
       evaluated = has_eval and (last or step % config.eval_every == 0)
       if evaluated or last or step == 1 or step % config.log_every == 0:
-        row = {"step": step} | {name: float(x) for name, x in metrics.items()}
-        if not math.isfinite(row["loss"]):
-          raise FloatingPointError(
-              f"the loss is {row['loss']} at step {step}; "
-              + (f"checkpoint {saved} is intact" if saved else "nothing was saved yet")
-              + "; a lower learning rate or another seed may help")
+        row = {"step": step, **_finite(metrics, step, saved)}
         now = time.perf_counter()
         if clock is not None:  # The first interval would count compilation.
           rate = (step - clock_step) * tokens_per_step / (now - clock)
@@ -247,19 +251,40 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
             flops = config.model.train_flops_per_token(config.seq_len)
             row["mfu"] = rate * flops / (peak * jax.device_count())
         if evaluated:
-          row["eval_loss"] = eval_loss = evaluate(state.params)
+          row["eval_loss"] = evaluate(state.params)
         log.write(row)
         clock, clock_step = time.perf_counter(), step
       log.advance(step)
       if last or step % config.checkpoint_every == 0:
+        _finite(metrics, step, saved)
         save(step)
         saved = step
     if step > saved:
+      _finite(metrics, step, saved)
       save(step)
   rows = runlog.read_metrics(log.path)
-  bpb = eval_loss and runlog.bits_per_byte(eval_loss, corpus.eval_bytes_per_token)
-  return Result(step, rows[-1]["loss"] if rows else math.nan, eval_loss, bpb,
-                interrupts.received)
+  end = rows[-1] if rows else {}
+  eval_loss = end.get("eval_loss") if end.get("step") == step else None
+  return Result(
+      step, _score(end.get("loss", math.nan), corpus.train_bytes_per_token),
+      None if eval_loss is None else _score(eval_loss, corpus.eval_bytes_per_token),
+      interrupts.received)
+
+
+def _score(nats_per_token, bytes_per_token) -> Score:
+  return Score(nats_per_token, nats_per_token / math.log(2) / bytes_per_token)
+
+
+def _finite(metrics, step, saved) -> dict[str, float]:
+  """The metrics as numbers, if the run has not diverged."""
+  row = {name: float(x) for name, x in metrics.items()}
+  for name, value in row.items():
+    if not math.isfinite(value):
+      raise FloatingPointError(
+          f"{name} is {value} at step {step}; "
+          + (f"checkpoint {saved} is intact" if saved else "nothing was saved yet")
+          + "; a lower learning rate or another seed may help")
+  return row
 
 
 def load_config(metadata: dict[str, Any]) -> TrainConfig:
@@ -283,7 +308,7 @@ def _starting_step(out, checkpoints, run, resume) -> int:
       raise ValueError(f"{out} holds another run; continue it with --resume, or choose another "
                        "--out")
     return 0
-  step = checkpoints.latest()
+  step = checkpoints.latest(repair=True)
   if step is None:
     return 0
   then = checkpoints.metadata(step)
@@ -292,6 +317,8 @@ def _starting_step(out, checkpoints, run, resume) -> int:
     if name not in _FREE_ON_RESUME and was.get(name) != now.get(name):
       raise ValueError(f"{out} was trained with {name} = {was.get(name)!r}, not "
                        f"{now.get(name)!r}; resume with the same, or choose another --out")
+  if then["data_fingerprint"] is None:
+    raise ValueError(f"{out} holds imported weights, not a run that could go on")
   if then["data_fingerprint"] != run["data_fingerprint"]:
     raise ValueError(f"{out} was trained on other data: {was['data']!r} has changed since")
   return step

@@ -36,9 +36,8 @@ def test_keeps_the_newest(tmp_path):
 
 
 def test_an_empty_directory_has_none(tmp_path):
-  assert Checkpoints(tmp_path / "absent").latest() is None
+  assert Checkpoints(tmp_path / "absent").latest(repair=True) is None
   assert Checkpoints(tmp_path).steps() == []
-
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one bit", "deleted"])
@@ -61,6 +60,8 @@ def test_damage_to_any_file_is_noticed_and_the_one_before_is_used(tmp_path, dama
     checkpoints = Checkpoints(copy, warn=warnings.append)
     assert checkpoints.latest() == 1, file
     assert len(warnings) == 1 and str(copy / "2") in warnings[0] and "refused" in warnings[0]
+    assert checkpoints.steps() == [1, 2]  # Only the writer changes anything.
+    assert checkpoints.latest(repair=True) == 1 and checkpoints.steps() == [1]
     checkpoints.save(2, items(2), {})
     assert checkpoints.latest() == 2
 

@@ -16,7 +16,7 @@ LITE = PaLMConfig(11, 8, 2, 3, 4, position="alibi", norm="rms", shared_kv=True)
 @functools.cache
 def make(config):
   model = hk.without_apply_rng(hk.transform(lambda tokens: PaLM.from_config(config)(tokens)))
-  return model, model.init(jax.random.key(3), jnp.zeros(4, int))
+  return model, jax.jit(model.init)(jax.random.key(3), jnp.zeros(4, int))
 
 
 @pytest.mark.parametrize("config", [CONFIG, LITE], ids=["palm", "palm-lite"])

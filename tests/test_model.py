@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from palm_haiku import KVCache, PaLM, PaLMConfig, configs
+from palm_haiku.model import REMAT_POLICIES
 from tests import numpy_palm
 
 LITE = dict(position="alibi", norm="rms", shared_kv=True)
@@ -18,10 +19,21 @@ def transform(config, **options):
       lambda tokens, **inputs: PaLM.from_config(config, **options)(tokens, **inputs)))
 
 
-def make(config, length=9, lead=(), seed=0, **options):
+def make(config, length=9, lead=(), **options):
+  """A model, random parameters (without the compilation that `init` costs), random tokens."""
   model = transform(config, **options)
-  tokens = jax.random.randint(jax.random.key(seed), (*lead, length), 0, config.num_tokens)
-  return model, model.init(jax.random.key(seed + 1), tokens), tokens
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, config.num_tokens, (*lead, length))
+  shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
+
+  def fill(path, x):
+    stacked = path[0].key.endswith("block")
+    if x.ndim - stacked == 1:
+      return jnp.asarray(rng.uniform(0.5, 1.5, x.shape), x.dtype)
+    fan_in = 1 if path[-1].key == "embedding" else x.size / x.shape[-1] / config.depth
+    return jnp.asarray(rng.normal(size=x.shape) / fan_in**0.5, x.dtype)
+
+  return model, jax.tree_util.tree_map_with_path(fill, shapes), tokens
 
 
 @ARCHITECTURES
@@ -32,9 +44,7 @@ def test_matches_numpy_in_float64(architecture, heads, depth, length, half, ff_m
   config = PaLMConfig(11, 12, depth, heads, 2 * half, ff_mult, **architecture)
   with jax.enable_x64(True):
     model, params, tokens = make(config, length, dtype=jnp.float64)
-    # Gains away from 1, so that leaving one out shows.
-    params = jax.tree.map(lambda x: x * 1.5 if x.ndim < 3 else x, params)
-    got = model.apply(params, tokens)
+    got = jax.jit(model.apply)(params, tokens)
     assert got.shape == (length, 11)
     np.testing.assert_allclose(got, numpy_palm.palm(params, np.asarray(tokens), config),
                                atol=2e-6)
@@ -90,8 +100,8 @@ def test_no_gradient_flows_from_the_future(architecture):
 
 
 def test_layers_start_apart_and_well_scaled():
-  config = PaLMConfig(1000, 64, 3, 4, 16)
-  _, params, _ = make(config)
+  model = transform(PaLMConfig(1000, 64, 3, 4, 16))
+  params = jax.jit(model.init)(jax.random.key(1), jnp.zeros(4, int))
   layers = params["palm/layers/parallel_block"]
   for name, fan_in in (("query", 64), ("key", 64), ("gate", 64), ("attn_out", 64),
                        ("ff_out", 256)):
@@ -126,23 +136,25 @@ def test_packed_documents_equal_separate_ones():
   np.testing.assert_allclose(packed[4:], model.apply(params, tokens[4:]), atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_memory_not_results(remat):
-  config = PaLMConfig(11, 32, 6, 2, 16)
-  length = 256
+def test_rematerialisation_changes_memory_not_results():
+  config = PaLMConfig(11, 32, 24, 2, 16)  # so deep that what layers keep is most of it
 
-  def loss(remat):
+  def grad(remat):
     model = transform(config, remat=remat)
-    return lambda params, tokens: jnp.square(model.apply(params, tokens)).mean()
+    return jax.jit(jax.grad(
+        lambda params, tokens: jnp.square(model.apply(params, tokens)).mean()))
 
-  _, params, tokens = make(config, length)
-  want = jax.grad(loss("none"))(params, tokens)
-  chex.assert_trees_all_close(jax.grad(loss(remat))(params, tokens), want, atol=1e-6)
-
-  def temporaries(remat):
-    compiled = jax.jit(jax.grad(loss(remat))).lower(params, tokens).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
-  assert temporaries(remat) < temporaries("none")
+  _, params, tokens = make(config, 256)
+  compiled = {remat: grad(remat).lower(params, tokens).compile() for remat in REMAT_POLICIES}
+  want = compiled["none"](params, tokens)
+  for other in ("attention", "full"):
+    chex.assert_trees_all_close(compiled[other](params, tokens), want, atol=1e-6)
+  memory = {remat: c.memory_analysis().temp_size_in_bytes for remat, c in compiled.items()}
+  # Floats that the layers keep: x, query, key, value, gate and up; x and attention; x.
+  kept = {"none": 32 + 32 + 16 + 16 + 128 + 128 + 32, "attention": 32 + 32, "full": 32}
+  for less, more in (("attention", "none"), ("full", "attention")):
+    want = (kept[more] - kept[less]) * 4 * 256 * config.depth
+    assert 0.7 * want < memory[more] - memory[less] < 1.3 * want, (memory, want)
 
 
 def test_bfloat16_keeps_float32_parameters_and_logits():
@@ -183,12 +195,19 @@ def test_bad_tokens_are_named(tokens, message):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(remat="all"), "remat must be one of none, dots, full"),
+    (dict(remat="all"), "remat must be one of none, attention, full"),
     (dict(implementation="mosaic_gpu"), "has no mosaic_gpu kernel"),
 ])
 def test_bad_options_are_named(options, message):
   with pytest.raises(ValueError, match=message):
     make(PaLMConfig(11, 8, 1, 2, 4), **options)
+
+
+def test_tokens_may_be_constants_of_a_compiled_function():
+  model, params, tokens = make(PaLMConfig(11, 8, 1, 2, 4))
+  tokens = jnp.asarray(tokens)
+  np.testing.assert_allclose(jax.jit(lambda params: model.apply(params, tokens))(params),
+                             model.apply(params, tokens), atol=1e-5)
 
 
 def test_the_seeds_example():
@@ -197,3 +216,21 @@ def test_the_seeds_example():
   tokens = jnp.zeros((1, 16), jnp.int32)
   params = model.init(jax.random.key(0), tokens)
   assert model.apply(params, tokens).shape == (1, 16, 200)
+
+
+@pytest.mark.parametrize("name", ["palm-tiny", "palm-lite-tiny"])
+def test_the_loss_is_that_of_the_logits(name):
+  config = configs[name]
+  keys = jax.random.split(jax.random.key(0), 2)
+  tokens, targets = (jax.random.randint(key, (2, 30), 0, config.num_tokens) for key in keys)
+  model = hk.without_apply_rng(hk.multi_transform(lambda: (
+      lambda tokens, _: PaLM.from_config(config)(tokens),
+      (lambda tokens, _: PaLM.from_config(config)(tokens),
+       lambda tokens, targets: PaLM.from_config(config).loss(tokens, targets, z_loss=1e-2)))))
+  params = model.init(jax.random.key(1), tokens, targets)
+  logits_of, loss_of = model.apply
+  nll, log_z = loss_of(params, tokens, targets)
+  logits = logits_of(params, tokens, targets)
+  np.testing.assert_allclose(log_z, jax.nn.logsumexp(logits, -1), rtol=1e-5)
+  want = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+  np.testing.assert_allclose(nll, want + 1e-2 * jnp.square(log_z), rtol=1e-4)

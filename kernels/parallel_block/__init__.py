@@ -103,7 +103,7 @@ def _check(x, params, norm, rotary, kv_cache):
   for name, array in params.items():
     if array.shape != expected[name]:
       raise ValueError(f"params[{name!r}] must be {expected[name]}; got {array.shape}")
-  shared = "value" not in params and "key_scale" not in params and not rotary
+  shared = xla.values_are_keys(params, rotary)
   if kv_cache is not None and len(kv_cache) != (1 if shared else 2):
     raise ValueError(f"kv_cache must be {'(keys,)' if shared else '(keys, values)'}; "
                      f"got {len(kv_cache)} arrays")

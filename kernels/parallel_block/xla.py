@@ -1,6 +1,7 @@
 """The parallel block in plain JAX: in-projection, attention, out-projection."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,18 @@ def rotate(x, positions, *, xpos_scale_base=None, xpos_sign=1):
       [first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
+def project(x, weight, axes=1):
+  """Contracts the last `axes` of x with the first of the weight, in the dtype of x.
+
+  It is one product of two matrices. Written with the leading dimensions apart, its gradient by
+  the weight contracts two of them, for which XLA makes transposed copies on CPU: the layer's
+  forward and backward pass then takes 1.5 times as long (dim 512, 4 x 1024 tokens, float32).
+  """
+  lead, rows = x.shape[: x.ndim - axes], math.prod(weight.shape[:axes])
+  out = x.reshape(-1, rows) @ weight.reshape(rows, -1).astype(x.dtype)
+  return out.reshape(*lead, *weight.shape[axes:])
+
+
 def in_projection(x, params, positions, *, norm, norm_eps, rotary, xpos_scale_base):
   """All that the layer computes from norm(x), before attention.
 
@@ -63,9 +76,9 @@ def in_projection(x, params, positions, *, norm, norm_eps, rotary, xpos_scale_ba
     QK-norm and rotary if params have no value; gate and up [..., T, F].
   """
   h = normalize(x, params["norm"], kind=norm, eps=norm_eps)
-  query = jnp.einsum("...d,dhk->...hk", h, params["query"].astype(x.dtype))
-  key = h @ params["key"].astype(x.dtype)
-  value = h @ params["value"].astype(x.dtype) if "value" in params else key
+  query = project(h, params["query"])
+  key = project(h, params["key"])
+  value = project(h, params["value"]) if "value" in params else key
   if "query_scale" in params:
     query = l2_normalize(query, params["query_scale"])
     key = l2_normalize(key, params["key_scale"])
@@ -73,13 +86,18 @@ def in_projection(x, params, positions, *, norm, norm_eps, rotary, xpos_scale_ba
     query = rotate(query, positions, xpos_scale_base=xpos_scale_base)
     key = rotate(key[..., None, :], positions, xpos_scale_base=xpos_scale_base, xpos_sign=-1)
     key = key[..., 0, :]
-  return query, key, value, h @ params["gate"].astype(x.dtype), h @ params["up"].astype(x.dtype)
+  return query, key, value, project(h, params["gate"]), project(h, params["up"])
+
+
+def values_are_keys(params, rotary) -> bool:
+  """Whether attention reads one array as keys and values."""
+  return "value" not in params and "key_scale" not in params and not rotary
 
 
 def out_projection(x, attended, gate, up, params):
   """x + attended @ attn_out + (silu(gate) * up) @ ff_out; attended is [..., T, H, Dh]."""
-  attn = jnp.einsum("...hk,hkd->...d", attended, params["attn_out"].astype(x.dtype))
-  return x + attn + (jax.nn.silu(gate) * up) @ params["ff_out"].astype(x.dtype)
+  attn = project(attended, params["attn_out"], axes=2)
+  return x + attn + project(jax.nn.silu(gate) * up, params["ff_out"])
 
 
 def parallel_attention_ffn(x, params, *, norm, norm_eps, rotary, xpos_scale_base, query_offset,
@@ -100,8 +118,9 @@ def parallel_attention_ffn(x, params, *, norm, norm_eps, rotary, xpos_scale_base
         jax.lax.dynamic_update_slice_in_dim(old, rows.astype(old.dtype), query_offset, axis=-2)
         for old, rows in zip(kv_cache, new))
     key, value = kv_cache[0].astype(x.dtype), kv_cache[-1].astype(x.dtype)
-  attended = flash_attention(
-      query, key[..., None, :], value[..., None, :], query_offset=query_offset,
-      **attention_options)
+  # Where the values are the keys, they are one object, so that a kernel can read it once.
+  key = key[..., None, :]
+  value = key if values_are_keys(params, rotary) else value[..., None, :]
+  attended = flash_attention(query, key, value, query_offset=query_offset, **attention_options)
   y = jax.checkpoint(out_projection, prevent_cse=False)(x, attended, gate, up, params)
   return y if kv_cache is None else (y, kv_cache)

@@ -64,7 +64,8 @@ def test_matches_numpy_in_float64(case):
     got = xla.attention(
         jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), is_causal=case["causal"],
         alibi_slopes=slopes, scale=0.3, segment_ids=segments and tuple(map(jnp.asarray, segments)),
-        window=case["window"], query_offset=offset, block_q=case["block_q"])
+        window=case["window"], query_offset=offset, block_q=case["block_q"],
+        span=2 * case["block_q"])
     assert got.dtype == jnp.float64
     np.testing.assert_allclose(got, want, atol=1e-12)
 
@@ -92,7 +93,7 @@ def test_blocks_and_their_gradients_equal_the_formula(options):
       out = xla.attention(
           q, k, v, is_causal=options.get("is_causal", True), scale=0.3, segment_ids=None,
           alibi_slopes=options.get("alibi_slopes"), window=window, query_offset=0,
-          block_q=block_q)
+          block_q=block_q, span=128)
       return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum(), out
     return jax.jit(jax.grad(f, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
@@ -173,7 +174,8 @@ def test_memory_grows_with_the_length_not_its_square():
     grad = jax.grad(lambda *x: flash_attention(*x).sum(), argnums=(0, 1, 2))
     return jax.jit(grad).lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
 
-  assert temporaries(8192) < 2.6 * temporaries(4096)
+  # Both have the most spans that there are.
+  assert temporaries(16384) < 2.6 * temporaries(8192)
 
 
 @pytest.mark.parametrize("change, message", [

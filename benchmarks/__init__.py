@@ -1,0 +1,1 @@
+"""Measurements of the ops and of the whole model: python -m benchmarks NAME."""

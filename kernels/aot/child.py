@@ -1,0 +1,152 @@
+"""The process that compiles: python -m ...aot.child FOLDER PARENT, where FOLDER/job holds a `Job`.
+
+It leaves FOLDER/result, a pickled ("report", Report) or ("error", AotError).
+"""
+
+import os
+import pathlib
+import pickle
+import re
+import shutil
+import sys
+import threading
+import time
+
+import jax
+
+from . import build, elf, hlo, llo, ptxas, sass, targets
+from .errors import AotError
+from .report import GpuKernel, Report, TpuKernel
+
+
+def main(folder: pathlib.Path, parent: int) -> None:
+  _die_with(parent, folder)
+  job = pickle.loads((folder / "job").read_bytes())
+  try:
+    result = ("report", _report(job, folder))
+  except AotError as error:
+    result = ("error", error)
+  except Exception as error:  # whatever a compiler throws at its caller is the answer
+    result = ("error", AotError(f"{job.name} does not compile for {job.target}: "
+                                f"{type(error).__name__}: {_first_lines(str(error))}"))
+  (folder / "result.part").write_bytes(pickle.dumps(result))
+  (folder / "result.part").rename(folder / "result")
+
+
+def _die_with(parent, folder):
+  def watch():
+    while os.getppid() == parent:
+      time.sleep(1)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
+def _first_lines(text, limit=600):
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  return " | ".join(lines)[:limit] or "without a word"
+
+
+def _report(job, folder) -> Report:
+  function, args, kwargs = build.resolve(job.function), job.args, dict(job.kwargs)
+  if job.args is None:
+    function, args, kwargs = *function(**kwargs), {}
+  if job.backward:
+    function, args = build.forward_and_backward(function, args, kwargs)
+    kwargs = {}
+  args, mesh = build.place(args, job.target)
+  lowered = build.lower(function, args, kwargs, job.target, mesh)
+  cuda = targets.platform(job.target) == "cuda"
+  compiled = lowered.compile({"xla_dump_to": str(folder / "xla")} if cuda else None)
+
+  memory = compiled.memory_analysis()
+  text = compiled.as_text()
+  if cuda:
+    kernels = _gpu_kernels(compiled, folder, targets.chip(job.target))
+  else:
+    kernels = _tpu_kernels(job, folder, targets.chip(job.target))
+  found = hlo.square(hlo.buffers(text), *job.square) if job.square else ()
+  return Report(
+      target=job.target, versions=_versions(cuda), kernels=tuple(kernels),
+      memory={kind: getattr(memory, f"{kind}_size_in_bytes") for kind in
+              ("temp", "argument", "output")},
+      square=tuple(found), flops=job.flops, loops=" while(" in text)
+
+
+def _versions(cuda):
+  found = {"jax": jax.__version__}
+  if cuda:
+    return found | {"ptxas": ptxas.version()}
+  import importlib.metadata
+  return found | {"libtpu": importlib.metadata.version("libtpu")}
+
+
+def _tpu_kernels(job, folder, chip):
+  kernels = []
+  for schedule in llo.read(folder / "llo", chip):
+    steps = next((s for pattern, s in job.steps.items() if re.search(pattern, schedule.name)),
+                 llo.Steps())
+    schedule.set_runs(steps)
+    kernels.append(TpuKernel(schedule.name, schedule))
+  return kernels
+
+
+def _gpu_kernels(compiled, folder, chip):
+  kernels, seen = [], set()
+  # Mosaic GPU and Triton leave PTX, which ptxas turns into the very code that they run: checked
+  # against Mosaic's own dump of its SASS.
+  for ptx in sorted((folder / "mosaic").glob("*.ptx")):
+    resources = ptx.with_suffix(".resources.txt").read_text()
+    shared = re.search(r"smem_scratch_bytes=(\d+)", resources)
+    kernels.append(_assembled(ptx, "mosaic_gpu", ptx.stem, chip, shared))
+  for ptx in sorted((folder / "triton").glob("*/*.ptx")):
+    shared = re.search(r"shared_mem_bytes: (\d+)", ptx.with_suffix(".compile_info").read_text())
+    kernels.append(_assembled(ptx, "triton", None, chip, shared))
+  seen = {kernel.code.name for kernel in kernels}
+
+  launches = _launches(folder / "xla")
+  for number, cubin in enumerate(elf.cubins(compiled.runtime_executable().serialize())):
+    path = folder / f"{number}.cubin"
+    path.write_bytes(cubin)
+    usage = ptxas.resource_usage(str(path))
+    if not usage:
+      continue
+    for code in sass.parse(ptxas.disassemble(str(path))):
+      if code.name in seen:
+        continue  # Mosaic's, which lies in the executable too
+      taken = usage[code.name]
+      kernels.append(GpuKernel(
+          code.name, "xla",
+          ptxas.Resources(taken["REG"], code.local_stores, code.local_loads, taken["STACK"],
+                          _barriers(code), _serialized(code)),
+          launches.get(code.name), code))
+  return kernels
+
+
+def _assembled(ptx, source, name, chip, shared):
+  cubin = ptx.with_suffix(".cubin")
+  resources = ptxas.assemble(str(ptx), chip.architecture, str(cubin))
+  code, = sass.parse(ptxas.disassemble(str(cubin)))
+  return GpuKernel(name or code.name, source, resources, int(shared[1]) if shared else None, code)
+
+
+def _barriers(code):
+  return 1 if code.mix.get("BAR") else 0
+
+
+def _serialized(code):
+  """Where there is no word of ptxas: it fences each wgmma from both sides when it serializes."""
+  return any(loop.mix.get("HGMMA", 0) > 1
+             and loop.mix.get("WARPGROUP", 0) >= 2 * loop.mix["HGMMA"] for loop in code.loops)
+
+
+def _launches(folder):
+  """{kernel: bytes of shared memory} from XLA's list of what it launches."""
+  return {name: int(shared) for path in folder.glob("*thunk_sequence.txt")
+          for name, shared in re.findall(
+              r"\] (\S+) grid: .* shared_memory: (\d+) bytes", path.read_text())}
+
+
+if __name__ == "__main__":
+  main(pathlib.Path(sys.argv[1]), int(sys.argv[2]))

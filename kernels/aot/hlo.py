@@ -1,0 +1,91 @@
+"""What a compiled program keeps in memory, from its HLO text."""
+
+import dataclasses
+import math
+import re
+
+from .errors import UnknownDump
+
+_COMPUTATION = re.compile(r"(?:(ENTRY) )?%?([\w.<>\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.<>\-]+) = ((?:\(.*?\)|\S+)) ([\w\-]+)\(")
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+# Other names for a buffer that something else already holds.
+_ALIASES = ("bitcast", "get-tuple-element", "tuple", "while", "conditional", "call", "opt-barrier")
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+  name: str
+  dtype: str
+  shape: tuple[int, ...]
+  opcode: str
+
+  @property
+  def bytes(self) -> int:
+    if self.dtype in _BITS:
+      return math.prod(self.shape) * _BITS[self.dtype] // 8
+    return math.prod(self.shape) * int(re.search(r"\d+", self.dtype)[0]) // 8
+
+  def __str__(self):
+    return f"{self.dtype}[{','.join(map(str, self.shape))}] of {self.name}"
+
+
+def buffers(text: str) -> list[Buffer]:
+  """Every array that the program may hold in memory: all results but those inside fusions.
+
+  Raises:
+    UnknownDump: the text has no entry computation, or an instruction of unknown form.
+  """
+  fused = {name for line in text.splitlines() if " fusion(" in line
+           for name in re.findall(r"calls=%?([\w.<>\-]+)", line)}
+  found, inside, entry = [], None, False
+  for line in text.splitlines():
+    if inside is None:
+      if start := _COMPUTATION.match(line):
+        inside, entry = start[2], entry or start[1] is not None
+    elif line.startswith("}"):
+      inside = None
+    elif inside not in fused and line.strip():
+      instruction = _INSTRUCTION.match(line)
+      if not instruction:
+        # The compiler's own attributes may run over lines; a result always has " = ".
+        if re.match(r"\s+(ROOT )?%\S+ = ", line):
+          raise UnknownDump(f"an HLO instruction of unknown form: {line.strip()[:200]}")
+        continue
+      name, shapes, opcode = instruction.groups()
+      if opcode in _ALIASES or opcode.endswith(("-start", "-update", "-done")):
+        continue  # the last: copies to faster memory, as bytes
+      for dtype, dims in _ARRAY.findall(shapes):
+        shape = tuple(int(d) for d in dims.split(",") if d)
+        found.append(Buffer(name, dtype, shape, opcode))
+  if not entry:
+    raise UnknownDump("the HLO text has no ENTRY computation")
+  return found
+
+
+def square(found: list[Buffer], rows: int, columns: int) -> list[Buffer]:
+  """The buffers that are as large as rows x columns, such as attention's scores.
+
+  One dimension is a multiple of `rows` and another of `columns`, as given or padded to a tile of
+  8 or 128; or one is a multiple of their product. So choose a length that divides no other
+  dimension of the program.
+  """
+  def padded(n):
+    return {n, -(-n // 8) * 8, -(-n // 128) * 128}
+
+  def is_square(shape):
+    for t in padded(rows):
+      for s in padded(columns):
+        if any(d and d % (t * s) == 0 for d in shape):
+          return True
+        if any(a and b and a % t == 0 and b % s == 0
+               for i, a in enumerate(shape) for j, b in enumerate(shape) if i != j):
+          return True
+    return False
+
+  unique = {}
+  for buffer in found:
+    if is_square(buffer.shape):
+      unique.setdefault((buffer.dtype, buffer.shape), buffer)
+  return list(unique.values())

@@ -1,0 +1,166 @@
+"""What a compiled program turned out to be: figures per kernel, and what is wrong with it."""
+
+import dataclasses
+
+from . import llo, ptxas, sass
+from .hlo import Buffer
+from .targets import Gpu, Tpu, chip
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuKernel:
+  """A kernel's resources and machine code; `source` is "xla", "mosaic_gpu" or "triton".
+
+  For XLA's own kernels, which XLA assembles itself, spills are the bytes of local memory that the
+  machine code stores and loads: for the others ptxas says the same figure.
+  """
+
+  name: str
+  source: str
+  resources: ptxas.Resources
+  shared_memory: int | None  # bytes; None where the compiler did not say
+  code: sass.Function
+
+  @property
+  def problems(self) -> list[str]:
+    found = []
+    if self.resources.spill_stores or self.resources.spill_loads:
+      found.append(f"{self.name} spills {self.resources.spill_stores} bytes a thread "
+                   f"(loads {self.resources.spill_loads})")
+    if self.resources.serialized:
+      found.append(f"{self.name} waits after every wgmma: ptxas serialized them")
+    return found
+
+  def __str__(self):
+    r, lines = self.resources, []
+    lines.append(f"{self.name} [{self.source}] {r.registers} registers, "
+                 f"spills {r.spill_stores}/{r.spill_loads} bytes, "
+                 f"shared memory {'?' if self.shared_memory is None else self.shared_memory}, "
+                 f"{r.barriers} barriers, {self.code.instructions} instructions"
+                 + (", WGMMA SERIALIZED" if r.serialized else ""))
+    lines.append(f"    all   {_mix(self.code.mix)}")
+    main = self.code.main_loop
+    for loop in self.code.tensor_loops or ([main] if main else []):
+      mark = "main" if loop == main else "loop"
+      lines.append(f"    {mark}  {loop.instructions} at {loop.start:#x}: {_mix(loop.mix)}")
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuKernel:
+  """A kernel's schedule, with how often its parts run as far as it is known."""
+
+  name: str
+  schedule: llo.Schedule
+
+  @property
+  def cycles(self) -> float:
+    return self.schedule.cycles
+
+  @property
+  def matrix(self) -> bool:
+    """Whether it uses the matrix units at all."""
+    return self.schedule.matmul_cycles > 0
+
+  @property
+  def problems(self) -> list[str]:
+    return []
+
+  def __str__(self):
+    s = self.schedule
+    lines = [f"{self.name} {s.root.end} bundles, {'at least ' if s.unknown else ''}"
+             f"{s.cycles:.0f} cycles, busy: "
+             + " ".join(f"{slot} {100 * s.busy(slot):.1f}%" for slot in
+                        ("MATMUL", "VALU", "EUP", "XLU", "VLOAD", "VSTORE"))]
+    lines.append(f"    {'region':32}{'bundles':>8}{'runs':>9}{'MXU%':>7}{'VALU%':>7}{'EUP%':>7}"
+                 f"{'XLU%':>7}{'spills':>8}{'fills':>8}")
+
+    def show(region, depth):
+      if region.bundles > 20 or region.parts:
+        where = f"{'  ' * depth}{region.kind} {region.first:#x}-{region.end:#x}"
+        uses = "".join(f"{100 * s.fraction(region, slot):7.1f}"
+                       for slot in ("MATMUL", "VALU", "EUP", "XLU"))
+        spills, fills = s.spills(region)
+        lines.append(f"    {where:32}{region.bundles:8d}{region.runs:9.3f}{uses}{spills:8d}"
+                     f"{fills:8d}" + ("  <- body" if region is s.body else "")
+                     + ("" if region.known else "  <- TRIPS UNKNOWN, counted once"))
+      for part in region.parts:
+        show(part, depth + 1)
+
+    show(s.root, 0)
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """A program compiled for a chip that is not here.
+
+  Attributes:
+    target: the chip.
+    versions: of jax and of the compilers.
+    kernels: in the order of compilation.
+    memory: bytes per device: "temp", "argument", "output".
+    square: buffers of the size T x S, if that was asked for.
+    flops: useful FLOPs of one call, if they were given.
+    loops: whether the program has loops around its kernels. Each kernel is counted once.
+  """
+
+  target: str
+  versions: dict[str, str]
+  kernels: tuple[GpuKernel | TpuKernel, ...]
+  memory: dict[str, int]
+  square: tuple[Buffer, ...]
+  flops: float | None = None
+  loops: bool = False
+
+  @property
+  def chip(self) -> Gpu | Tpu:
+    return chip(self.target)
+
+  @property
+  def problems(self) -> list[str]:
+    """What a kernel engineer would not ship, one line each: spills, serialized wgmma, T x S."""
+    found = [problem for kernel in self.kernels for problem in kernel.problems]
+    return found + [f"{buffer} is as large as T x S ({buffer.bytes} bytes)"
+                    for buffer in self.square]
+
+  def kernels_named(self, part: str) -> list[GpuKernel | TpuKernel]:
+    return [kernel for kernel in self.kernels if part in kernel.name]
+
+  def seconds(self, part: str = "") -> float | None:
+    """TPU: the issue cycles of the kernels whose name holds `part`, at the published clock.
+
+    None where a kernel has a loop of unknown trips: say them with `Steps`.
+    """
+    kernels = self.kernels_named(part)
+    if not isinstance(self.chip, Tpu) or any(k.schedule.unknown for k in kernels):
+      return None
+    return sum(k.cycles for k in kernels) / self.chip.clock
+
+  def utilization(self, part: str = "") -> float | None:
+    """TPU: `flops` over what the whole chip could do in `seconds`."""
+    seconds = self.seconds(part)
+    return self.flops / (seconds * self.chip.tflops * 1e12) if seconds and self.flops else None
+
+  def __str__(self):
+    versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+    lines = [f"{self.target}: {versions}", *map(str, self.kernels)]
+    lines.append("memory per device: " + ", ".join(
+        f"{kind} {size / 2**20:.2f} MiB" for kind, size in self.memory.items()))
+    if isinstance(self.chip, Tpu):
+      seconds = self.seconds()
+      text = f"static estimate: {seconds * 1e6:.1f} us" if seconds else "no estimate"
+      if seconds and self.flops:
+        text += f", {100 * self.utilization():.1f}% of the chip's peak does useful work"
+      if not seconds:
+        text += ": say how often the loops marked above run (Steps)"
+      elif self.loops:
+        text += " for each kernel once, and the program has loops"
+      lines.append(text + " (issue cycles only: no wait for memory is in it)" * bool(seconds))
+    lines += [f"PROBLEM: {problem}" for problem in self.problems]
+    return "\n".join(lines)
+
+
+def _mix(mix):
+  return " ".join(f"{name} {count}" for name, count in
+                  sorted(mix.items(), key=lambda item: (item[0] not in sass.TENSOR, -item[1])))

@@ -1,0 +1,217 @@
+"""Flash attention with ALiBi for TPUs: the backward pass, one kernel of five products.
+
+A block of keys stays in VMEM with the gradients of its keys and values while the blocks of
+rows that see it pass by; scores and weights are computed once for all three gradients. Scores are
+transposed, [keys, rows], as in the forward pass: then weights and score gradients are the moving
+operand of the key and value gradients and the stationary one of the query gradient as they are.
+Blocks of keys follow each other in a loop around the kernel, and the query gradient is its carry.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .. import mesh as meshes, tuning
+from . import mosaic_tpu_layout as layout
+from .mosaic_tpu_layout import LOG2E
+
+
+def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, query_offset,
+             is_causal, scale, window, chip, blocks=None):
+  """The gradients of attention; the contract of every backend.
+
+  Args:
+    query, key, value, segment_ids, alibi_slopes, query_offset, window, chip, blocks: as in
+      `forward`.
+    out, lse: its results.
+    dout: like query.
+
+  Returns:
+    dquery, dkey, dvalue; where value is None, dkey is the sum of both and dvalue None.
+  """
+  batch, length, heads, given_dim = query.shape
+  query, key, value, out, dout = (layout.widen(x) for x in (query, key, value, out, dout))
+  dim = query.shape[-1]
+  num_keys, kv_heads = key.shape[1:3]
+  group = heads // kv_heads
+  plan = layout.fit(blocks or tuning.attention_mosaic_tpu(chip, dim)[1], length=length,
+                    group=group, num_keys=num_keys, itemsize=query.dtype.itemsize)
+  mask = dict(query_offset=query_offset, is_causal=is_causal, window=window)
+  edges = layout.find_edges(plan, length=length, num_keys=num_keys, **mask)
+  chunks = layout.visible_chunks(
+      plan, length=length, num_keys=num_keys, segment_ids=segment_ids, **mask)
+  ranges = layout.Ranges(chunks, plan, edges, kv_heads, query_offset, segment_ids)
+  num_key_blocks = plan.padded_keys // plan.major
+
+  # A row's sum of (gradient * output); the log-sum-exp in base 2, infinite where the row is
+  # empty or padding, which makes its weights zero.
+  delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+  lse = jnp.where(jnp.isfinite(lse), lse * LOG2E, jnp.inf)
+  q = layout.pack(query, kv_heads, plan.num_rows)
+  do = layout.pack(dout, kv_heads, plan.num_rows)
+  k = layout.pack(key, kv_heads, plan.padded_keys)
+  v = None if value is None else layout.pack(value, kv_heads, plan.padded_keys)
+  lse = layout.pack_vector(lse, kv_heads, plan.num_rows, jnp.inf)
+  delta = layout.pack_vector(delta, kv_heads, plan.num_rows, 0)
+
+  # Grid: core, batch and key/value head, block of rows.
+  at = lambda s, i: i * plan.cores + s
+
+  def rows_at(s, b, i, scalars):
+    # A block of rows that sees none of these keys repeats another's index and is not fetched.
+    row = ranges.batch(b) * 2
+    return at(s, jnp.clip(i, scalars[3][row], scalars[3][row + 1]))
+
+  row_spec = lambda index: pl.BlockSpec(
+      (None, 1, plan.block_rows), lambda s, b, i, *r: (index(b), 0, rows_at(s, b, i, r)))
+  rows_spec = pl.BlockSpec(
+      (None, plan.block_rows, dim), lambda s, b, i, *r: (b, rows_at(s, b, i, r), 0))
+  once = pl.Buffered(1)  # these stay for all blocks of rows
+  keys_spec = pl.BlockSpec((None, plan.major, dim), lambda s, b, i, *r: (b, r[2][0], 0),
+                           pipeline_mode=once)
+  operands = dict(query=(q, rows_spec), dout=(do, rows_spec), lse=(lse, row_spec(lambda b: b)),
+                  delta=(delta, row_spec(lambda b: b)), key=(k, keys_spec))
+  if v is not None:
+    operands["value"] = (v, keys_spec)
+  operands |= layout.row_operands(
+      plan, kv_heads, length, alibi_slopes, segment_ids, query_offset, row_spec,
+      pl.BlockSpec((None, 1, plan.major), lambda s, b, i, *r: (b // kv_heads, 0, r[2][0])))
+
+  # One block of keys gives the query gradient as it is returned, several give parts of it.
+  dquery_type = query.dtype if num_key_blocks == 1 else jnp.float32
+  gradients = ("dkey",) if value is None else ("dkey", "dvalue")
+  arrays = (query, key, value, dout)
+  outputs = dict(
+      dquery=(meshes.out_shape((batch * kv_heads, plan.num_rows, dim), dquery_type, *arrays),
+              pl.BlockSpec((None, plan.block_rows, dim), lambda s, b, i, *r: (b, at(s, i), 0))))
+  for name in gradients:
+    outputs[name] = (
+        meshes.out_shape((plan.cores, batch * kv_heads, plan.major, dim), jnp.float32, *arrays),
+        pl.BlockSpec((None, None, plan.major, dim), lambda s, b, i, *r: (s, b, 0, 0),
+                     pipeline_mode=once))
+  scratch = dict(accum=pltpu.VMEM((dim, plan.block_rows), jnp.float32))
+  if alibi_slopes is not None:
+    scratch["bias"] = layout.bias_scratch(plan, edges)
+  names = ("chunks", "blocks", "key_block", "row_blocks", *operands, *outputs, *scratch)
+
+  def kernel(*refs):
+    refs = dict(zip(names, refs, strict=True))
+    _kernel(refs, ranges, plan, edges, num_keys, scale, **mask)
+
+  call = pl.pallas_call(
+      kernel,
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=4,
+          grid=(plan.cores, batch * kv_heads, plan.num_blocks // plan.cores),
+          in_specs=[spec for _, spec in operands.values()],
+          out_specs=[spec for _, spec in outputs.values()],
+          scratch_shapes=list(scratch.values())),
+      out_shape=[shape for shape, _ in outputs.values()],
+      compiler_params=pltpu.CompilerParams(
+          dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+          vmem_limit_bytes=layout.vmem_bytes(
+              plan, dim=dim, itemsize=query.dtype.itemsize, shared=value is None,
+              backward=True)),
+      name="alibi_attention_backward")
+
+  def of_key_block(n):
+    dquery, *rest = call(
+        *ranges.operands, jnp.reshape(n, (1,)),
+        ranges.row_blocks(n, plan.cores).reshape(-1), *(x for x, _ in operands.values()))
+    # The cores' parts, in one order.
+    factors = (1.0,) if value is None else (scale, 1.0)
+    return dquery, [(x.sum(0) * c).astype(key.dtype) for x, c in zip(rest, factors)]
+
+  if num_key_blocks == 1:
+    dquery, parts = of_key_block(jnp.int32(0))
+  else:
+    def body(sofar, n):
+      dquery, parts = of_key_block(n)
+      return sofar + dquery, parts
+    start = meshes.varying_together(jnp.zeros(q.shape, jnp.float32), q)[0]
+    dquery, parts = jax.lax.scan(body, start, jnp.arange(num_key_blocks, dtype=jnp.int32))
+    # [key blocks, B * kv_heads, major, D]
+    parts = [x.swapaxes(0, 1).reshape(batch * kv_heads, plan.padded_keys, dim) for x in parts]
+  dquery = layout.unpack(dquery.astype(query.dtype), batch, length, heads)
+  gradients = dquery, *(layout.unpack(x, batch, num_keys, kv_heads) for x in parts)
+  return (*(x[..., :given_dim] for x in gradients), None)[:3]
+
+
+def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_causal, window):
+  """One block of rows against what it sees of one block of keys; refs by name."""
+  core, head, row_block = (pl.program_id(axis) for axis in range(3))
+  block = row_block * plan.cores + core
+  key_block = refs["key_block"][0]
+  query, dout, key, accum, dkey = (refs[n] for n in ("query", "dout", "key", "accum", "dkey"))
+  shared = "value" not in refs
+  value = key if shared else refs["value"]
+  dtype = key.dtype
+  dot = functools.partial(
+      jax.lax.dot_general, preferred_element_type=jnp.float32,
+      precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None)
+  nt, nn = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))
+
+  @pl.when(row_block == 0)
+  def _():
+    for name in ("dkey",) if shared else ("dkey", "dvalue"):
+      layout.clear(refs[name])
+    if "slope" in refs:
+      layout.fill_bias(refs, plan)
+
+  first_position = block * (plan.block_rows // plan.group) + query_offset if edges else None
+  starts_fresh = False
+  if edges:
+    diagonal = first_position // plan.major
+    starts_fresh = (ranges.of_edge(refs, head, block, 0) > 0) & (diagonal == key_block)
+
+  @pl.when(jnp.logical_not(starts_fresh))
+  def _():
+    layout.clear(accum)
+
+  def step(first_row, first_key, tiles, size, masked, ids, fresh):
+    first_key = pl.multiple_of(first_key, plan.fine)
+    keys = pl.ds(first_key, size)
+    k, v = key[keys, :], value[keys, :]
+    k_turned = k.T
+    key_ids = layout.turned(refs["key_id"][:, keys], plan.lanes) if ids else None
+    position = key_block * plan.major + first_key
+    left = None if fresh else num_keys - position
+
+    def rows(tile):
+      return pl.ds(pl.multiple_of(first_row + tile.row, plan.lanes), plan.lanes)
+
+    def products(tile):
+      at, span = rows(tile), slice(*tile.keys)
+      return dot(k[span], query[at, :], nt), dot(v[span], dout[at, :], nt)
+
+    def update(pair, tile):
+      x, dweights = pair
+      at = rows(tile)
+      distance = position - refs["position"][:, at]  # of the step's first key
+      x = layout.biased(x * (scale * LOG2E), refs, at, tile.keys, plan)
+      if masked:
+        x = layout.hide(x, tile, distance, left, refs, at, key_ids,
+                        is_causal=is_causal, window=window)
+      total = refs["lse"][:, at]
+      if "slope" in refs:
+        total -= refs["slope"][:, at] * distance.astype(jnp.float32)
+      weights = jnp.exp2(x - total)
+      dscores = (weights * (dweights - refs["delta"][:, at])).astype(dtype)
+      weights = weights.astype(dtype)
+      span = pl.ds(first_key + tile.keys[0], tile.keys[1] - tile.keys[0])
+      dvalue_part, dkey_part = dot(weights, dout[at, :], nn), dot(dscores, query[at, :], nn)
+      if shared:
+        dkey[span, :] += dvalue_part + dkey_part * scale
+      else:
+        refs["dvalue"][span, :] += dvalue_part
+        dkey[span, :] += dkey_part
+      dquery = dot(k_turned[:, slice(*tile.keys)], dscores, nn)
+      accum[:, at] = dquery if fresh else accum[:, at] + dquery
+
+    layout.interleave(plan, tiles, products, update)
+
+  layout.traverse(ranges, refs, head, block, key_block, first_position, plan, edges, step)
+  refs["dquery"][...] = (accum[...] * scale).astype(refs["dquery"].dtype).T

@@ -1,0 +1,472 @@
+"""What the forward and the backward kernel for TPUs share: packed rows and visible chunks.
+
+The query heads of one key/value head are packed into rows: row r of a key/value head stands at
+position r // group and belongs to head r % group. For multi-query attention that is how
+[T, heads, D] lies in memory already, a tile of rows spans few positions, and so the diagonal
+of the causal mask wastes little.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LOG2E = float(np.log2(np.e))
+FAR = 2**30  # a window that reaches this far hides nothing
+
+
+def round_up(n: int, multiple: int) -> int:
+  return -(-n // multiple) * multiple
+
+
+def pad(x: jax.Array, axis: int, size: int, mode: str = "constant") -> jax.Array:
+  if x.shape[axis] == size:
+    return x
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, size - x.shape[axis])
+  return jnp.pad(x, widths, mode=mode)
+
+
+def widen(x: jax.Array | None) -> jax.Array | None:
+  """[..., D] with zeros up to the next width that fills whole tiles."""
+  if x is None or x.shape[-1] == 64:
+    return x
+  return pad(x, x.ndim - 1, round_up(x.shape[-1], 128))
+
+
+def pack(x: jax.Array, kv_heads: int, num_rows: int) -> jax.Array:
+  """[B, T, heads, D] as [B * kv_heads, num_rows, D]; rows past T * group are zeros."""
+  batch, length, heads, dim = x.shape
+  group = heads // kv_heads
+  x = x.reshape(batch, length, kv_heads, group, dim).swapaxes(1, 2)
+  return pad(x.reshape(batch * kv_heads, length * group, dim), 1, num_rows)
+
+
+def unpack(x: jax.Array, batch: int, length: int, heads: int) -> jax.Array:
+  """The inverse of `pack`."""
+  kv_heads, dim = x.shape[0] // batch, x.shape[-1]
+  group = heads // kv_heads
+  x = x[:, : length * group].reshape(batch, kv_heads, length, group, dim)
+  return x.swapaxes(1, 2).reshape(batch, length, heads, dim)
+
+
+def pack_vector(x: jax.Array, kv_heads: int, num_rows: int, fill: float) -> jax.Array:
+  """float32[B, heads, T] as float32[B * kv_heads, 1, num_rows]."""
+  batch, heads, length = x.shape
+  x = x.reshape(batch * kv_heads, heads // kv_heads, length).swapaxes(1, 2)
+  x = x.reshape(batch * kv_heads, 1, -1)
+  return jnp.pad(x, ((0, 0), (0, 0), (0, num_rows - x.shape[-1])), constant_values=fill)
+
+
+def unpack_vector(x: jax.Array, batch: int, length: int, heads: int) -> jax.Array:
+  """The inverse of `pack_vector`."""
+  kv_heads = x.shape[0] // batch
+  group = heads // kv_heads
+  x = x[:, 0, : length * group].reshape(batch, kv_heads, length, group)
+  return x.swapaxes(2, 3).reshape(batch, heads, length)
+
+
+def row_positions(length: int, group: int, num_rows: int, query_offset) -> jax.Array:
+  """int32[1, num_rows]: the position of each row."""
+  return (jnp.arange(num_rows, dtype=jnp.int32) // group + query_offset).astype(jnp.int32)[None]
+
+
+def row_slopes(slopes: jax.Array, kv_heads: int, num_rows: int) -> jax.Array:
+  """float32[kv_heads, 1, num_rows]: the slope of each row, for scores in base 2."""
+  slopes = slopes.astype(jnp.float32).reshape(kv_heads, 1, -1) * LOG2E
+  return jnp.tile(slopes, (1, 1, -(-num_rows // slopes.shape[-1])))[:, :, :num_rows]
+
+
+def visible_chunks(plan, *, length, num_keys, query_offset, is_causal, window, segment_ids):
+  """Which chunks of `fine` keys each step of `rows` visits, and which need no mask.
+
+  Returns:
+    int32[batch or 1, 4, num_rows / rows]: (first, full, rest, last). A step visits chunks
+    [first, last); every row of it sees every key of the chunks [full, rest). Computed from
+    arrays of size O(T / rows + S / fine), and right for any segment ids, sorted or not: what
+    can't be excluded is visited under the mask.
+  """
+  rows, fine, group = plan.rows, plan.fine, plan.group
+  num_blocks, num_chunks = plan.num_rows // rows, -(-num_keys // fine)
+  row = np.arange(num_blocks) * rows
+  used = row < length * group
+  low = query_offset + jnp.asarray(row // group, jnp.int32)  # positions of a block's ends
+  high = query_offset + jnp.asarray(
+      np.minimum((row + rows - 1) // group, length - 1), jnp.int32)
+
+  # Keys that some row sees, then keys that every row sees; both ends belong to the range.
+  some, every = [0, num_keys - 1], [0, num_keys - 1]
+  if is_causal:
+    some[1], every[1] = jnp.minimum(some[1], high), jnp.minimum(every[1], low)
+  if window is not None:
+    left, right = (min(w, FAR) for w in window)
+    some = [jnp.maximum(some[0], low - left), jnp.minimum(some[1], high + right)]
+    every = [jnp.maximum(every[0], high - left), jnp.minimum(every[1], low + right)]
+  first = jnp.clip(some[0] // fine, 0, num_chunks)
+  last = jnp.clip(some[1] // fine + 1, 0, num_chunks)
+  full = -(-every[0] // fine)
+  rest = (every[1] + 1) // fine
+
+  if segment_ids is not None:
+    query_ids, key_ids = segment_ids  # [B, T], [B, S]
+    row_ids = jnp.repeat(query_ids, group, axis=1)
+    blocks = pad(row_ids, 1, num_blocks * rows, "edge").reshape(-1, num_blocks, rows)
+    chunks = pad(key_ids, 1, num_chunks * fine, "edge").reshape(-1, num_chunks, fine)
+    block_min, block_max = blocks.min(-1), blocks.max(-1)
+    chunk_min, chunk_max = chunks.min(-1), chunks.max(-1)
+    # No chunk before `met` reaches the block's smallest id, none from `left_at` on starts
+    # below its largest; for sorted ids that is exactly the range of chunks that share an id.
+    met = jax.vmap(jnp.searchsorted)(jax.lax.cummax(chunk_max, axis=1), block_min)
+    tail_min = jax.lax.cummin(chunk_min, axis=1, reverse=True)
+    left_at = jax.vmap(lambda a, v: jnp.searchsorted(a, v, side="right"))(tail_min, block_max)
+    first, last = jnp.maximum(first, met), jnp.minimum(last, left_at)
+
+    # Runs of chunks that hold one and the same id; a block of that id alone needs no mask there.
+    single = chunk_min == chunk_max
+    same = single[:, 1:] & single[:, :-1] & (chunk_min[:, 1:] == chunk_min[:, :-1])
+    ends = jnp.pad(~same, ((0, 0), (0, 1)), constant_values=True)
+    index = jnp.arange(num_chunks)
+    run_end = jax.lax.cummin(jnp.where(ends, index + 1, num_chunks), axis=1, reverse=True)
+    at = lambda x, i: jnp.take_along_axis(x, jnp.clip(i, 0, num_chunks - 1), axis=1)
+    uniform = lambda i: at(single, i) & (at(chunk_min, i) == block_min) & (i < num_chunks)
+    start = jnp.maximum(full, first)
+    start = jnp.where(uniform(start), start, start + 1)
+    ok = uniform(start) & (block_min == block_max)
+    full, rest = start, jnp.where(ok, jnp.minimum(rest, at(run_end, start)), start)
+
+  last = jnp.where(used & (first < last), last, first)
+  full = jnp.clip(full, first, last)
+  rest = jnp.clip(rest, full, last)
+  ranges = jnp.broadcast_arrays(*(jnp.atleast_2d(x) for x in (first, full, rest, last)))
+  out = jnp.stack(ranges, axis=1).astype(jnp.int32)
+  return jnp.broadcast_to(out, (*out.shape[:2], num_blocks))
+
+
+class Ranges:
+  """`visible_chunks` as scalar operands of a kernel, and how its code reads them."""
+
+  def __init__(self, chunks, plan, edges, kv_heads, query_offset, segment_ids):
+    batch, _, num_steps = chunks.shape
+    per_major = plan.major // plan.fine
+    by_block = lambda x: x.reshape(batch, plan.num_blocks, plan.steps)
+    first, last = by_block(chunks[:, 0]), by_block(chunks[:, 3])
+    visits = first < last
+    # The blocks of keys between which a block of rows finds all that it sees.
+    high = jnp.maximum(jnp.where(visits, last, 0).max(-1) - 1, 0) // per_major
+    low = jnp.minimum(jnp.where(visits, first, FAR).min(-1) // per_major, high)
+    rows = [low, high]
+    self._low, self._high, self._visits = low, high, visits.any(-1)
+
+    # Per edge: 0 not visited, 1 visited, 2 visited and segment ids differ within it.
+    size = plan.block_rows // plan.group
+    if edges and segment_ids is not None:
+      ids = (pad(jnp.repeat(segment_ids[0], plan.group, axis=1), 1, plan.num_rows, "edge"),
+             pad(segment_ids[1], 1, round_up(plan.padded_keys, size), "edge"))
+      blocks = (ids[0].reshape(batch, plan.num_blocks, -1), ids[1].reshape(batch, -1, size))
+      (rows_min, rows_max), (keys_min, keys_max) = ((x.min(-1), x.max(-1)) for x in blocks)
+    for edge in edges:
+      number = np.arange(plan.num_blocks) + (query_offset + edge.start) // size  # of the keys
+      start = number * (size // plan.fine)
+      state = (visits & (first < start[:, None] + size // plan.fine)
+               & (last > start[:, None])).any(-1).astype(jnp.int32)
+      if segment_ids is not None:
+        number = np.clip(number, 0, keys_min.shape[1] - 1)
+        one = ((rows_min == rows_max) & (keys_min[:, number] == rows_min)
+               & (keys_max[:, number] == rows_min))
+        state *= jnp.where(one, 1, 2)
+      rows.append(state)
+
+    self.has_ids = segment_ids is not None
+    self.operands = (chunks.reshape(-1), jnp.stack(rows, axis=1).astype(jnp.int32).reshape(-1))
+    self.batch = lambda head: head // kv_heads if batch > 1 else 0
+    self._num_steps, self._num_blocks, self._num_rows = num_steps, plan.num_blocks, len(rows)
+
+  def of_step(self, refs, head, step):
+    """first, full, rest, last."""
+    row = self.batch(head) * 4
+    return [refs["chunks"][(row + k) * self._num_steps + step] for k in range(4)]
+
+  def _of_block(self, ref, head, block, k):
+    return ref[(self.batch(head) * self._num_rows + k) * self._num_blocks + block]
+
+  def of_edge(self, refs, head, block, n):
+    return self._of_block(refs["blocks"], head, block, 2 + n)
+
+  def row_blocks(self, key_block, cores):
+    """int32[batch, 2]: the first and last row-block index of a core that visits a block of keys."""
+    low, high = self._low, self._high
+    visits = self._visits & (low <= key_block) & (key_block <= high)
+    index = jnp.arange(self._num_blocks)
+    first = jnp.where(visits, index, self._num_blocks).min(-1) // cores
+    last = jnp.where(visits, index, 0).max(-1) // cores
+    return jnp.stack([jnp.minimum(first, last), last], axis=1).astype(jnp.int32)
+
+  def key_blocks(self, scalars, head, block):
+    """The first and the last block of keys to visit."""
+    return [self._of_block(scalars[1], head, block, k) for k in range(2)]
+
+
+class Plan(NamedTuple):
+  """Block sizes of one call."""
+
+  block_rows: int  # rows of a grid step
+  rows: int  # rows of a step without a mask; divides block_rows
+  lanes: int  # rows of one score tile; divides rows
+  chunk: int  # keys of a step without a mask
+  fine: int  # keys of a step under the mask, and the unit of `visible_chunks`
+  major: int  # keys of a grid step
+  ahead: int  # score tiles computed before the softmax of an earlier one
+  cores: int
+  group: int  # query heads of a key/value head
+  num_blocks: int
+  num_rows: int
+  padded_keys: int
+
+  @property
+  def steps(self) -> int:
+    """Steps of `rows` in a block of rows."""
+    return self.block_rows // self.rows
+
+  @property
+  def period(self) -> int | None:
+    """Rows after which the slopes repeat within a tile, if they do."""
+    lanes = min(128, self.lanes)
+    return lanes if lanes % self.group == 0 else None
+
+
+def vmem_bytes(plan: Plan, *, dim, itemsize, shared, backward) -> int:
+  """VMEM that a kernel takes, at most.
+
+  Blocks that change from step to step have two buffers. Score tiles that wait for their turn
+  are spilled; the compiler's allocations stayed below this count of them.
+  """
+  dim, edge = round_up(dim, 128), plan.block_rows // plan.group
+  row, key = plan.block_rows * dim, plan.major * dim
+  tile = 4 * plan.lanes * max(plan.chunk, edge)
+  vectors = 2 * 8 * 4 * plan.block_rows + 4 * 128 * max(plan.chunk, edge)
+  if backward:
+    dquery = 2 * (itemsize if plan.padded_keys == plan.major else 4) + 4
+    return (row * (4 * itemsize + dquery) + (1 if shared else 2) * key * (itemsize + 4)
+            + 2 * (plan.ahead + 3) * tile + vectors)
+  return (row * (4 * itemsize + 4) + 16 * 4 * plan.block_rows
+          + (1 if shared else 2) * 2 * key * itemsize + (plan.ahead + 3) * tile + vectors)
+
+
+class Tile(NamedTuple):
+  """Some rows against some keys of a step, all relative to the step's first."""
+
+  row: int
+  keys: tuple[int, int]  # from, to
+  cut: tuple[int, int]  # the keys among them that not every row sees
+
+
+class Edge(NamedTuple):
+  """A block of keys that the mask cuts along its diagonal, as long as the block of rows is."""
+
+  start: int  # of the keys, relative to the first position of the rows
+  tiles: tuple[Tile, ...]
+
+
+def find_edges(plan, *, length, num_keys, query_offset, is_causal, window) -> tuple[Edge, ...]:
+  """The diagonals of a causal mask and of its window, where blocks of rows and keys align.
+
+  There each tile visits its own range of keys, and only the last of them need the mask.
+  """
+  size = plan.block_rows // plan.group
+  if not (is_causal and plan.block_rows % plan.group == 0 and size % plan.fine == 0
+          and plan.major % size == 0 and isinstance(query_offset, int)
+          and query_offset % size == 0 and 0 <= query_offset <= num_keys - length):
+    return ()
+  grain, sublanes = max(plan.fine // 8, 8), 8
+  right, left = [], []
+  for row in range(0, plan.block_rows, plan.lanes):
+    first, last = row // plan.group, (row + plan.lanes - 1) // plan.group
+    end = round_up(last + 1, grain)
+    right.append(Tile(row, (0, end), ((first + 1) // sublanes * sublanes, end)))
+    start = first // grain * grain
+    left.append(Tile(row, (start, size), (start, round_up(last, sublanes))))
+  edges = [Edge(0, tuple(right))]
+  if window is not None and window[0] >= size and window[0] % size == 0:
+    edges.append(Edge(-window[0], tuple(left)))
+  return tuple(edges)
+
+
+def fit(blocks, *, length, group, num_keys, itemsize) -> Plan:
+  """Block sizes for this problem."""
+  if itemsize > 2:  # float32: half as many rows and keys in the same memory
+    blocks = blocks._replace(area=blocks.area // 4, major=max(blocks.major // 2, blocks.chunk))
+  unit = min(128, blocks.lanes)
+  lanes = min(blocks.lanes, round_up(length * group, unit))
+  positions = 1
+  while (positions < -(-length // blocks.cores)
+         and (2 * positions) ** 2 * group <= blocks.area):
+    positions *= 2
+  block_rows = rows = positions * group
+  while rows > blocks.rows and rows % (2 * lanes) == 0:
+    rows //= 2
+  if rows > blocks.rows or rows % lanes:  # an odd group: no diagonals, but any size of block
+    block_rows = rows = min(blocks.rows, round_up(-(-length * group // blocks.cores), lanes))
+  num_blocks = round_up(-(-length * group // block_rows), blocks.cores)
+  diagonal = positions if block_rows == positions * group else 1
+  major = min(blocks.major, round_up(num_keys, max(blocks.fine, diagonal)))
+  return Plan(
+      block_rows=block_rows, rows=rows, lanes=lanes, chunk=min(blocks.chunk, major),
+      fine=blocks.fine, major=major, ahead=blocks.ahead, cores=blocks.cores, group=group,
+      num_blocks=num_blocks, num_rows=num_blocks * block_rows,
+      padded_keys=round_up(num_keys, major))
+
+
+def row_operands(plan, kv_heads, length, slopes, segment_ids, query_offset, row_spec, ids_spec):
+  """What both kernels are told about rows and keys: {name: (array, its BlockSpec)}.
+
+  Args:
+    row_spec: index of the leading dimension as a function of (batch, key/value head) -> spec.
+    ids_spec: spec of int32[B, 1, padded_keys].
+  """
+  positions = row_positions(length, plan.group, plan.num_rows, query_offset)
+  operands = dict(position=(positions[None], row_spec(lambda b: 0)))
+  if slopes is not None:
+    operands["slope"] = (row_slopes(slopes, kv_heads, plan.num_rows),
+                         row_spec(lambda b: b % kv_heads))
+  if segment_ids is not None:
+    ids = jnp.repeat(segment_ids[0], plan.group, axis=1)
+    operands["query_id"] = (pad(ids, 1, plan.num_rows)[:, None],
+                            row_spec(lambda b: b // kv_heads))
+    operands["key_id"] = (pad(segment_ids[1], 1, plan.padded_keys)[:, None], ids_spec)
+  return operands
+
+
+def bias_scratch(plan, edges):
+  keys = max(plan.chunk, plan.fine, plan.block_rows // plan.group if edges else 0)
+  return pltpu.VMEM((keys, plan.period or 1), jnp.float32)
+
+
+def fill_bias(refs, plan):
+  """slope * (key's place in its step), which is the same for every step, for one period of rows."""
+  bias = refs["bias"]
+  place = jax.lax.broadcasted_iota(jnp.int32, bias.shape, 0).astype(jnp.float32)
+  bias[...] = place * refs["slope"][:, : plan.period] if plan.period else place
+
+
+def biased(x, refs, at, span, plan):
+  """Scores [keys, lanes] with slope * (key's place in its step) added."""
+  if "slope" not in refs:
+    return x
+  bias = refs["bias"][slice(*span), :]
+  if plan.period:
+    return x + jnp.concatenate([bias] * (plan.lanes // plan.period), axis=1)
+  return x + bias[:, :1] * refs["slope"][:, at]
+
+
+def hide(x, tile, distance, num_keys, refs, at, key_ids, *, is_causal, window):
+  """Scores [keys, lanes] of a tile with -inf where the row does not see the key.
+
+  Args:
+    distance: int32[1, lanes], position of the step's first key minus that of the row.
+    num_keys: keys from the step's first to the last one there is; None if they all exist.
+    key_ids: int32[size of the step, 1 or lanes] or None.
+  """
+  start, end = tile.keys if key_ids is not None else tile.cut
+  if start >= end:
+    return x
+  place = start + jax.lax.broadcasted_iota(jnp.int32, (end - start, x.shape[1]), 0)
+  last = None if num_keys is None else num_keys - 1
+  for bound in ([-distance] if is_causal else []) + (
+      [min(window[1], FAR) - distance] if window is not None else []):
+    last = bound if last is None else jnp.minimum(last, bound)
+  mask = place >= -min(window[0], FAR) - distance if window is not None else None
+  if last is not None:
+    mask = place <= last if mask is None else mask & (place <= last)
+  if key_ids is not None:
+    same = key_ids[start:end] == refs["query_id"][:, at]
+    mask = same if mask is None else mask & same
+  if mask is None:
+    return x
+  start, end = start - tile.keys[0], end - tile.keys[0]
+  parts = [x[:start], jnp.where(mask, x[start:end], -jnp.inf), x[end:]]
+  return jnp.concatenate([part for part in parts if part.shape[0]], axis=0)
+
+
+def clear(ref):
+  ref[...] = jnp.zeros_like(ref)
+
+
+def turned(key_ids, lanes):
+  """Ids int32[1, keys], which lie along lanes, as int32[keys, lanes]."""
+  width = min(128, lanes)
+  ids = jnp.broadcast_to(key_ids, (width, key_ids.shape[1])).T
+  return jnp.concatenate([ids] * (lanes // width), axis=1)
+
+
+def interleave(plan, tiles, scores, update):
+  """Calls update(scores(tile), tile) for each tile, with products issued ahead.
+
+  In program order the scores of the next tiles come before the softmax of this one, and the
+  scheduler keeps that order: the matrix unit works while the vector units do.
+  """
+  ready = [scores(tile) for tile in tiles[: plan.ahead]]
+  for n, tile in enumerate(tiles):
+    if n + plan.ahead < len(tiles):
+      ready.append(scores(tiles[n + plan.ahead]))
+    update(ready[n], tile)
+    ready[n] = None  # frees it for the interpreter, too
+
+
+def traverse(ranges, refs, head, block, key_block, first_position, plan, edges, step):
+  """Visits what a block of rows sees of a block of keys.
+
+  Args:
+    ranges: `Ranges`.
+    head, block, key_block: int32 scalars.
+    first_position: that of the block's first row, if there are edges.
+    step: called as step(first_row, first_key, tiles, size, masked, ids, fresh) with the first
+      row and key within their blocks, dynamic; whether the mask counts, whether segment ids
+      do, and whether it is the first step of all its rows.
+  """
+  fine = plan.fine
+  span = plan.block_rows // plan.group // fine
+  per_block, every = plan.major // fine, range(0, plan.rows, plan.lanes)
+  offset = key_block * per_block  # in chunks of `fine` keys, as all ranges here
+  lows = [(first_position + edge.start) // fine for edge in edges]
+
+  for n, edge in enumerate(edges):
+    here = (lows[n] >= offset) & (lows[n] < offset + per_block)
+    state = ranges.of_edge(refs, head, block, n)
+    for ids in (0, 1) if ranges.has_ids else (0,):
+      @pl.when(here & (state == 1 + ids))
+      def _(n=n, edge=edge, ids=bool(ids)):
+        step(0, (lows[n] - offset) * fine, edge.tiles, span * fine, True, ids, n == 0)
+
+  def of_rows(n, _):
+    first, full, rest, last = ranges.of_step(refs, head, block * plan.steps + n)
+    if edges:
+      last, rest = jnp.minimum(last, lows[0]), jnp.minimum(rest, lows[0])
+    if len(edges) > 1:
+      first, full = jnp.maximum(first, lows[1] + span), jnp.maximum(full, lows[1] + span)
+    first, full, rest, last = (
+        jnp.clip(x - offset, 0, per_block) for x in (first, full, rest, last))
+    last = jnp.maximum(first, last)
+    full = jnp.clip(full, first, last)
+    rest = jnp.clip(rest, full, last)
+    ratio = plan.chunk // fine
+    num_large = (rest - full) // ratio
+    middle = full + num_large * ratio
+    before = full - first
+
+    def large(t, _):
+      tiles = [Tile(row, (0, ratio * fine), (0, 0)) for row in every]
+      step(n * plan.rows, (full + t * ratio) * fine, tiles, ratio * fine, False, False, False)
+
+    def small(t, _):
+      chunk = jnp.where(t < before, first + t, middle + t - before)
+      tiles = [Tile(row, (0, fine), (0, fine)) for row in every]
+      step(n * plan.rows, chunk * fine, tiles, fine, True, ranges.has_ids, False)
+
+    jax.lax.fori_loop(0, num_large, large, None)
+    jax.lax.fori_loop(0, before + last - middle, small, None)
+
+  jax.lax.fori_loop(0, plan.steps, of_rows, None)

@@ -1,0 +1,131 @@
+"""Softmax cross-entropy straight from the last hidden state: the logits never exist."""
+
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec as P
+
+from .. import backend, mesh as meshes
+from . import xla
+
+
+def linear_cross_entropy(
+    x: jax.Array,
+    embedding: jax.Array,
+    targets: jax.Array,
+    *,
+    z_loss: float = 0.0,
+    scale: float = 1.0,
+    weights: jax.Array | None = None,
+    implementation: Literal["auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton"] = "auto",
+) -> tuple[jax.Array, jax.Array]:
+  """-log softmax(scale * x @ embedding.T)[target] + z_loss * log^2 Z, per token.
+
+  No [tokens, num_tokens] array exists, forward or backward. Under a mesh the tokens are divided
+  over its data axes and the vocabulary over its model axis, whether or not that divides it.
+
+  Args:
+    x: float[..., D], any leading dimensions.
+    embedding: float[V, D]; cast to the dtype of x for the product.
+    targets: int[...].
+    z_loss: weight of the squared log of the softmax normaliser; the paper's is 1e-4.
+    scale: of the logits; PaLM's is 1/sqrt(D).
+    weights: float[...], each token's loss is multiplied by; None for one. A token of weight 0
+      adds nothing whatever its target.
+    implementation: "auto", or a backend by name.
+
+  Returns:
+    The loss and log Z of each token, both float32[...] (float64 for float64 inputs). Inside jit
+    a target outside the vocabulary makes its token's loss NaN.
+
+  Raises:
+    ValueError: shapes or dtypes that do not fit, a backend that cannot run, or, outside jit, a
+      target outside the vocabulary or a negative weight.
+
+  References:
+    PaLM (arXiv:2204.02311, section 5) for the z-loss; Cut Cross-Entropy (arXiv:2411.09009).
+  """
+  backend.explain("linear_cross_entropy", implementation)
+  _check(x, embedding, targets, weights)
+  vocabulary = embedding.shape[0]
+  targets = jnp.asarray(targets)
+  if weights is not None:
+    weights = jnp.asarray(weights, jnp.promote_types(x.dtype, jnp.float32))
+    targets = jnp.where(weights == 0, 0, targets)
+  log_z, logit = _statistics(
+      x.reshape(-1, x.shape[-1]), embedding, targets.reshape(-1).astype(jnp.int32), float(scale))
+  log_z, logit = log_z.reshape(targets.shape), logit.reshape(targets.shape)
+  logit = jnp.where((targets >= 0) & (targets < vocabulary), logit, jnp.nan)
+  loss = log_z - logit + z_loss * jnp.square(log_z)
+  return (loss if weights is None else weights * loss), log_z
+
+
+def _statistics(x, embedding, targets, scale):
+  """`xla.statistics`, over the mesh that the arrays live on."""
+  local = functools.partial(xla.statistics, scale=scale)
+  vocabulary = embedding.shape[0]
+  mesh = meshes.current(x, embedding)
+  free = meshes.axes_of_kind(mesh, AxisType.Auto, AxisType.Explicit)
+  if not free:
+    x, embedding, targets = meshes.varying_together(x, embedding, targets)
+    return local(x, embedding, targets, num_valid=vocabulary)
+
+  tokens = meshes.partition(x, 0, meshes.BATCH_AXES, mesh)
+  axis = meshes.HEAD_AXIS if meshes.HEAD_AXIS in free else None
+  shards = mesh.shape[axis] if axis else 1
+  rows = -(-vocabulary // shards)
+  specs = P(tokens or None, None), P(axis, None), P(tokens or None)
+  embedding = jnp.pad(embedding, ((0, rows * shards - vocabulary), (0, 0)))
+
+  def shard(x, embedding, targets):
+    x, embedding, targets = meshes.varying_together(x, embedding, targets)
+    if axis is None:
+      return local(x, embedding, targets, num_valid=vocabulary)
+    first = jax.lax.axis_index(axis) * rows
+    log_z, logit = local(
+        x, embedding, targets - first, num_valid=jnp.clip(vocabulary - first, 0, rows))
+    top = jax.lax.pmax(jax.lax.stop_gradient(log_z), axis)
+    total, logit = jax.lax.psum((jnp.exp(log_z - top), logit), axis)
+    return top + jnp.log(total), logit
+
+  arrays = jax.tree.map(
+      lambda array, spec: meshes.reshard(array, spec, mesh), (x, embedding, targets), specs)
+  return jax.shard_map(shard, mesh=mesh, axis_names=set(free), in_specs=specs,
+                       out_specs=(specs[2],) * 2)(*arrays)
+
+
+def _check(x, embedding, targets, weights):
+  if x.ndim < 1 or embedding.ndim != 2 or 0 in embedding.shape:
+    raise ValueError(f"x must be [..., D] and embedding [V, D]; got {x.shape}, {embedding.shape}")
+  if x.shape[-1] != embedding.shape[-1]:
+    raise ValueError(f"x and embedding must agree in their last dimension; got {x.shape} and "
+                     f"{embedding.shape}")
+  for name, array in (("x", x), ("embedding", embedding)):
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      raise ValueError(f"{name} must be floating point; got {array.dtype}")
+  if not jnp.issubdtype(jnp.result_type(targets), jnp.integer):
+    raise ValueError(f"targets must be integers; got {jnp.result_type(targets)}")
+  for name, array in (("targets", targets), ("weights", weights)):
+    if array is not None and jnp.shape(array) != x.shape[:-1]:
+      raise ValueError(f"{name} must be {x.shape[:-1]}, as x is without its last axis; "
+                       f"got {jnp.shape(array)}")
+  if not math.prod(x.shape[:-1]):
+    raise ValueError(f"there must be at least one token; got x {x.shape}")
+  targets, weights = _known(targets), _known(weights)
+  if weights is not None and weights.min() < 0:
+    raise ValueError(f"weights must not be negative; got {weights.min()}")
+  if targets is not None:
+    counted = targets if weights is None else targets[weights != 0]
+    low, high = counted.min(initial=0), counted.max(initial=0)
+    if low < 0 or high >= embedding.shape[0]:
+      raise ValueError(f"target {low if low < 0 else high} is outside the vocabulary of "
+                       f"{embedding.shape[0]} tokens")
+
+
+def _known(array) -> np.ndarray | None:
+  """The numbers of an array that is not traced."""
+  return None if array is None or isinstance(array, jax.core.Tracer) else np.asarray(array)

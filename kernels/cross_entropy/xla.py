@@ -1,0 +1,57 @@
+"""The softmax normaliser and the target's logit in plain JAX: the oracle of every test.
+
+`logits_statistics` is the formula. `statistics` applies it to blocks of tokens, so that the
+logits of one block at a time exist.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+BLOCK_LOGITS = 2**22  # logits that exist at one time, 16 MiB in float32: they stay in a CPU's cache
+
+
+def logits_statistics(x, embedding, targets, *, scale, num_valid):
+  """What a softmax cross-entropy needs of all logits.
+
+  Args:
+    x: float[N, D].
+    embedding: float[V, D].
+    targets: int[N]; one outside [0, V) has no logit here.
+    scale: multiplies x @ embedding.T.
+    num_valid: int or int32[]; rows of the embedding from here on are padding.
+
+  Returns:
+    float32[N] log of the sum of exponentials, float32[N] the target's logit or 0.
+  """
+  accum = jnp.promote_types(x.dtype, jnp.float32)
+  logits = scale * jnp.einsum(
+      "nd,vd->nv", x, embedding.astype(x.dtype), preferred_element_type=accum)
+  column = jnp.arange(embedding.shape[0])
+  logits = jnp.where(column < num_valid, logits, -jnp.inf)
+  here = (targets >= 0) & (targets < num_valid)
+  target = jnp.take_along_axis(logits, jnp.where(here, targets, 0)[:, None], axis=1)[:, 0]
+  return jax.nn.logsumexp(logits, axis=1), jnp.where(here, target, 0)
+
+
+def statistics(x, embedding, targets, *, scale, num_valid, block=None):
+  """`logits_statistics`, a block of tokens at a time; arguments and results as there.
+
+  The logits of a block are computed again in the backward pass, never kept. The gradient of the
+  embedding is summed over blocks in float32 at least.
+  """
+  num_tokens, vocabulary = x.shape[0], embedding.shape[0]
+  block = block or max(1, BLOCK_LOGITS // vocabulary)
+  formula = functools.partial(logits_statistics, scale=scale, num_valid=num_valid)
+  if num_tokens <= block:
+    return formula(x, embedding, targets)
+  num_blocks = -(-num_tokens // block)
+  block = -(-num_tokens // num_blocks)
+  padding = num_blocks * block - num_tokens
+  x = jnp.pad(x, ((0, padding), (0, 0))).reshape(num_blocks, block, -1)
+  targets = jnp.pad(targets, (0, padding)).reshape(num_blocks, block)
+  wide = embedding.astype(jnp.promote_types(embedding.dtype, jnp.float32))
+  one_block = jax.checkpoint(lambda args: formula(args[0], wide, args[1]), prevent_cse=False)
+  log_z, target = jax.lax.map(one_block, (x, targets))
+  return log_z.reshape(-1)[:num_tokens], target.reshape(-1)[:num_tokens]

@@ -1,0 +1,102 @@
+"""How the ops call their Triton kernels: through jax-triton, imported when first needed.
+
+jax-triton can neither run on a CPU nor be batched by `vmap`, and its releases differ. The ops
+see one `call`, and `fold_vmap`, which turns a mapped axis into more of the batch.
+"""
+
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from . import compat, mesh
+
+# Compute capability, shared memory of one thread block in bytes, and streaming multiprocessors.
+CHIPS = {
+    "a100": (80, 166_912, 108),
+    "rtx4090": (89, 101_376, 128),
+    "h100": (90, 232_448, 132),
+    "h200": (90, 232_448, 132),
+    "b200": (100, 232_448, 148),
+}
+
+
+def problem() -> str | None:
+  """What is missing for Triton kernels to be compiled here, with what to install; or None."""
+  try:
+    bridge = importlib.metadata.version("jax-triton")
+    triton = importlib.metadata.version("triton")
+  except importlib.metadata.PackageNotFoundError as missing:
+    return f"{missing.name}, which is not installed: pip install 'jax-triton>=0.3.1' 'triton>=3.6'"
+  old = _release(bridge) < (0, 4)
+  if _release(bridge) < (0, 3, 1) or old != (_release(triton) < (3, 7)):
+    return ("jax-triton 0.3.1 with triton 3.6, or jax-triton 0.4.1 with triton 3.7 or newer; got "
+            f"jax-triton {bridge} with triton {triton}: pip install 'jax-triton>=0.4.1' "
+            "'triton>=3.7'")
+  try:
+    import jax_triton  # noqa: F401
+  except Exception as error:
+    return f"a jax-triton that can be imported; pip install 'jax-triton>=0.4.1' ({error!r})"
+  return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+  return tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+
+
+def call(kernel, *inputs, out_types: tuple[jax.ShapeDtypeStruct, ...], grid: int, num_warps: int,
+         num_stages: int, chip: str | None, **constants) -> tuple[jax.Array, ...]:
+  """Runs `grid` programs of a `triton.jit` kernel.
+
+  Args:
+    kernel: its parameters are the inputs, then pointers to the outputs, then the constants.
+    inputs: arrays, and Python integers.
+    out_types: shapes and dtypes of the outputs.
+    chip: a name of CHIPS to compile for; None for the first GPU of this machine.
+    constants: values of the kernel's `constexpr` parameters.
+
+  Raises:
+    ImportError: no jax-triton, or one that does not go with the installed triton.
+  """
+  if trouble := problem():
+    raise ImportError(f"Triton kernels need {trouble}")
+  import jax_triton
+
+  compat.mend_jax_triton()
+  if "out_type" in inspect.signature(jax_triton.triton_call).parameters:
+    # Triton may write PTX newer than what the ptxas of jax's CUDA plugin (13.0 or later) reads.
+    # Triton 3.10 will no longer fuse products and sums unasked.
+    options = dict(out_type=out_types,
+                   backend_options={"ptx_version": 90, "enable_fp_fusion": True})
+  else:
+    options = dict(out_shape=out_types)
+  outputs = jax_triton.triton_call(
+      *inputs, kernel=kernel, grid=(grid,), num_warps=num_warps, num_stages=num_stages,
+      compute_capability=CHIPS[chip][0] if chip in CHIPS else None, **options, **constants)
+  # jax-triton's outputs do not say over which manual mesh axes they vary.
+  arrays = tuple(x for x in inputs if isinstance(x, jax.Array))
+  return mesh.varying_together(*outputs, *arrays)[:len(out_types)]
+
+
+def fold_vmap(function: Callable) -> Callable:
+  """The function, with a rule for `vmap`: the mapped axis becomes part of the batch.
+
+  Args:
+    function: of positional arguments that are (trees of) arrays whose first dimension is the
+      batch, as is that of its results. An element of the batch may not depend on the others.
+  """
+  mapped = jax.custom_batching.custom_vmap(function)
+
+  @mapped.def_vmap
+  def fold(size, batched, *arguments):
+    def merge(x, is_batched):
+      x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+      return x.reshape(size * x.shape[1], *x.shape[2:])
+
+    results = mapped(*jax.tree.map(merge, arguments, tuple(batched)))
+    split = lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:])
+    return jax.tree.map(split, results), jax.tree.map(lambda _: True, results)
+
+  return mapped

@@ -1,0 +1,57 @@
+"""A minute or two of training on this machine, by the commands that one would type oneself."""
+
+import argparse
+import pathlib
+import shlex
+import sys
+
+import rich.console
+
+from palm_haiku import cli
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Trains a small PaLM on Python's documentation and samples from it; returns an exit status."""
+  parser = argparse.ArgumentParser(prog="make demo", description=main.__doc__)
+  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs"), metavar="DIR")
+  parser.add_argument("--steps", type=int, default=700)
+  args = parser.parse_args(argv)
+  out = _fresh(args.out / "demo")
+  console = rich.console.Console()
+
+  def run(*command: str) -> int:
+    console.print(f"\n[bold]$ palm-haiku {shlex.join(command)}", highlight=False, soft_wrap=True)
+    return cli.main(list(command))
+
+  console.print("A PaLM of a million parameters learns to write like Python's documentation, byte "
+                "by byte.", highlight=False, soft_wrap=True)
+  status = run("train", "--model", "palm-tiny", "--data", "pydoc", "--steps", str(args.steps),
+               "--batch-size", "16", "--seq-len", "128", "--eval-every", "100", "--out", str(out))
+  if status:
+    return status
+  status = run("generate", str(out), "--prompt", "The for statement ", "--length", "400",
+               "--temperature", "0.7")
+  if status:
+    return status
+  console.print(f"""
+[bold]What to type next[/bold]  (with .venv/bin/ in front, or after: source .venv/bin/activate)
+  palm-haiku generate {out} --prompt 'import ' --top-p 0.9 --seed 1
+  palm-haiku train --resume --steps {3 * args.steps} --out {out}
+  palm-haiku train --data 'my/texts/*.txt' --out runs/mine
+  palm-haiku train --model palm-lite-tiny --out runs/alibi
+  palm-haiku info --model palm-540b
+The loss curve is in {out / 'loss.png'}.""", highlight=False, soft_wrap=True)
+  return 0
+
+
+def _fresh(path: pathlib.Path) -> pathlib.Path:
+  """The path, or if that is taken the first of path-2, path-3, ... that is not."""
+  number, free = 1, path
+  while free.exists():
+    number += 1
+    free = path.with_name(f"{path.name}-{number}")
+  return free
+
+
+if __name__ == "__main__":
+  sys.exit(main())

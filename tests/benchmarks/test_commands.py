@@ -1,0 +1,163 @@
+"""The commands as they are typed, on this machine's CPU."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import attention, block, measure, peers, static, suite
+from benchmarks.shapes import Attention
+
+
+def test_a_chain_makes_every_call():
+  calls = []
+
+  def function(x):
+    jax.debug.callback(lambda: calls.append(1))
+    return x * 2
+
+  chain = measure.Chain(function, (jnp.arange(4.0),), 7)
+  np.testing.assert_array_equal(chain(), [0, 2, 4, 6])
+  jax.effects_barrier()
+  assert len(calls) == 7
+  assert chain.seconds() > 0 and chain.bytes >= 32
+
+
+def test_attention(tmp_path, capsys):
+  arguments = ["attention", "--shapes", "1x80x4x1x32", "--rounds", "2", "--out", str(tmp_path)]
+  assert command.main(arguments) == 0
+  out = capsys.readouterr().out
+  assert "no accelerator here" in out
+  path, = tmp_path.glob("*-attention.json")
+  result = json.loads(path.read_text())
+  rows = {(r["implementation"], r["variant"], r["pass"]) for r in result["rows"]}
+  assert rows == {(i, v, p) for i in ("xla", "jax-nn-xla") for v in ("alibi", "plain")
+                  for p in ("forward", "backward")}
+  for row in result["rows"]:
+    assert row["ms"] > 0 and row["error"] < 0.02 and row["rounds"] == 2
+    assert row["tflops_full"] > row["tflops"]
+
+
+@pytest.mark.parametrize("alibi", [False, True])
+def test_the_reference_sees_what_is_wrong(alibi, monkeypatch):
+  def errors(**change):
+    case = attention.case(Attention(2, 96, 4, 2, 32), alibi, True, "float32", ["xla"])
+    query, key, value, cotangent = case.arrays
+    out = case.implementations["xla"](query, key * change.get("key", 1), value, cotangent)
+    out = tuple(x * change.get(f"out{i}", 1) for i, x in enumerate(out))
+    return case.error(out)
+
+  assert errors() < 2e-5
+  for wrong in ({"key": 1.1}, {"out0": 1.01}, {"out1": 1.01}, {"out2": 1.01}, {"out3": 1.01}):
+    assert errors(**wrong) > 1e-3, wrong
+  if alibi:
+    monkeypatch.setattr(peers.kernels, "flash_attention",
+                        lambda *a, alibi_slopes, f=peers.kernels.flash_attention, **k: f(*a, **k))
+    assert errors() > 1e-2
+
+
+def test_block_against_its_formula():
+  case = block.case(block.Shape(1, 80, 64, 4, 16, 4), True, "float32", ["xla"])
+  x, weights, cotangent = case.arrays
+  out, gradients = case.implementations["xla"](x, weights, cotangent)
+  assert case.error((out, gradients)) < 2e-5
+  assert case.error((out * 1.01, gradients)) > 1e-3
+
+
+def test_failures_and_absences_are_rows():
+  def absent(x):
+    raise peers.Absent("not here")
+
+  def broken(x):
+    raise RuntimeError("out of luck\nmore")
+
+  case = measure.Case({"shape": "s"}, (jnp.ones(3),), {"a": absent, "b": broken, "c": jnp.sin},
+                      1.0, 1.0, 1.0, lambda out: 0.0)
+  a, b, c = measure._measure(case, 1, None)
+  assert a["absent"] == "not here" and b["failed"] == "RuntimeError: out of luck" and c["ms"] > 0
+
+
+def test_what_does_not_exist_is_said_in_a_line(capsys):
+  assert command.main(["attention", "--shapes", "1x2"]) == 2
+  assert len(capsys.readouterr().err.splitlines()) == 1
+  assert command.main(["nonsense"]) == 2
+  assert "attention" in capsys.readouterr().err
+
+
+def test_a_killed_suite_leaves_its_results(tmp_path):
+  process = subprocess.Popen(
+      [sys.executable, "-m", "benchmarks", "suite", "--budget", "240", "--out", str(tmp_path)],
+      stdout=subprocess.PIPE, text=True)
+  end = time.monotonic() + 200
+  while not list(tmp_path.glob("*-attention.json")) and time.monotonic() < end:
+    time.sleep(0.1)
+  process.send_signal(signal.SIGKILL)
+  out, _ = process.communicate()
+  path, = tmp_path.glob("*-attention.json")
+  result = json.loads(path.read_text())
+  assert result["rows"] and all(row["ms"] > 0 for row in result["rows"])
+  assert "no accelerator" in result["note"] and "no accelerator" in out
+  plan = json.loads((tmp_path / "suite.json").read_text())
+  assert plan["platform"] == "cpu" and plan["stages"][0]["status"] == "running"
+  # The stage dies with it.
+  time.sleep(0.5)
+  running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+  assert not re.search(rf"benchmarks attention .*{re.escape(str(tmp_path))}", running.stdout)
+
+
+def test_a_suite_without_time_leaves_everything_out(tmp_path, capsys):
+  assert suite.main(["--budget", "1", "--out", str(tmp_path)]) == 0
+  plan = json.loads((tmp_path / "suite.json").read_text())
+  assert {s["status"] for s in plan["stages"]} == {"left out: no time"}
+  capsys.readouterr()
+
+
+def test_all_stages_parse():
+  for name, arguments in suite.STAGES:
+    for at, word in enumerate(arguments):
+      parse = {"attention": Attention.parse, "block": block.Shape.parse}.get(name)
+      if parse and word[0].isdigit():
+        assert str(parse(word)) == word, arguments[at]
+
+
+def test_the_static_table_reproduces_known_figures(tmp_path, capsys):
+  options = ["--dims", "128", "--lengths", "2048", "--out", str(tmp_path), "--targets", "v6e",
+             "--implementations", "jax-splash", "jax-flash"]
+  assert static.main(options) == 0
+  capsys.readouterr()
+  path, = tmp_path.glob("*-v6e-static.json")
+  result = json.loads(path.read_text())
+  assert "libtpu" in result["compiler"]
+  found = {(r["implementation"], r["pass"]): (r["us"], r["busy"], r["useful"])
+           for r in result["rows"]}
+  # Measured with libtpu 0.0.52 and jax 0.12.0.1: static microseconds, MXU busy %, useful %.
+  known = {("jax-splash", "forward"): (117, 48.1, 16.0),
+           ("jax-flash", "forward"): (110, 51.1, 17.0),
+           ("jax-splash", "backward"): (173, 81.0, 27.0),
+           ("jax-flash", "backward"): (303, 64.9, 15.5)}
+  if jax.__version__ == "0.11.2":  # whose splash attention is another
+    known["jax-splash", "forward"] = (121.1, 46.4, 15.5)
+  assert found.keys() == known.keys()
+  for key, figures in known.items():
+    assert found[key] == pytest.approx(figures, rel=0.03), key
+
+
+def test_causal_steps_count_blocks():
+  shape = Attention(1, 2048, 16, 1, 128)
+  steps = static.causal_steps("tokamax-tpu", shape, (512, 1024, 512), "v6e")
+  visible = np.tril(np.ones((2048, 2048), bool)).reshape(4, 512, 2, 1024).any((1, 3))
+  whole = np.tril(np.ones((2048, 2048), bool)).reshape(4, 512, 2, 1024).all((1, 3))
+  forward = steps["_fwd_"]
+  assert forward.grid == visible.sum() * 16
+  assert forward.active == pytest.approx((whole.sum() / visible.sum(),
+                                          1 - whole.sum() / visible.sum()))
+  assert static.causal_steps("jax-splash", shape, (512, 1024, 512), "v6e")["dkv"].active == (
+      visible.mean())

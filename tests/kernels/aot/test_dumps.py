@@ -1,0 +1,284 @@
+"""Every parser on recorded dumps, and on dumps that are not what they should be."""
+
+import gzip
+import pathlib
+import re
+
+import pytest
+
+from palm_haiku.kernels.aot import elf, hlo, llo, ptxas, sass, targets
+from palm_haiku.kernels.aot.errors import AotError, UnknownDump
+
+_DATA = pathlib.Path(__file__).parent / "data"
+
+
+def recorded(name):
+  data = gzip.decompress((_DATA / f"{name}.gz").read_bytes())
+  return data if name.endswith("executable") else data.decode()
+
+
+# ---- SASS
+
+
+def test_the_main_loop_of_a_hopper_matmul():
+  function, = sass.parse(recorded("hopper_matmul.sass"))
+  assert function.name == "anonymous_mosaic_gpu_kernel"
+  main = function.main_loop
+  assert (main.instructions, main.mix["HGMMA"]) == (64, 8)
+  assert function.local_stores == function.local_loads == 0
+  assert sum(function.mix.values()) == function.instructions
+
+
+def test_sass_with_control_columns_and_spills():
+  function, = sass.parse(recorded("spilling_attention.sass_ctrl"))
+  assert (function.main_loop.instructions, function.main_loop.mix["HGMMA"]) == (1183, 32)
+  # What ptxas says of the same kernel.
+  resources = ptxas.parse((_DATA / "spilling_attention.ptxas").read_text())
+  assert (function.local_stores, function.local_loads) == (736, 784)
+  assert (resources.spill_stores, resources.spill_loads) == (736, 784)
+
+
+def _listing(*lines):
+  return "\n".join([".text.f:", *lines])
+
+
+def _instruction(address, text):
+  return f"        /*{address:04x}*/                   {text} ;"
+
+
+def test_loops_are_natural_loops():
+  work = [_instruction(16 * i, "FADD R0, R0, R1") for i in range(1, 20)]
+  function, = sass.parse(_listing(
+      _instruction(0, "MOV R0, RZ"), ".L_x_0:", *work,
+      _instruction(0x200, "@P0 BRA `(.L_x_1)"),  # a wait, out of line
+      ".L_x_2:", _instruction(0x210, "@P1 BRA `(.L_x_0)"), _instruction(0x220, "EXIT"),
+      ".L_x_1:", _instruction(0x230, "NOP"), _instruction(0x240, "BRA `(.L_x_2)")))
+  loop, = function.loops
+  assert (loop.start, loop.instructions) == (16, 19 + 1 + 1 + 2)
+  assert loop.innermost and loop.mix["FADD"] == 19
+  # Without the branch back there is none.
+  function, = sass.parse(_listing(_instruction(0, "MOV R0, RZ"), ".L_x_0:", *work,
+                                  _instruction(0x210, "EXIT")))
+  assert function.loops == ()
+
+
+@pytest.mark.parametrize("opcode, kind", [
+    ("HGMMA.64x128x16.F32", "HGMMA"), ("HMMA.16816.F32.BF16", "HMMA"), ("UTCHMMA", "UTCMMA"),
+    ("IMAD.MOV.U32", "MOV"), ("IMAD", "INT"), ("MUFU.EX2", "MUFU"), ("STL.64", "STL"),
+    ("F2FP.BF16.F32.PACK_AB", "F2F"), ("UTMALDG.4D", "TMA"), ("UIADD3", "UNIFORM"),
+    ("WARPGROUP.ARRIVE", "WARPGROUP"),
+    ("I2FP.F32.S32", "I2F"), ("TOMORROW", "other")])
+def test_instruction_classes(opcode, kind):
+  assert sass.classify(opcode) == kind
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: "",
+    lambda text: text.replace(".text.", ".code."),
+    lambda text: text.replace("/*0040*/", "0040:", 1),  # another way to write addresses
+    lambda text: text.replace("/*", "").replace("*/", ":")])
+def test_unknown_sass_is_refused(change):
+  with pytest.raises(UnknownDump):
+    sass.parse(change(recorded("hopper_matmul.sass")))
+
+
+# ---- ptxas
+
+
+def test_ptxas_report():
+  clean = ptxas.parse((_DATA / "hopper_matmul.ptxas").read_text())
+  # It has a note about wgmma (C7519), but one that costs nothing.
+  assert clean == ptxas.Resources(168, 0, 0, 0, 16, serialized=False)
+  spilling = ptxas.parse((_DATA / "spilling_attention.ptxas").read_text())
+  assert spilling == ptxas.Resources(168, 736, 784, 440, 16, serialized=True)
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: "",
+    lambda text: text.replace("registers", "regs"),
+    lambda text: text.replace("bytes spill stores", "B spilled"),
+    lambda text: text + text])  # two kernels: whose figures?
+def test_unknown_ptxas_report_is_refused(change):
+  with pytest.raises(UnknownDump):
+    ptxas.parse(change((_DATA / "hopper_matmul.ptxas").read_text()))
+
+
+# ---- TPU
+
+
+def _loop_schedule(bundles=None, utilization=None, chip="v5e"):
+  return llo.parse("loop", bundles or recorded("loop.bundles"),
+                   utilization or recorded("loop.utilization"), targets.TARGETS[chip])
+
+
+def test_bundles_loops_and_trips():
+  schedule = _loop_schedule()
+  schedule.set_runs(llo.Steps())
+  kernel, grid, step, inner = list(schedule.root)
+  assert [r.kind for r in schedule.root] == ["kernel", "loop", "if", "loop"]
+  # 8 steps of the grid and 2 to fill and drain; the loop inside runs from 3 to 70.
+  assert (grid.trips, grid.runs, step.runs, inner.trips, inner.runs) == (10, 10, 0.8, 67, 67)
+  assert schedule.cycles == pytest.approx(
+      kernel.bundles + 10 * grid.bundles + 8 * (step.bundles + 67 * inner.bundles))
+  assert sum(r.bundles for r in schedule.root) == kernel.end == 554
+  assert schedule.body is inner and not schedule.unknown
+  # 256 x 256 x 256 products, 67 in each of 8 steps, on four units of 128 x 128.
+  assert schedule.matmul_cycles == pytest.approx(8 * 67 * 256**3 / (4 * 128**2), rel=0.01)
+
+
+def test_steps_that_are_given_count():
+  def cycles(steps, text=None):
+    schedule = _loop_schedule(text)
+    schedule.set_runs(steps)
+    return schedule.cycles, bool(schedule.unknown)
+
+  everything, unknown = cycles(llo.Steps())
+  assert not unknown
+  assert cycles(llo.Steps(active=0.5))[0] < everything
+  # What the program says itself is not overridden; what it does not say is taken from the caller.
+  assert cycles(llo.Steps(inner=5, grid=3)) == (everything, False)
+  dynamic = recorded("loop.bundles").replace("%s209_s17 = sadd.s32 1, ",
+                                             "%s209_s17 = sadd.s32 %s7, ")
+  assert cycles(llo.Steps(), dynamic)[1]
+  assert cycles(llo.Steps(inner=67), dynamic) == (everything, False)
+  assert cycles(llo.Steps(inner=[67]), dynamic) == (everything, False)
+  assert cycles(llo.Steps(inner=[0]), dynamic)[0] < everything / 10
+
+
+@pytest.mark.parametrize("change, trips", [
+    (lambda text: re.sub(r"%s209_s17 = sadd.s32 1, ", "%s209_s17 = sadd.s32 2, ", text), 34),
+    (lambda text: re.sub(r"%s209_s17 = sadd.s32 1, ", "%s209_s17 = sadd.s32 %s7, ", text), None),
+    (lambda text: re.sub(r"(%s209_s17), 70 /", r"\1, %s9 /", text), None),
+    # The counter goes through a spill slot; then through one that is written twice.
+    (lambda text: text.replace("%s209_s17 = sadd.s32 1, %s1462_s17",
+                               "%s1_s1 = sld [smem:[#a_spill]]  ;;  %2 = sst [smem:[#a_spill]] "
+                               "%s1462_s17  ;;  %s209_s17 = sadd.s32 1, %s1_s1"), 67),
+    (lambda text: text.replace("%s209_s17 = sadd.s32 1, %s1462_s17",
+                               "%s1_s1 = sld [smem:[#a_spill]]  ;;  %2 = sst [smem:[#a_spill]] "
+                               "%s1462_s17  ;;  %3 = sst [smem:[#a_spill]] %s7_s7  ;;  "
+                               "%s209_s17 = sadd.s32 1, %s1_s1"), None)])
+def test_trips_are_found_or_unknown(change, trips):
+  text = recorded("loop.bundles")
+  assert change(text) != text
+  schedule = _loop_schedule(change(text))
+  schedule.set_runs(llo.Steps())
+  inner = list(schedule.root)[3]
+  assert inner.trips == trips
+  assert (inner in schedule.unknown) == (trips is None)
+
+
+@pytest.mark.parametrize("bundles, utilization", [
+    (lambda text: "", None),
+    (lambda text: text.replace("0x3 ", "0x4 ", 1), None),  # a bundle is missing
+    (None, lambda text: text.replace("MATMUL", "MXU0")),
+    (None, lambda text: text.replace("MATMUL, MATPUSH", "MATPUSH, MATMUL")),
+    (None, lambda text: text.rstrip() + " 1\n"),
+    (None, lambda text: "\n".join(text.splitlines()[:-1])),  # of another kernel
+    (None, lambda text: "")])
+def test_unknown_bundles_are_refused(bundles, utilization):
+  with pytest.raises(UnknownDump):
+    _loop_schedule(
+        bundles and (bundles(recorded("loop.bundles")) or "\n"),
+        utilization and (utilization(recorded("loop.utilization")) or "\n"))
+
+
+def test_a_folder_without_kernels_is_refused(tmp_path):
+  with pytest.raises(UnknownDump, match="dumped no"):
+    llo.read(tmp_path, targets.TARGETS["v5e"])
+  (tmp_path / "1-loop-66-packed-bundles-post-ra.txt").write_text(recorded("loop.bundles"))
+  with pytest.raises(UnknownDump, match="no utilization"):
+    llo.read(tmp_path, targets.TARGETS["v5e"])
+  (tmp_path / "1-loop-69-pre-delay_hlo-static-per-bundle-utilization.txt").write_text(
+      recorded("loop.utilization"))
+  schedule, = llo.read(tmp_path, targets.TARGETS["v5e"])
+  assert schedule.name == "loop"
+
+
+# ---- HLO
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+def test_scores_in_memory_are_found(target):
+  buffers = hlo.buffers(recorded(f"scores.{target}.hlo"))
+  found = hlo.square(buffers, 1920, 1920)
+  assert found and all(buffer.bytes == 16 * 1920**2 * 2 for buffer in found)
+  assert not hlo.square(buffers, 1792, 1792)
+
+
+def test_what_is_inside_a_fusion_takes_no_memory():
+  text = recorded("scores.h200.hlo")
+  inside = re.search(r"%fused_computation\S* .*?\n}", text, re.DOTALL)[0]
+  assert "f32[1,1920,1920,16]" in text or "1920,30720" in text
+  names = {buffer.name for buffer in hlo.buffers(text)}
+  assert not names & set(re.findall(r"^\s+(?:ROOT )?%(\S+) =", inside, re.MULTILINE))
+
+
+@pytest.mark.parametrize("shape, flagged", [
+    ((1, 16, 1920, 1920), True), ((16 * 1920, 1920), True), ((1920 * 1920,), True),
+    ((2, 1920, 16, 128), False), ((1920, 4096), False), ((1920,), False), ((), False)])
+def test_square_shapes(shape, flagged):
+  buffer = hlo.Buffer("x", "bf16", shape, "fusion")
+  assert bool(hlo.square([buffer], 1920, 1920)) == flagged
+
+
+def test_padded_squares():
+  buffer = hlo.Buffer("x", "f32", (8, 1024, 1024), "fusion")
+  assert hlo.square([buffer], 1000, 1000)
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: "", lambda text: text.replace("ENTRY ", ""),
+    lambda text: text.replace(" fusion(", " fusion ")])
+def test_unknown_hlo_is_refused(change):
+  with pytest.raises(UnknownDump):
+    hlo.buffers(change(recorded("scores.h200.hlo")))
+
+
+# ---- cubins
+
+
+def test_cubins_of_an_executable():
+  cubin, = elf.cubins(recorded("softmax.executable"))
+  assert cubin.startswith(b"\x7fELF") and b".text." in cubin
+
+
+@pytest.mark.parametrize("change", [
+    lambda data: b"", lambda data: data[:200], lambda data: data[:-3000],
+    lambda data: data.replace(bytes.fromhex("83af70d10d884a3f"), b"12345678")])
+def test_unknown_executables_are_refused(change):
+  with pytest.raises(UnknownDump):
+    elf.cubins(change(recorded("softmax.executable")))
+
+
+# ---- targets
+
+
+def test_unknown_targets_are_named():
+  with pytest.raises(AotError, match="no target is called 'h900'.*v5e:16x16"):
+    targets.chip("h900")
+  with pytest.raises(AotError, match="CHIP:AxB"):
+    targets.devices("v5e:big")
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+def test_a_missing_compiler_is_named(target, monkeypatch):
+  monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(AotError, match=r"not installed here.*pip install 'palm-haiku\[aot\]'"):
+    targets.devices(target)
+
+
+@pytest.mark.parametrize("name, wheel", [
+    ("ptxas", "nvidia-cuda-nvcc"), ("nvdisasm", "nvidia-cuda-nvdisasm"),
+    ("cuobjdump", "nvidia-cuda-cuobjdump")])
+def test_a_missing_tool_is_named(name, wheel, monkeypatch):
+  monkeypatch.setattr(ptxas.glob, "glob", lambda pattern: [])
+  monkeypatch.setattr(ptxas.shutil, "which", lambda name: None)
+  with pytest.raises(AotError, match=rf"{name} is not installed.*{wheel}.*palm-haiku\[aot\]"):
+    ptxas.tool.__wrapped__(name)
+
+
+@pytest.mark.parametrize("name, flops, clock", [("v6e", 524288, 1.751e9), ("v4", 131072, 1.049e9)])
+def test_peaks(name, flops, clock):
+  chip = targets.TARGETS[name]
+  assert chip.flops_per_cycle == flops
+  assert chip.clock == pytest.approx(clock, rel=1e-3)

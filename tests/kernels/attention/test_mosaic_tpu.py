@@ -1,0 +1,326 @@
+"""The TPU kernels in JAX's TPU interpreter, and compiled ahead of time.
+
+The interpreter looks for races and reads out of bounds, and fills fresh memory with NaN.
+"""
+
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from palm_haiku.kernels import alibi_slopes, flash_attention, tuning
+from palm_haiku.kernels.attention import mosaic_tpu, mosaic_tpu_layout as layout
+from palm_haiku.kernels.tuning import TpuBlocks
+
+from tests.kernels.attention import contract
+from tests.kernels.attention.contract import Case
+
+# Small enough that short sequences have several blocks of rows and of keys, and steps of all
+# kinds: diagonal, large, fine. The second deals the blocks of rows to two cores.
+BLOCKS = (
+    TpuBlocks(area=1024, rows=32, lanes=32, chunk=32, fine=16, major=64, ahead=1, cores=1),
+    TpuBlocks(area=1024, rows=32, lanes=16, chunk=16, fine=8, major=32, ahead=2, cores=2),
+)
+
+
+@functools.lru_cache(maxsize=64)
+def compiled(blocks, backward, **static):
+  # Every case is a compilation; optimizing it would cost more than it saves.
+  @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+  def run(query, key, value, dout, options):
+    options = dict(options, **static, chip=None, blocks=blocks)
+    out, lse = mosaic_tpu.forward(query, key, value, **options)
+    results = dict(out=out, lse=lse)
+    if backward:
+      gradients = mosaic_tpu.backward(query, key, value, out, lse, dout, **options)
+      results |= dict(zip(("dquery", "dkey", "dvalue"), gradients, strict=True))
+    return results
+  return run
+
+
+def attention(arrays, blocks=BLOCKS[0], backward=True):
+  """{"out", "lse", "dquery", "dkey", "dvalue"} of `contract.inputs`."""
+  options = dict(arrays["options"])
+  static = {name: options.pop(name) for name in ("is_causal", "scale", "window")}
+  if isinstance(options["query_offset"], int):
+    static["query_offset"] = options.pop("query_offset")
+  run = compiled(blocks, backward, **static)
+  params = pltpu.InterpretParams(
+      detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan",
+      num_cores_or_threads=blocks.cores)
+  try:
+    with pltpu.force_tpu_interpret_mode(params):
+      return jax.block_until_ready(
+          run(*(arrays[n] for n in ("query", "key", "value", "dout")), options))
+  finally:
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def check(case, blocks=BLOCKS[0], backward=True):
+  arrays = contract.inputs(case)
+  contract.check(case, arrays, attention(arrays, blocks, backward))
+
+
+# A program is compiled once for each of these; what lies in its arrays is drawn. The fuzz below
+# draws everything.
+STRUCTURES = [(Case(**case), BLOCKS[blocks]) for blocks, case in (
+    (0, dict(num_queries=64, num_keys=64)),
+    (0, dict(num_queries=80, num_keys=80, segments="packed", dim_head=128)),
+    (0, dict(num_queries=70, num_keys=70, window=(32, 0), segments="packed")),
+    (0, dict(num_queries=33, num_keys=150, query_offset=96, dtype="float32")),
+    (0, dict(num_queries=37, num_keys=61, heads=6, kv_heads=2, traced_offset=True)),
+    (0, dict(num_queries=50, num_keys=90, is_causal=False, window=(21, 9), shared_kv=True)),
+    (0, dict(num_queries=1, num_keys=77, query_offset=76, scale=0.3, heads=8)),
+    (0, dict(num_queries=90, num_keys=41, alibi=False, heads=3, kv_heads=3, dim_head=128)),
+    (1, dict(num_queries=64, num_keys=64, shared_kv=True, batch=2)),
+    (1, dict(num_queries=45, num_keys=45, segments="packed", heads=3, traced_offset=True)),
+    (1, dict(num_queries=40, num_keys=40, is_causal=False, segments="packed", scale=0.3)),
+    (1, dict(num_queries=65, num_keys=65, window=(16, 5), dim_head=256)),
+)]
+
+
+@st.composite
+def drawn(draw, case):
+  changes = dict(seed=draw(st.integers(0, 10**6)))
+  if case.segments:
+    changes["segments"] = draw(st.sampled_from(["packed", "shuffled"]))
+  if case.traced_offset:
+    changes["query_offset"] = draw(st.integers(-case.num_queries - 3, case.num_keys + 3))
+  return dataclasses.replace(case, **changes)
+
+
+@pytest.mark.parametrize("structure", range(len(STRUCTURES)))
+@settings(max_examples=6)  # 72 in all
+@given(data=st.data())
+def test_right_on_drawn_cases(structure, data):
+  case, blocks = STRUCTURES[structure]
+  check(data.draw(drawn(case)), blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(6 * 3600)
+@settings(max_examples=700)
+@given(case=contract.cases(dtypes=("bfloat16", "float32"), max_queries=80, max_keys=120),
+       blocks=st.sampled_from(BLOCKS))
+def test_right_on_many_drawn_cases(case, blocks):
+  compiled.cache_clear()
+  check(case, blocks)
+
+
+def off_by_one(hide):
+  return lambda x, tile, distance, *rest, **options: hide(
+      x, tile, distance - 1, *rest, **options)
+
+
+def of_another_head(row_slopes):
+  return lambda slopes, *rest: row_slopes(jnp.roll(slopes, 1), *rest)
+
+
+def shortened(visible_chunks):
+  def mutant(*args, **options):
+    chunks = visible_chunks(*args, **options)
+    return chunks.at[:, 0].set(jnp.minimum(chunks[:, 0] + 1, chunks[:, 3]))
+  return mutant
+
+
+def without_a_mask_there(visible_chunks):
+  def mutant(*args, **options):
+    chunks = visible_chunks(*args, **options)
+    return chunks.at[:, 2].set(chunks[:, 3])
+  return mutant
+
+
+def nothing(clear):
+  return lambda ref: None
+
+
+MUTANTS = {
+    "mask": ("hide", off_by_one), "slopes": ("row_slopes", of_another_head),
+    "skipped block": ("visible_chunks", shortened),
+    "block without its mask": ("visible_chunks", without_a_mask_there),
+    "stale accumulator": ("clear", nothing)}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_planted_error_is_found(monkeypatch, mutant):
+  # Small, but with two blocks of rows and of keys; no diagonal steps, which start afresh.
+  case = Case(num_queries=20, num_keys=40, query_offset=19, dtype="float32")
+  if mutant == "mask":  # on the diagonal, too
+    check_fails(monkeypatch, mutant, dataclasses.replace(case, num_keys=32, num_queries=32,
+                                                         query_offset=0))
+  check_fails(monkeypatch, mutant, case)
+
+
+def check_fails(monkeypatch, mutant, case):
+  name, mutate = MUTANTS[mutant]
+  with monkeypatch.context() as patch:
+    patch.setattr(layout, name, mutate(getattr(layout, name)))
+    compiled.cache_clear()
+    results = attention(contract.inputs(case))
+  compiled.cache_clear()
+  found = set()
+  for result, array in results.items():
+    try:
+      contract.check(case, contract.inputs(case), {result: array})
+    except AssertionError:
+      found.add(result)
+  # Each kernel is found out by itself: the forward by out, the backward by what it adds up.
+  assert "out" in found and found & {"dquery", "dkey", "dvalue"}, found
+
+
+def test_no_gradient_flows_from_the_future():
+  for row in (0, 17, 39):
+    arrays = contract.inputs(Case(num_queries=40, num_keys=40, dtype="float32"))
+    arrays["dout"] = jnp.zeros_like(arrays["dout"]).at[:, row].set(1.0)
+    results = attention(arrays)
+    for name in ("dkey", "dvalue"):
+      gradient = np.asarray(results[name])[0, :, 0]
+      assert not np.any(gradient[row + 1 :]), (name, row)
+      if row or name == "dvalue":
+        assert np.all(np.any(gradient[: row + 1] != 0, axis=-1)), (name, row)
+    assert not np.any(np.delete(np.asarray(results["dquery"]), row, axis=1))
+
+
+def test_alibi_depends_on_distance_alone():
+  arrays = contract.inputs(Case(num_queries=24, num_keys=24, dtype="float32"))
+  near = attention(arrays)
+  # The same queries and keys 32 positions later, behind keys of another segment.
+  shift = 32
+  front = lambda x: jnp.concatenate([jnp.ones_like(x[:, :1]).repeat(shift, axis=1), x], axis=1)
+  ids = jnp.ones((1, 24), jnp.int32)
+  later = dict(arrays, key=front(arrays["key"]), value=front(arrays["value"]))
+  later["options"] = dict(arrays["options"], query_offset=shift, segment_ids=(
+      ids, jnp.concatenate([jnp.zeros((1, shift), jnp.int32), ids], axis=1)))
+  far = attention(later)
+  for name in ("out", "lse", "dquery"):
+    np.testing.assert_allclose(far[name], near[name], rtol=1e-5, atol=1e-5)
+  for name in ("dkey", "dvalue"):
+    np.testing.assert_allclose(far[name][:, shift:], near[name], rtol=1e-5, atol=1e-5)
+    assert not np.any(far[name][:, :shift])
+
+
+def test_the_same_bits_on_every_run():
+  arrays = contract.inputs(Case(num_queries=40, num_keys=40))
+  first, second = attention(arrays, BLOCKS[1]), attention(arrays, BLOCKS[1])
+  for name in first:
+    np.testing.assert_array_equal(first[name], second[name])
+
+
+def test_a_row_that_sees_nothing_is_zero_with_zero_gradient():
+  arrays = contract.inputs(Case(num_queries=40, num_keys=40, segments="packed"))
+  query_ids, key_ids = arrays["options"]["segment_ids"]
+  arrays["options"]["segment_ids"] = query_ids.at[:, 7].set(9), key_ids
+  results = attention(arrays)
+  assert not np.any(results["out"][:, 7]) and np.all(np.isneginf(results["lse"][:, :, 7]))
+  assert not np.any(results["dquery"][:, 7])
+  for name in ("dquery", "dkey", "dvalue"):
+    assert np.all(np.isfinite(np.asarray(results[name], np.float32)))
+
+
+def test_through_the_op_with_vmap_and_a_head_dim_that_is_padded():
+  arrays = contract.inputs(Case(batch=2, num_queries=20, num_keys=20, dim_head=72, dtype="float32",
+                                segments="packed"))
+  def loss(query, key, value, ids, implementation):
+    f = lambda q, k, v, i: flash_attention(
+        q, k, v, segment_ids=i, alibi_slopes=alibi_slopes(4), implementation=implementation)
+    return (jax.vmap(f)(query, key, value, ids) * arrays["dout"]).sum()
+  ids = arrays["options"]["segment_ids"][0]
+  gradient = jax.grad(loss, argnums=(0, 1, 2))
+  given = tuple(arrays[name] for name in ("query", "key", "value"))
+  want = gradient(*given, ids, "xla")
+  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+    got = jax.block_until_ready(jax.jit(gradient, static_argnums=4)(*given, ids, "mosaic_tpu"))
+  for g, w in zip(got, want, strict=True):
+    np.testing.assert_allclose(g, w, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("change, chip, message", [
+    (dict(dtype="float16"), "v5e", "bfloat16 or float32"),
+    (dict(dim_head=512), None, "dim_head of at most 256; got 512"),
+    (dict(), "v9", "one of the chips v4, v5e, v5p, v6e, tpu7x; got v9"),
+    (dict(dim_head=256), "v4", "blocks within the 8 MiB of VMEM of a v4; forward takes 1"),
+])
+def test_what_a_chip_cannot_do_is_said(monkeypatch, change, chip, message):
+  monkeypatch.setitem(tuning.VMEM, "v4", 8)
+  case = Case(**{"heads": 16, "num_queries": 8192, "num_keys": 8192, **change})
+  array = lambda length, heads: jax.ShapeDtypeStruct(
+      (1, length, heads, case.dim_head), jnp.dtype(case.dtype))
+  query, key = array(case.num_queries, case.heads), array(case.num_keys, 1)
+  assert message in mosaic_tpu.unsupported(query, key, key, chip=chip)
+
+
+@pytest.mark.parametrize("chip", tuning.VMEM)
+@pytest.mark.parametrize("dim_head", [64, 128, 256])
+@pytest.mark.parametrize("heads, kv_heads", [(16, 1), (16, 16), (12, 4), (71, 1)])
+def test_the_table_fits_the_chip(chip, dim_head, heads, kv_heads):
+  for length in (1, 700, 2048, 65536):
+    query, key = (jax.ShapeDtypeStruct((1, length, n, dim_head), jnp.bfloat16)
+                  for n in (heads, kv_heads))
+    assert mosaic_tpu.unsupported(query, key, key, chip=chip) is None
+
+
+COMPILE = """
+import sys
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from palm_haiku.kernels.attention import mosaic_tpu
+
+chip, topology, length, heads, kv_heads, dim, dtype = sys.argv[1:]
+length, heads, kv_heads, dim = map(int, (length, heads, kv_heads, dim))
+device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+mesh = jax.sharding.Mesh([device], ("x",))
+
+def both(query, key, value, dout, slopes):
+  options = dict(segment_ids=None, alibi_slopes=slopes, query_offset=0, is_causal=True,
+                 scale=dim**-0.5, window=None, chip=chip)
+  out, lse = mosaic_tpu.forward(query, key, value, **options)
+  return mosaic_tpu.backward(query, key, value, out, lse, dout, **options)
+
+everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+array = lambda shape, dtype=dtype: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=everywhere)
+query, key = array((1, length, heads, dim)), array((1, length, kv_heads, dim))
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+  compiled = jax.jit(both).trace(query, key, key, query, array((heads,), "float32")).lower(
+      lowering_platforms=("tpu",)).compile()
+print("temporaries", compiled.memory_analysis().temp_size_in_bytes)
+"""
+
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2",
+              "tpu7x": "tpu7x:2x2x1"}
+
+
+def temporaries(chip, length, heads=16, kv_heads=1, dim=128, dtype="bfloat16"):
+  """Bytes of temporaries of forward and backward, compiled for a chip that is not here."""
+  pytest.importorskip("libtpu", reason="the compiler for TPUs is in libtpu")
+  done = subprocess.run(
+      [sys.executable, "-c", COMPILE, chip, TOPOLOGIES[chip],
+       *map(str, (length, heads, kv_heads, dim, dtype))],
+      env=os.environ | dict(
+          JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4",
+          TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1"),
+      capture_output=True, text=True, timeout=1200)
+  assert done.returncode == 0, done.stderr[-2000:]
+  return int(done.stdout.split()[-1])
+
+
+def test_compiles_for_65536_positions_with_temporaries_of_their_number():
+  assert temporaries("v5e", 65536) < 16 * 65536 * 16 * (128 + 8)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("heads, kv_heads, dim, dtype", [
+    (16, 1, 64, "bfloat16"), (16, 1, 128, "bfloat16"), (16, 1, 256, "bfloat16"),
+    (4, 4, 128, "bfloat16"), (12, 4, 128, "bfloat16"), (16, 1, 128, "float32")])
+def test_compiles_within_the_vmem_that_is_counted(chip, heads, kv_heads, dim, dtype):
+  assert temporaries(chip, 8192, heads, kv_heads, dim, dtype) < 16 * 8192 * heads * (dim + 8)

@@ -1,0 +1,334 @@
+"""The Triton kernels: numbers in Triton's interpreter, compilation ahead of time."""
+
+import dataclasses
+import functools
+import inspect
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings, strategies as st
+from jax.sharding import AxisType
+
+from palm_haiku.kernels import alibi_slopes, flash_attention, triton_call, tuning
+from palm_haiku.kernels.attention import triton
+from tests import triton_interpreter
+from tests.kernels.attention import contract
+from tests.kernels.attention.contract import Case
+
+if trouble := triton_call.problem():
+  pytest.skip(f"needs {trouble}", allow_module_level=True)
+
+attention = functools.partial(flash_attention, implementation="triton")
+Blocks = tuning.TritonBlocks
+
+
+def blocks_of(rows, keys, apart=False):
+  """Every kernel with these tiles."""
+  return lambda *_: Blocks(rows, keys, 4, 2, apart)
+
+
+def results(case, blocks=None, mutate=None, chip=None, **replaced):
+  """What the kernels compute for a case, in the interpreter."""
+  arrays = contract.inputs(case) | replaced
+  options = dict(arrays["options"], chip=chip)
+  q, k, v, dout = (arrays[name] for name in ("query", "key", "value", "dout"))
+  with pytest.MonkeyPatch.context() as patch, triton_interpreter.interpreted(mutate):
+    if blocks:
+      patch.setattr(triton, "_blocks", blocks_of(*blocks))
+    out, lse = triton.forward(q, k, v, **options)
+    dquery, dkey, dvalue = triton.backward(q, k, v, out, lse, dout, **options)
+  return arrays, dict(out=out, lse=lse, dquery=dquery, dkey=dkey, dvalue=dvalue)
+
+
+drawn = dict(
+    case=contract.cases(dim_heads=(16, 64), dtypes=("bfloat16", "float16", "float32"),
+                        max_queries=40, max_keys=70, groups=((1, 1), (1, 3), (1, 8), (2, 2))),
+    blocks=st.sampled_from([(16, 16), (32, 32), (16, 64, True), (64, 32)]))
+
+
+# The message has the case; to look for a smaller one takes minutes.
+PHASES = (Phase.explicit, Phase.generate)
+
+
+@pytest.mark.timeout(1200)  # for a busy machine
+@settings(max_examples=72, phases=PHASES)
+@given(**drawn)
+def test_results_are_as_near_to_float64_as_the_xla_path(case, blocks):
+  contract.check(case, *results(case, blocks))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(max_examples=700, derandomize=False, phases=PHASES)
+@given(case=contract.cases(dim_heads=(16, 64, 128, 256),
+                           dtypes=("bfloat16", "float16", "float32")),
+       blocks=st.sampled_from([(16, 16), (32, 16), (16, 64), (64, 32, True), (128, 64), None]))
+def test_fuzz(case, blocks):
+  contract.check(case, *results(case, blocks))
+
+
+@pytest.mark.parametrize("chip", ["rtx4090", "b200"])
+@pytest.mark.parametrize("dim_head", [64, 128, 256])
+def test_the_block_sizes_of_the_table(chip, dim_head):
+  case = Case(num_queries=40, num_keys=150, heads=6, dim_head=dim_head, query_offset=110,
+              window=(100, 0), shared_kv=dim_head == 256)
+  contract.check(case, *results(case, chip=chip))
+
+
+# Planted mistakes: each must fail the very check that the kernels pass.
+# In float32, whose bound is the sharpest.
+CAUSAL = Case(num_queries=50, num_keys=50, dtype="float32", dim_head=16)
+WINDOW = dataclasses.replace(CAUSAL, num_keys=70, window=(30, 4), is_causal=False, query_offset=9)
+SEGMENTS = dataclasses.replace(CAUSAL, segments="packed", is_causal=False)
+MUTANTS = {
+    "sees the next key": (CAUSAL, "j <= p + RIGHT", "j <= p + RIGHT + 1"),
+    "does not see itself": (CAUSAL, "j <= p + RIGHT", "j < p + RIGHT"),
+    "window one short": (WINDOW, "j >= p - LEFT", "j > p - LEFT"),
+    "window one long": (WINDOW, "j >= p - LEFT", "j >= p - LEFT - 1"),
+    "other segments seen": (SEGMENTS, "visible &= q_segment == k_segment", "visible = visible"),
+    "slopes of another head, forward and dq": (
+        CAUSAL, "tl.load(slope_ptr + batch * HEADS + head * GROUP + g)",
+        "tl.load(slope_ptr + batch * HEADS + head * GROUP + (g + 1) % GROUP)"),
+    "slopes of another head, dkv": (
+        CAUSAL, "tl.load(slope_ptr + g)", "tl.load(slope_ptr + (g + 1) % GROUP)"),
+    "a key too far left is left out": (
+        WINDOW, "lo = tl.maximum(p_first - LEFT, 0)", "lo = tl.maximum(p_first - LEFT + BLOCK, 0)"),
+    "the last keys are left out": (
+        WINDOW, "hi = tl.minimum(S, p_last + RIGHT + 1)", "hi = tl.minimum(S, p_last + RIGHT)"),
+    "the diagonal is taken for a whole block": (
+        CAUSAL, "tl.maximum(p_first + RIGHT + 1, 0))", "tl.maximum(p_first + RIGHT + BLOCK, 0))"),
+    "the window's edge is taken for a whole block": (
+        WINDOW, "mid = (tl.maximum(p_last - LEFT, 0) + BLOCK - 1)",
+        "mid = (tl.maximum(p_last - LEFT, 0))"),
+    "the last block of a segment is left out": (
+        SEGMENTS, "block * BLOCK + BLOCK, lo", "block * BLOCK, lo"),
+    "the first rows are left out of dkv": (
+        CAUSAL, "tl.maximum(n - RIGHT - offset, 0), T) * GROUP // BLOCK_Q * BLOCK_Q",
+        "tl.maximum(n - RIGHT - offset, 0), T) * GROUP // BLOCK_Q * BLOCK_Q + BLOCK_Q"),
+    "the diagonal is taken for a whole tile of dkv": (
+        CAUSAL, "tl.maximum(n_last - RIGHT - offset, 0)", "tl.maximum(n - RIGHT - offset, 0)"),
+    "the last rows are left out of dkv": (
+        WINDOW, "n_last + LEFT - offset + 1", "n_last + LEFT - offset"),
+    "the first tile of a split is another's": (
+        CAUSAL, "skip = (split - tile % SPLITS + SPLITS) % SPLITS",
+        "skip = (split + tile + 1) // 2 % SPLITS"),
+    "keys past the end weigh something": (
+        dataclasses.replace(CAUSAL, is_causal=False), " & (j < S)[None, :]", ""),
+    "lse is left at the tile's first position": (
+        CAUSAL, "lse -= slope * SCALE * t.to(tl.float32)", "lse -= 0"),
+}
+
+
+@functools.cache
+def check_unmutated(case, blocks):
+  contract.check(case, *results(case, blocks))
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_mistake_is_noticed(name):
+  case, old, new = MUTANTS[name]
+  blocks = (16, 16)
+  check_unmutated(case, blocks)
+  with pytest.raises(AssertionError):
+    contract.check(case, *results(case, blocks, mutate={old: new}))
+
+
+def test_rows_and_keys_past_the_end_weigh_nothing():
+  """Even where exp(0 - lse), what a row of zeros would weigh, overflows."""
+  case = dataclasses.replace(CAUSAL, is_causal=False, scale=1.0)
+  shape = lambda heads: (case.batch, case.num_queries, heads, case.dim_head)
+  far_below = dict(query=jnp.full(shape(case.heads), 4.0), key=jnp.full(shape(1), -4.0))
+  contract.check(case, *results(case, (16, 16), **far_below))
+  for old in (" & inside[None, :]", " & (j < S)[None, :]"):
+    with pytest.raises(AssertionError):
+      contract.check(case, *results(case, (16, 16), mutate={old: ""}, **far_below))
+
+
+def qkv(num_queries=20, num_keys=None, heads=4, kv_heads=1, dim_head=16, lead=(2,),
+        dtype=jnp.float32):
+  keys = jax.random.split(jax.random.key(0), 3)
+  num_keys = num_keys or num_queries
+  return (jax.random.normal(keys[0], (*lead, num_queries, heads, dim_head), dtype),
+          jax.random.normal(keys[1], (*lead, num_keys, kv_heads, dim_head), dtype),
+          jax.random.normal(keys[2], (*lead, num_keys, kv_heads, dim_head), dtype))
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  monkeypatch.setattr(triton, "_blocks", blocks_of(16, 16))
+  with triton_interpreter.interpreted():
+    yield
+
+
+def loss(attend):
+  return lambda *x: (attend(*x) * jnp.cos(jnp.arange(x[0].size).reshape(x[0].shape))).sum()
+
+
+@pytest.mark.parametrize("num_queries", [1, 37])
+def test_no_gradient_flows_from_the_future(interpreted, num_queries):
+  q, k, v = qkv(num_queries, lead=())
+  row = num_queries // 2
+  f = lambda k, v: attention(q, k, v, alibi_slopes=alibi_slopes(4))[row].sum()
+  for gradient in jax.grad(f, argnums=(0, 1))(k, v):
+    assert not np.any(gradient[row + 1:])
+    assert num_queries == 1 or np.all(np.any(np.asarray(gradient[:row + 1]) != 0, axis=(1, 2)))
+
+
+def test_a_constant_added_to_all_positions_changes_nothing(interpreted):
+  q, k, v = qkv(40)
+  shift = 23  # keys in front that another segment id hides; not a multiple of a block
+  pad = lambda x, value: jnp.pad(x, ((0, 0), (shift, 0), (0, 0), (0, 0)), constant_values=value)
+  ids = jnp.zeros((2, 40), jnp.int32), jnp.broadcast_to(
+      -(jnp.arange(shift + 40) < shift).astype(jnp.int32), (2, 63))
+
+  def near(q, k, v):
+    return attention(q, k, v, alibi_slopes=alibi_slopes(4))
+
+  def far(q, k, v):
+    return attention(q, pad(k, 9.0), pad(v, 9.0), alibi_slopes=alibi_slopes(4),
+                     query_offset=shift, segment_ids=ids)
+
+  got, want = (jax.value_and_grad(loss(f), argnums=(0, 1, 2))(q, k, v) for f in (far, near))
+  chex.assert_trees_all_close(got, want, atol=2e-5, rtol=1e-5)
+  assert np.abs(near(q, k, v) - attention(q, k, v)).max() > 1e-2
+
+
+def test_bias_is_exact_far_from_the_origin(interpreted):
+  """A window keeps keys at hand while positions pass 2^20."""
+  q, k, v = qkv(24, 24, lead=())
+  slopes = jnp.full(4, 2.0)
+  far = 2**20
+  ids = lambda x: jnp.zeros(x.shape[0], jnp.int32)
+  got = attention(q, k, v, alibi_slopes=slopes, query_offset=far, is_causal=False,
+                  segment_ids=(ids(q), ids(k)))
+  want = attention(q, k, v, alibi_slopes=slopes, query_offset=24, is_causal=False)
+  # The same distances but for a constant; float32 holds 2 * 2^20 to 1/8, so weights to 13%.
+  np.testing.assert_allclose(got, want, atol=0.3)
+
+
+def test_a_row_that_sees_nothing_is_zero_with_zero_gradient(interpreted):
+  q, k, v = qkv(20)
+  f = functools.partial(attention, query_offset=-3, alibi_slopes=alibi_slopes(4))
+  out = f(q, k, v)
+  assert not np.any(out[:, :3]) and np.all(np.any(out[:, 3:] != 0, axis=-1))
+  gradients = jax.grad(lambda *x: f(*x).sum(), argnums=(0, 1, 2))(q, k, v)
+  assert not np.any(gradients[0][:, :3])
+  chex.assert_tree_all_finite(gradients)
+  _, lse = triton.forward(q, k, v, segment_ids=None, alibi_slopes=None, query_offset=-3,
+                          is_causal=True, scale=1.0, window=None, chip=None)
+  assert np.all(lse[:, :, :3] == -np.inf) and np.all(np.isfinite(lse[:, :, 3:]))
+
+
+def test_nothing_is_visible_at_all(interpreted):
+  q, k, v = qkv(20)
+  f = lambda *x: attention(*x, query_offset=-100)
+  out, gradients = jax.value_and_grad(lambda *x: f(*x).sum(), argnums=(0, 1, 2))(q, k, v)
+  assert out == 0 and not any(np.any(x) for x in gradients)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_that_are_not_positive(scale):
+  case = Case(dim_head=16, scale=scale, dtype="float32")
+  contract.check(case, *results(case, (16, 16)))
+
+
+def test_the_same_inputs_give_the_same_bits(interpreted):
+  q, k, v = qkv(33, dtype=jnp.bfloat16)
+  f = jax.value_and_grad(loss(attention), argnums=(0, 1, 2))
+  chex.assert_trees_all_equal(f(q, k, v), f(q, k, v))
+  from palm_haiku.kernels.attention import triton_kernels
+  assert "atomic" not in inspect.getsource(triton_kernels)
+
+
+SLOPES = alibi_slopes(4)
+
+
+@pytest.mark.parametrize("wrap", [
+    jax.jit, jax.checkpoint,
+    lambda f: lambda *x: jax.lax.scan(lambda c, _: (c, f(*x)), 0, None, length=2)[1][0],
+    lambda f: jax.vmap(lambda *x: f(*(y[None] for y in x))[0]),
+    lambda f: lambda *x: jax.vmap(jax.vmap(jax.checkpoint(f)))(*(y[:, None] for y in x))[:, 0],
+    lambda f: jax.jit(jax.vmap(lambda q, k, v: jax.lax.map(lambda q: f(q, k, v), q[None])[0])),
+], ids=["jit", "remat", "scan", "vmap", "nested vmap of remat", "jit of vmap of map"])
+def test_transformations_equal_the_xla_path(interpreted, wrap):
+  got, want = (jax.value_and_grad(loss(wrap(functools.partial(f, alibi_slopes=SLOPES))),
+                                  argnums=(0, 1, 2))(*qkv()) for f in (attention, flash_attention))
+  chex.assert_trees_all_close(got, want, atol=2e-5, rtol=1e-5)
+
+
+def test_vmap_of_anything(interpreted):
+  """Keys that are not mapped, while slopes, offsets, segments and queries are."""
+  q, k, v = qkv(20)
+  slopes = jnp.stack([jnp.asarray(SLOPES), 2.0 * SLOPES, jnp.zeros(4)])
+  offsets = jnp.array([0, 5, -2])
+  ids = jax.random.randint(jax.random.key(1), (2, 20, 3), 0, 2)
+  queries = jnp.stack([q, 2 * q, -q], axis=2)
+
+  def mapped(f):
+    def one(q, slopes, offset, ids, k, v):
+      return f(q, k, v, alibi_slopes=slopes, query_offset=offset, segment_ids=ids)
+    batched = jax.vmap(one, in_axes=(2, 0, 0, 2, None, None), out_axes=2)
+    return jax.value_and_grad(
+        lambda q, k, v: loss(lambda q: batched(q, slopes, offsets, ids, k, v))(q),
+        argnums=(0, 1, 2))(queries, k, v)
+
+  chex.assert_trees_all_close(mapped(attention), mapped(flash_attention), atol=3e-5, rtol=1e-5)
+
+
+def test_vmap_of_grad(interpreted):
+  q, k, v = qkv(20, lead=(3, 1))
+  per_example = lambda f: jax.vmap(jax.grad(loss(f), argnums=(0, 1, 2)))(q, k, v)
+  chex.assert_trees_all_close(per_example(attention), per_example(flash_attention), atol=2e-5)
+
+
+def test_over_a_mesh(interpreted):
+  q, k, v = qkv(17)
+  mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2,
+                       devices=jax.devices()[:4])
+  f = lambda *x: loss(functools.partial(attention, alibi_slopes=SLOPES))(*x)
+  want = jax.value_and_grad(f, argnums=(0, 1, 2))(q, k, v)
+  with jax.set_mesh(mesh):
+    got = jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(q, k, v)
+  chex.assert_trees_all_close(got, want, atol=2e-5, rtol=1e-5)
+
+
+# What is refused, and how.
+
+
+def struct(num_queries=128, heads=16, dim_head=64, dtype=jnp.bfloat16):
+  return jax.ShapeDtypeStruct((2, num_queries, heads, dim_head), dtype)
+
+
+@pytest.mark.parametrize("change, chip, message", [
+    (dict(dim_head=80), "a100", r"dim_head in {16, 32, 64, 128, 256}; got 80"),
+    (dict(dtype=jnp.float64), "a100", "dtype in {bfloat16, float16, float32}; got float64"),
+    (dict(), "v5e", "a GPU of a100, .*; got v5e"),
+    (dict(num_queries=2**27, heads=16), "h200", "2.31 rows"),
+])
+def test_requirements_are_named(change, chip, message):
+  query = struct(**change)
+  key = jax.ShapeDtypeStruct((2, 128, 1, query.shape[-1]), query.dtype)
+  assert triton.unsupported(struct(), struct(heads=1), None, chip="a100") is None
+  problem = triton.unsupported(query, key, key, chip=chip)
+  assert problem and re.search(message, problem), problem
+
+
+def test_the_op_refuses_before_anything_compiles(interpreted):
+  q, k, v = qkv(dim_head=80)
+  with pytest.raises(ValueError, match="triton needs dim_head in .*; got 80"):
+    attention(q, k, v)
+  with pytest.raises(ValueError, match=r"alibi_slopes must be \[4\]"):
+    attention(*qkv(), alibi_slopes=alibi_slopes(5))
+  with pytest.raises(ValueError, match=r"segment_ids must be \(2, 20\)"):
+    attention(*qkv(), segment_ids=jnp.zeros((2, 7), int))
+  with pytest.raises(ValueError, match="3 key/value heads do not divide 4"):
+    attention(qkv()[0], *qkv(kv_heads=3)[1:])
+
+
+def test_a_cpu_is_refused():
+  with pytest.raises(ValueError, match="triton needs a device of cuda or rocm; got cpu"):
+    attention(*qkv())

@@ -1,0 +1,174 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from palm_haiku import checkpoint, cli, configs, interop
+from tests import numpy_peers
+
+TINY = ["--dim", "16", "--depth", "2", "--heads", "2", "--dim-head", "8", "--ff-mult", "2",
+        "--seq-len", "16", "--batch-size", "2", "--steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  path = tmp_path_factory.mktemp("text") / "text"
+  path.write_text("To be, or not to be, that is the question. " * 20)
+  return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):
+  """The directory of a finished run."""
+  out = tmp_path_factory.mktemp("trained") / "out"
+  assert cli.main(["train", *TINY, "--data", text, "--out", str(out)]) == 0
+  return out
+
+
+def call(capsys, *argv):
+  """Exit status, standard output and standard error of a command."""
+  try:
+    status = cli.main([str(arg) for arg in argv])
+  except SystemExit as exit:
+    status = exit.code
+  captured = capsys.readouterr()
+  return status, captured.out, captured.err
+
+
+def test_help_in_a_process_of_its_own():
+  done = subprocess.run([sys.executable, "-m", "palm_haiku", "--help"], capture_output=True,
+                        text=True, timeout=100)
+  assert done.returncode == 0
+  for command in ("train", "generate", "convert", "info"):
+    assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "convert", "info"])
+def test_help_of_each_command(capsys, command):
+  status, out, _ = call(capsys, command, "--help")
+  assert status == 0 and command in out
+
+
+def test_training_leaves_metrics_and_says_how_it_did(trained, text, capsys):
+  rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows] == [1, 3]
+  assert {"step", "loss", "eval_loss"} <= rows[-1].keys()
+  # --resume needs nothing else, and goes on with the settings of the run.
+  status, out, _ = call(capsys, "train", "--resume", "--out", trained)
+  assert status == 0
+  for name in ("train loss", "held-out loss"):
+    line = next(line for line in out.splitlines() if line.startswith(name))
+    assert "nats per token" in line and "bits per byte" in line
+  assert f"{rows[-1]['eval_loss']:.4f} nats" in out and "loss.png" in out
+
+
+def test_options_reach_the_run(text, tmp_path, capsys):
+  out = tmp_path / "out"
+  status, _, _ = call(
+      capsys, "train", *TINY, "--num-tokens", 300, "--position", "alibi", "--norm", "rms",
+      "--shared-kv", "--data", text, "--out", out, "--steps", 1, "--eval-fraction", 0.2,
+      "--optimizer", "palm", "--learning-rate", 0.02, "--seed", 5, "--log-every", 1,
+      "--eval-every", 1, "--checkpoint-every", 1, "--resume", "--implementation", "xla",
+      "--dtype", "bfloat16", "--accumulate", 2, "--remat", "full", "--mask-documents")
+  assert status == 0
+  config = checkpoint.Checkpoints(out / "checkpoints").metadata(1)["config"]
+  want = dict(data=text, steps=1, eval_fraction=0.2, optimizer="palm", learning_rate=0.02, seed=5,
+              log_every=1, eval_every=1, checkpoint_every=1, implementation="xla",
+              dtype="bfloat16", accumulate=2, remat="full", mask_documents=True)
+  assert {name: config[name] for name in want} == want
+  want = dict(num_tokens=300, dim=16, position="alibi", norm="rms", shared_kv=True)
+  assert {name: config["model"][name] for name in want} == want
+
+
+def test_sampling_from_a_directory_alone(trained, capsys):
+  status, greedy, timing = call(capsys, "generate", trained, "--prompt", "To be", "--length", 20,
+                                "--temperature", 0)
+  assert status == 0 and greedy.startswith("To be") and "a second" in timing
+  assert greedy == call(capsys, "generate", trained, "--prompt", "To be", "--length", 20,
+                        "--top-k", 1, "--seed", 3)[1]
+  draws = [call(capsys, "generate", trained, "--prompt", "To be", "--length", 20, "--top-p", 0.9,
+                "--seed", seed)[1] for seed in (1, 1, 2)]
+  assert draws[0] == draws[1] != draws[2]
+
+
+TRAIN = ["train", *TINY]
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([*TRAIN, "--model", "palm-80b"], "no model is called 'palm-80b'; did you mean palm-8b?"),
+    ([*TRAIN, "--stepz", "3"], "unrecognized arguments: --stepz 3; did you mean --steps?"),
+    ([*TRAIN, "--optimizer", "sgd"], "invalid choice: 'sgd'"),
+    ([*TRAIN, "--steps", "many"], "invalid int value: 'many'"),
+    ([*TRAIN, "--seq-len", "0"], "seq_len must be at least 1; got 0"),
+    ([*TRAIN, "--data", "/absent/text"], "no file matches /absent/text"),
+    ([*TRAIN, "--data", "TEXT", "--seq-len", "5000"], "fewer than one sequence"),
+    ([*TRAIN, "--data", "TEXT", "--num-tokens", "100"], "outside the model's vocabulary of 100"),
+    ([*TRAIN, "--dim-head", "7"], "rotary positions need an even dim_head; got 7"),
+    ([*TRAIN, "--heads", "0"], "heads must be a positive integer; got 0"),
+    (["train", "--dim", "16"], "a model without --model needs --depth, --heads"),
+    ([*TRAIN, "--implementation", "cuda"], "implementation must be one of"),
+    ([*TRAIN, "--tokenizer", "/absent.model"], "no SentencePiece model at /absent.model"),
+    ([*TRAIN, "--eval-fraction", "1"], "eval_fraction must be in [0, 1); got 1.0"),
+    (["generate", "RUN", "--prompt", "a\udcff"], "cannot be encoded as UTF-8"),
+    (["generate", "RUN", "--length", "0"], "length must be at least 1; got 0"),
+    (["generate", "RUN", "--temperature", "-1"], "temperature must not be negative"),
+    (["generate", "RUN", "--top-p", "2"], "top_p must be in (0, 1]"),
+    (["generate", "/absent"], "/absent holds no checkpoint"),
+    (["convert", "--from", "palm-torch", "TEXT", "--out", "NEW"], "no peer is called 'palm-torch'"),
+    (["convert", "--from", "palm-jax", "TEXT", "--out", "NEW"], "is not an .npz file"),
+    (["convert", "--to", "palm-jax-lite", "RUN", "--out", "NEW"], "has position = 'alibi'"),
+    (["convert", "--to", "palm-jax", "RUN", "--out", "TEXT"], "exists already"),
+    (["info", "--model", "palm-9b"], "did you mean palm-8b?"),
+    (["trian"], "invalid choice: 'trian'"),
+])
+def test_bad_input_is_one_line_and_changes_nothing(argv, message, trained, text, tmp_path, capsys):
+  new = tmp_path / "new"
+  names = {"TEXT": text, "RUN": str(trained), "NEW": str(new)}
+  argv = [names.get(arg, arg) for arg in argv]
+  argv += ["--out", str(new)] if argv[0] == "train" else []
+  before = sorted(trained.rglob("*"))
+  capsys.readouterr()
+  status, _, err = call(capsys, *argv)
+  assert status not in (0, None)
+  assert message in err and err.count("\n") == 1 and "Traceback" not in err
+  assert not new.exists() and sorted(trained.rglob("*")) == before
+
+
+def test_another_runs_directory_is_left_alone(trained, text, capsys):
+  before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+  for options, message in (([], "holds another run"),
+                           (["--resume", "--seed", 1], "was trained with seed = 0, not 1"),
+                           (["--resume", "--dim", 32], "was trained with dim = 16, not 32")):
+    status, _, err = call(capsys, "train", *TINY, "--data", text, "--out", trained, *options)
+    assert status == 2 and message in err and err.count("\n") == 1
+  assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("peer", ["palm-jax", "palm-pytorch-lite"])
+def test_converting_to_and_fro(peer, tmp_path, capsys):
+  arrays = numpy_peers.random_arrays(
+      peer, num_tokens=256, dim=12, depth=2, heads=3, dim_head=6, ff_mult=2)
+  interop.write_arrays(tmp_path / "in.npz", arrays)
+  status, out, _ = call(capsys, "convert", "--from", peer, tmp_path / "in.npz", "--out",
+                        tmp_path / "run", "--heads", 3)
+  assert status == 0 and "palm-haiku generate" in out
+  status, _, _ = call(capsys, "convert", "--to", peer, tmp_path / "run", "--out",
+                      tmp_path / "out.npz")
+  assert status == 0
+  back = interop.read_arrays(tmp_path / "out.npz")
+  assert back.keys() == arrays.keys()
+  for name, array in arrays.items():
+    np.testing.assert_array_equal(back[name], array)
+  status, _, err = call(capsys, "train", "--resume", "--out", tmp_path / "run")
+  assert status == 2 and "holds imported weights" in err
+
+
+def test_info(capsys):
+  status, out, _ = call(capsys, "info", "--model", "palm-540b")
+  assert status == 0 and "540,356,474,880" in out and "3.278e+12" in out
+  status, out, _ = call(capsys, "info")
+  assert status == 0 and all(name in out for name in configs)
+  status, out, _ = call(capsys, "info", "--model", "palm-lite", "--depth", 1)
+  assert status == 0 and "3,834,880" in out

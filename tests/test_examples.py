@@ -1,0 +1,28 @@
+import importlib.util
+import pathlib
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+
+def load(name):
+  spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_train_with_optax(tmp_path, capsys):
+  (tmp_path / "text").write_text("All work and no play makes Jack a dull boy. " * 50)
+  assert load("train_with_optax").main([str(tmp_path / "text"), "--steps", "25"]) < 2.5
+  assert "step 20: " in capsys.readouterr().out
+
+
+def test_compare_attention(capsys):
+  assert load("compare_attention").main(["--length", "64"]) < 1e-5
+  out = capsys.readouterr().out
+  assert "palm/layers/parallel_block/query" in out and "reason=" in out
+
+
+def test_each_example_is_tested():
+  tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+  assert {path.stem for path in EXAMPLES.glob("*.py")} <= tested

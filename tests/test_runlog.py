@@ -1,0 +1,64 @@
+import io
+import json
+
+import rich.console
+
+from palm_haiku import runlog
+
+
+def log(path, start=0, terminal=False):
+  stream = io.StringIO()
+  console = rich.console.Console(file=stream, force_terminal=terminal, width=120)
+  return runlog.RunLog(path, steps=10, start=start, console=console), stream
+
+
+def test_rows_are_lines_and_the_curve_is_drawn(tmp_path):
+  record, stream = log(tmp_path)
+  with record:
+    record.write({"step": 1, "loss": 2.5})
+    # What is written is there at once: a killed run keeps it.
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2.5}
+    record.advance(1)
+    record.write({"step": 2, "loss": 2.25, "eval_loss": 2.375, "tokens_per_second": 1234.5,
+                  "mfu": 0.4567})
+  assert stream.getvalue().splitlines() == [
+      "step 1/10  loss 2.500",
+      "step 2/10  loss 2.250  held out 2.375  1,234 tokens/s  MFU 45.7%"]
+  assert [row["step"] for row in runlog.read_metrics(record.path)] == [1, 2]
+  assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+  assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
+  with log(tmp_path)[0] as record:
+    for step in (1, 2, 3):
+      record.write({"step": step, "loss": 1.0})
+  with open(record.path, "a") as file:
+    file.write('{"step": 4, "lo')  # killed while writing
+  with log(tmp_path, start=2)[0] as record:
+    record.write({"step": 3, "loss": 0.5})
+  assert runlog.read_metrics(record.path) == [
+      {"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 0.5}]
+
+
+def test_a_terminal_gets_a_progress_bar(tmp_path):
+  record, stream = log(tmp_path, terminal=True)
+  with record:
+    record.write({"step": 5, "loss": 2.5})
+    record.advance(5)
+    record.say("a word")
+  assert "5/10" in stream.getvalue() and "loss 2.500" in stream.getvalue()
+  assert "a word" in stream.getvalue()
+
+
+def test_a_long_run_is_smoothed(tmp_path):
+  rows = [{"step": step, "loss": 1 / step} for step in range(1, 301)]
+  runlog.plot_loss(rows, tmp_path / "curve.svg")
+  assert "<svg" in (tmp_path / "curve.svg").read_text()
+
+
+def test_an_empty_log_draws_nothing(tmp_path):
+  with log(tmp_path)[0]:
+    pass
+  assert not (tmp_path / "loss.png").exists()
+  assert runlog.read_metrics(tmp_path / "absent.jsonl") == []

@@ -1,0 +1,278 @@
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+import rich.console
+
+from palm_haiku import PaLMConfig, checkpoint, runlog, train
+from palm_haiku.checkpoint import CheckpointError
+from palm_haiku.train import TrainConfig
+
+MODEL = PaLMConfig(128, 16, 2, 2, 8)
+TEXT = "".join(f"{n} times {m} is {n * m}.\n" for n in range(1, 30) for m in range(1, 30))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+  path = tmp_path_factory.mktemp("data") / "text"
+  path.write_text(TEXT)
+  return TrainConfig(model=MODEL, data=str(path), steps=21, batch_size=4, seq_len=32,
+                     log_every=4, eval_every=16, checkpoint_every=7)
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+  """The directory of a run of `config` that nothing disturbed."""
+  out = tmp_path_factory.mktemp("whole") / "out"
+  run(config, out)
+  return out
+
+
+def run(config, out, **options):
+  console = rich.console.Console(file=io.StringIO(), width=200)
+  result = train.train(config, out, console=console, **options)
+  return result, console.file.getvalue()
+
+
+def losses(out):
+  """Every number of every row that does not depend on the clock."""
+  return [{name: x for name, x in row.items() if name != "tokens_per_second"}
+          for row in runlog.read_metrics(out / "metrics.jsonl")]
+
+
+def test_a_short_training(config, tmp_path):
+  out = tmp_path / "out"
+  config = dataclasses.replace(config, learning_rate=1e-2, steps=150)
+  result, text = run(config, out)
+  rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows] == sorted({1, *range(4, 151, 4), *range(16, 151, 16), 150})
+  # Near log(128) at the start; the text has 17 characters, mostly digits and words between.
+  assert 4 < rows[0]["loss"] < 7
+  assert rows[-1]["loss"] < 2 and rows[-1]["eval_loss"] < 2.2
+  for row in rows:
+    assert row.keys() - {"eval_loss", "tokens_per_second"} == {
+        "step", "loss", "log_z_squared", "grad_norm"}
+    assert ("eval_loss" in row) == (row["step"] % 16 == 0 or row["step"] == 150)
+    assert ("tokens_per_second" in row) == (row["step"] > 1)
+  assert result.step == 150 and result.interrupted_by is None
+  assert result.train.nats_per_token == rows[-1]["loss"]
+  assert result.held_out.nats_per_token == rows[-1]["eval_loss"]
+  assert result.held_out.bits_per_byte == pytest.approx(rows[-1]["eval_loss"] / np.log(2), rel=0.01)
+  assert (out / "loss.png").exists() and list((out / "tensorboard").iterdir())
+  assert checkpoint.Checkpoints(out / "checkpoints").steps() == [140, 147, 150]
+  assert "step 150/150" in text
+
+  # Another resume has nothing to do and says how it went.
+  again, _ = run(config, out, resume=True)
+  assert again == result and losses(out) == [
+      {k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+def test_evaluation_counts_every_token_once(config):
+  config = dataclasses.replace(config, mask_documents=True)
+  state = jax.jit(lambda: train.init(config))()
+  from palm_haiku import data
+  tokens = data.load_corpus(config.data, data.ByteTokenizer(), 0.01).eval
+  sums = [train.eval_step(config, state.params, batch) for batch in data.eval_batches(
+      tokens, batch_size=2, seq_len=32, eod=0)]
+  nll, count = np.sum(np.array(sums), 0)
+  assert count == len(tokens) - 1
+  want, apply = 0.0, jax.jit(config.build_model().apply)
+  for start in range(0, len(tokens) - 1, 32):
+    piece = tokens[start: start + 33].astype(int)
+    want += apply(state.params, piece[:-1], piece[1:])[0].sum()
+  np.testing.assert_allclose(nll, want, rtol=1e-5)
+
+
+def test_accumulation_is_the_same_step(config, monkeypatch):
+  # Not by an optimizer that divides gradients by their size, and so their rounding errors.
+  monkeypatch.setattr(TrainConfig, "build_optimizer", lambda self: optax.sgd(1.0))
+  tokens = np.random.default_rng(0).integers(0, 128, (4, 33))
+  state = jax.jit(lambda: train.init(config))()
+  (once, whole), (parts, sums) = (jax.jit(lambda state: train.train_step(
+      dataclasses.replace(config, accumulate=n), state, {"tokens": tokens}))(state)
+                                  for n in (1, 4))
+  chex.assert_trees_all_close(whole, sums, rtol=1e-5)
+  chex.assert_trees_all_close(once.params, parts.params, atol=1e-6)
+
+
+def test_bfloat16_trains_float32_parameters(config, tmp_path):
+  result, _ = run(dataclasses.replace(config, dtype="bfloat16", steps=12, optimizer="palm"),
+                  tmp_path / "out")
+  first = runlog.read_metrics(tmp_path / "out" / "metrics.jsonl")[0]["loss"]
+  assert result.train.nats_per_token < first
+
+
+def test_without_held_out_text(config, tmp_path):
+  result, _ = run(dataclasses.replace(config, eval_fraction=0, steps=2), tmp_path / "out")
+  assert result.held_out is None
+  assert "eval_loss" not in runlog.read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+  """A run that nothing disturbed: its config, directory and losses."""
+  folder = tmp_path_factory.mktemp("uninterrupted")
+  (folder / "text").write_text(TEXT)
+  config = TrainConfig(model=MODEL, data=str(folder / "text"), steps=240, batch_size=4, seq_len=32,
+                       log_every=1, eval_every=30, checkpoint_every=15)
+  run(config, folder / "out")
+  return config, folder / "out"
+
+
+COMMAND = """
+import dataclasses, json, sys
+from palm_haiku import train
+train.train(train.load_config({"config": json.loads(sys.argv[1])}), sys.argv[2], resume=True)
+"""
+
+
+def interrupt(config, out, number, progress, delay=0.0):
+  """Starts a run in a process of its own and sends it a signal when it has so many rows."""
+  process = subprocess.Popen(
+      [sys.executable, "-c", COMMAND, json.dumps(dataclasses.asdict(config)), str(out)],
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+  try:
+    while process.poll() is None and len(
+        runlog.read_metrics(out / "metrics.jsonl")) < progress:
+      time.sleep(0.002)
+    time.sleep(delay)
+    process.send_signal(number)
+    text = process.communicate(timeout=200)[0].decode()
+  finally:
+    process.kill()
+  return process.returncode, text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_and_resumed_is_uninterrupted(uninterrupted, tmp_path, number):
+  config, whole = uninterrupted
+  out = tmp_path / "out"
+  progress = random.Random(number).randrange(20, 120)
+  status, text = interrupt(config, out, number, progress)
+  steps = checkpoint.Checkpoints(out / "checkpoints").steps()
+  assert losses(out)[-1]["step"] < 240, text
+  if number == signal.SIGKILL:
+    assert status == -signal.SIGKILL
+  else:
+    assert status == 0 and steps[-1] == losses(out)[-1]["step"] >= progress
+  result, text = run(config, out, resume=True)
+  assert result.step == 240 and f"resuming from step" in text
+  assert losses(out) == losses(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_killed_again_and_again(uninterrupted, tmp_path, seed):
+  config, whole = uninterrupted
+  draw = random.Random(seed)
+  out = tmp_path / "out"
+  for _ in range(4):
+    number = draw.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+    done = len(runlog.read_metrics(out / "metrics.jsonl"))
+    interrupt(config, out, number, draw.randrange(done + 1, done + 50), draw.uniform(0, 0.05))
+  run(config, out, resume=True)
+  assert losses(out) == losses(whole)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(config, whole, tmp_path):
+  out = shutil.copytree(whole, tmp_path / "out")
+  victim = max((out / "checkpoints" / "21").rglob("*"), key=lambda path: path.stat().st_size)
+  victim.write_bytes(victim.read_bytes()[:-100])
+  _, text = run(config, out, resume=True)
+  assert f"checkpoint {out / 'checkpoints' / '21'} is refused" in text
+  assert "resuming from step 14" in text
+  assert losses(out) == losses(whole)
+
+
+def test_resuming_nothing_begins(config, whole, tmp_path):
+  assert run(config, tmp_path, resume=True)[0].step == 21
+  assert losses(tmp_path) == losses(whole)
+
+
+def refuse(config, out, message, resume=False):
+  before = sorted(out.rglob("*"))
+  with pytest.raises(ValueError, match=message) as error:
+    run(config, out, resume=resume)
+  assert "\n" not in str(error.value)
+  assert sorted(out.rglob("*")) == before
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_done(config, whole, tmp_path):
+  out = tmp_path / "out"
+  change = lambda **fields: dataclasses.replace(config, **fields)
+  refuse(change(seq_len=len(TEXT)), out, "fewer than one sequence")
+  refuse(change(data=str(tmp_path / "absent")), out, "no file matches")
+  refuse(change(model=dataclasses.replace(MODEL, num_tokens=100)), out,
+         "hold token 116, outside the model's vocabulary of 100")
+  shutil.copytree(whole, out)
+  refuse(config, out, "holds another run; continue it with --resume")
+  refuse(change(seed=1), out, "was trained with seed = 0, not 1", resume=True)
+  refuse(change(model=dataclasses.replace(MODEL, dim=32)), out, "dim = 16, not 32", resume=True)
+  text = pathlib.Path(config.data)
+  text.write_text(TEXT + "more")
+  try:
+    refuse(config, out, "was trained on other data", resume=True)
+  finally:
+    text.write_text(TEXT)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(seq_len=0), "seq_len must be at least 1; got 0"),
+    (dict(steps=0), "steps must be at least 1"),
+    (dict(batch_size=6, accumulate=4), "accumulate must divide batch_size"),
+    (dict(optimizer="sgd"), "optimizer must be adamw or palm"),
+    (dict(learning_rate=0.0), "learning_rate must be positive"),
+    (dict(learning_rate=float("nan")), "learning_rate must be positive"),
+    (dict(dtype="int8"), "dtype must be float32 or bfloat16"),
+])
+def test_bad_settings_are_named(config, change, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(config, **change)
+
+
+def test_a_run_that_diverges_stops_and_keeps_what_was_good(config, tmp_path):
+  out = tmp_path / "out"
+  config = dataclasses.replace(config, learning_rate=1e30, log_every=100, checkpoint_every=1)
+  with pytest.raises(FloatingPointError, match=r"is nan at step \d.*checkpoint \d is intact"):
+    run(config, out)
+  for step in checkpoint.Checkpoints(out / "checkpoints").steps():
+    like = jax.eval_shape(lambda: train.init(config))._asdict()
+    chex.assert_tree_all_finite(
+        checkpoint.Checkpoints(out / "checkpoints").restore(step, like)["opt_state"])
+
+
+def test_a_full_disk_loses_nothing(config, whole, tmp_path, monkeypatch):
+  """No file may grow beyond a limit, as on a disk that has no more room than that."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  before = checkpoint.Checkpoints.save
+
+  def save(self, step, items, metadata):
+    if step == 14:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    before(self, step, items, metadata)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
+  try:
+    with pytest.raises(CheckpointError, match="could not write.*checkpoint 7 is intact") as error:
+      run(config, tmp_path)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert "\n" not in str(error.value)
+  monkeypatch.setattr(checkpoint.Checkpoints, "save", before)
+  assert "resuming from step 7" in run(config, tmp_path, resume=True)[1]
+  assert losses(tmp_path) == losses(whole)
