@@ -86,7 +86,7 @@ class AttentionMosaicGpu(NamedTuple):
 # By head_dim. Static figures only (instructions of the unmasked loop with ALiBi, ptxas 13.0; no
 # time was measured): the largest tiles that neither spill nor serialize, then the stages that
 # shared memory has room for. TABLE
-_MOSAIC_HOPPER = {
+_MOSAIC_MOSAIC_HOPPER = {
     64: AttentionMosaicGpu(128, 2, 128, 2, 2, 64, 2),
     128: AttentionMosaicGpu(128, 2, 64, 2, 2, 64, 2),
     256: AttentionMosaicGpu(64, 2, 64, 2, 1, 64, 2),
