@@ -118,7 +118,7 @@ def load(path: str) -> None:
       raise KeyError(table["backend"])
     entries = {(table["chip"], int(dim_head)): AttentionMosaicGpu(**blocks)
                for dim_head, blocks in table["blocks"].items()}
-  except (OSError, KeyError, TypeError, json.JSONDecodeError) as e:
+  except (OSError, KeyError, TypeError, ValueError) as e:
     raise ValueError(f"{path} is no table of tune(): {type(e).__name__} {e}") from None
   ATTENTION_MOSAIC_GPU.update(entries)
 

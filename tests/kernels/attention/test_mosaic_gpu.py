@@ -295,9 +295,8 @@ def _sound(report, kernels):
   assert not report.problems, report.problems
 
 
-@pytest.mark.parametrize("dim_head", [128, 256])
-def test_compiles_without_spills_or_serialized_products(dim_head):
-  _sound(compiled(dim_head, alibi=True, gradients=True), 3)
+def test_compiles_without_spills_or_serialized_products():
+  _sound(compiled(256, alibi=True, gradients=True), 3)
 
 
 @pytest.mark.slow
@@ -328,4 +327,5 @@ def test_main_loop_is_short(dim_head, alibi, allowed):
 def test_memory_grows_with_the_length_alone():
   length, heads, dim_head = 65536, 16, 64
   report = compiled(dim_head, alibi=True, gradients=True, length=length, heads=heads)
+  _sound(report, 3)
   assert report.memory["temp"] < 16 * length * heads * (dim_head + 8)
