@@ -1,8 +1,6 @@
-"""Flash attention for Hopper in Pallas Mosaic GPU: the forward kernel and its launcher.
+"""Flash attention for Hopper in Pallas Mosaic GPU: the backend's functions, the forward kernel.
 
-The query heads of one key/value head are rows of one matrix: row r = i * group + g is query i of
-head g. A block of the grid takes 128 rows, 64 for each of two compute warpgroups; a third
-warpgroup feeds them K and V through TMA.
+How it works, and what it costs: docs/attention.md.
 """
 
 import functools
@@ -52,7 +50,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
 
   @pl.when(wg == COMPUTE)
   def copy():
-    plgpu.set_max_registers(24, action="decrease")
+    plgpu.set_max_registers(tiles.COPY_REGISTERS, action="decrease")
     plgpu.copy_gmem_to_smem(q_ref.at[rows(tile * ROWS, ROWS)], q_smem, q_ready)
 
     def stream(ref, smem, ready, free):
@@ -64,7 +62,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
 
   @pl.when(wg < COMPUTE)
   def compute():
-    plgpu.set_max_registers(240, action="increase")
+    plgpu.set_max_registers(tiles.COMPUTE_REGISTERS, action="increase")
     row0 = tile * ROWS + wg * WARPGROUP_ROWS
     row = row0 + plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROW)
     position = offset + lax.div(row, group)

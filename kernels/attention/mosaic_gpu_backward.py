@@ -40,7 +40,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
 
   @pl.when(wg == COMPUTE)
   def copy():
-    plgpu.set_max_registers(24, action="decrease")
+    plgpu.set_max_registers(tiles.COPY_REGISTERS, action="decrease")
     for ref, smem in ((q_ref, q_smem), (dout_ref, dout_smem)):
       plgpu.copy_gmem_to_smem(ref.at[rows(tile * ROWS, ROWS)], smem, q_ready)
 
@@ -54,9 +54,10 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
 
   @pl.when(wg < COMPUTE)
   def compute():
-    plgpu.set_max_registers(240, action="increase")
+    plgpu.set_max_registers(tiles.COMPUTE_REGISTERS, action="increase")
+
     def facts(wg):
-      """What depends on the warpgroup alone: its first row, and a value for each of its rows."""
+      """Of each of the warpgroup's rows: position, lse, delta, slope, segment."""
       row0 = tile * ROWS + wg * WARPGROUP_ROWS
       row = row0 + plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROW)
       position = offset + lax.div(row, group)
@@ -77,7 +78,6 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
 
     def step(i, _, dq_acc, masked):
       k_slot, v_slot = lax.rem(i, k_stages), lax.rem(i, v_stages)
-
       plgpu.barrier_wait(k_ready.at[k_slot])
       here, (position, lse, delta, slope, segment) = wg, kept
       if dim > 128:
@@ -104,7 +104,8 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
       if not shared:
         plgpu.barrier_wait(v_ready.at[v_slot])
       # dweights - delta: the subtraction is the accumulator's start.
-      centered = tiles.product_onto(across(-delta, shape), half(dout_smem, here), v_smem.at[v_slot].T)
+      centered = tiles.product_onto(
+          across(-delta, shape), half(dout_smem, here), v_smem.at[v_slot].T)
       if not shared:
         plgpu.barrier_arrive(v_free.at[v_slot])
       dscores = (weights * centered).astype(q_smem.dtype)
@@ -131,7 +132,8 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
     q_tile = half(q_smem, wg)
     q_tile[...] = (dq * scale).astype(q_smem.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[rows(tile * ROWS + wg * WARPGROUP_ROWS, WARPGROUP_ROWS)])
+    row0 = tile * ROWS + wg * WARPGROUP_ROWS
+    plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[rows(row0, WARPGROUP_ROWS)])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -163,7 +165,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
 
   @pl.when(wg == COMPUTE)
   def copy():
-    plgpu.set_max_registers(24, action="decrease")
+    plgpu.set_max_registers(tiles.COPY_REGISTERS, action="decrease")
     for ref, smem in ((k_ref, k_smem), (v_ref, v_smem)):
       if ref is not None:
         plgpu.copy_gmem_to_smem(ref.at[b, pl.ds(tile * keys, keys), kv], smem, kv_ready)
@@ -287,19 +289,19 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
   if divided:
     @pl.when(wg == 0)
     def compute_dv():
-      plgpu.set_max_registers(240, action="increase")
+      plgpu.set_max_registers(tiles.COMPUTE_REGISTERS, action="increase")
       dv, = pl.run_scoped(lambda a: loops(dv_part, a), acc)
       store(dv_ref, dv, k_tile)
 
     @pl.when(wg == 1)
     def compute_dk():
-      plgpu.set_max_registers(240, action="increase")
+      plgpu.set_max_registers(tiles.COMPUTE_REGISTERS, action="increase")
       dk, = pl.run_scoped(lambda a: loops(dk_part, a), acc)
       store(dk_ref, scaled(dk), v_tile)
   else:
     @pl.when(wg < COMPUTE)
     def compute():
-      plgpu.set_max_registers(240, action="increase")
+      plgpu.set_max_registers(tiles.COMPUTE_REGISTERS, action="increase")
       if shared:
         dk, = pl.run_scoped(lambda a: loops(whole, a), acc)
         store(dk_ref, dk, k_tile)
@@ -407,8 +409,8 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
           weights_free=plgpu.Barrier(),
       ),
   )(*operands)
-  total = lambda x: x[:, :, :num_keys].sum(0, dtype=jnp.float32) if splits > 1 else x[0, :, :num_keys]
-  grads = [total(x) for x in (dkey, *dvalue)]
+  grads = [x[:, :, :num_keys] for x in (dkey, *dvalue)]
+  grads = [x.sum(0) if splits > 1 else x[0] for x in grads]
   dquery = tiles.unpack(dquery, query.shape, kv_heads)
   if shared:
     return dquery, sum(grads[1:], grads[0]).astype(key.dtype), None

@@ -1,5 +1,6 @@
 """The search for block sizes, and the tables that it writes."""
 
+import importlib
 import json
 
 import pytest
@@ -11,7 +12,6 @@ from palm_haiku.kernels import tuning
 
 @pytest.fixture
 def module(monkeypatch):
-  import importlib
   monkeypatch.setattr(tuning, "ATTENTION_MOSAIC_GPU", dict(tuning.ATTENTION_MOSAIC_GPU))
   return importlib.import_module("palm_haiku.kernels.tune")
 
@@ -50,8 +50,9 @@ def test_refuses_a_chip_that_is_not_hopper():
     tune_op(chip="a100")
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"backend": "triton"}',
-                                  '{"backend": "mosaic_gpu", "chip": "h200", "blocks": {"64": {}}}'])
+@pytest.mark.parametrize("text", [
+    "", "[]", '{"backend": "triton"}',
+    '{"backend": "mosaic_gpu", "chip": "h200", "blocks": {"64": {}}}'])
 def test_refuses_a_file_that_is_no_table(text, tmp_path):
   path = tmp_path / "table.json"
   path.write_text(text)

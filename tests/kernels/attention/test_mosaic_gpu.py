@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
 from palm_haiku.kernels import flash_attention
 from palm_haiku.kernels.attention import mosaic_gpu, mosaic_gpu_tiles as tiles
 from tests.kernels import hopper
@@ -133,8 +135,8 @@ def test_alibi_does_not_depend_on_where_position_zero_is():
   case = Case(num_queries=12, num_keys=90, heads=3, is_causal=False, traced_offset=True)
   near, far = (run(dataclasses.replace(case, query_offset=offset))[1] for offset in (20, 4000))
   for name in ("out", "dquery", "dkey", "dvalue"):
-    np.testing.assert_allclose(np.asarray(near[name], np.float32), np.asarray(far[name], np.float32),
-                               rtol=0.02, atol=0.02, err_msg=name)
+    a, b = (np.asarray(results[name], np.float32) for results in (near, far))
+    np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02, err_msg=name)
 
 
 def test_same_bits_every_time():
@@ -162,15 +164,15 @@ def test_under_vmap_and_grad_through_the_op():
                                rtol=0.05, atol=0.05)
 
 
-# Mutants: each of these changes of the kernels must be noticed. ----------------------------------
+# Mutants: each of these changes of the kernels must be noticed. ---------------------------------
 
 
 def _without(monkeypatch, name, which):
-  """Leaves out the calls of plgpu.<name> that `which(call number, caller's line)` picks."""
-  original, count = getattr(plgpu, name), iter(range(1000))
+  """Leaves out one traced call of plgpu.<name> by its number, or those in the function `which`."""
+  original, count = getattr(plgpu, name), itertools.count()
 
   def maybe(*args, **kwargs):
-    if next(count) != which:
+    if which not in (next(count), sys._getframe(1).f_code.co_name):
       return original(*args, **kwargs)
 
   monkeypatch.setattr(plgpu, name, maybe)
@@ -208,16 +210,28 @@ def test_mutant_mask_off_by_one(monkeypatch):
   _mutant_fails(Case(), gradients=False)
 
 
+def _backward_of(arrays, results):
+  with hopper.interpret():
+    grads = mosaic_gpu.backward(
+        arrays["query"], arrays["key"], arrays["value"], results["out"], results["lse"],
+        arrays["dout"], chip=None, **arrays["options"])
+    return jax.block_until_ready(dict(zip(("dquery", "dkey", "dvalue"), grads)))
+
+
 def test_mutant_mask_off_by_one_in_the_backward(monkeypatch):
   arrays, good = run(Case())
   original = tiles.reach
   monkeypatch.setattr(tiles, "reach", lambda *a: (original(*a)[0], original(*a)[1] + 1))
-  with hopper.interpret():
-    bad = mosaic_gpu.backward(arrays["query"], arrays["key"], arrays["value"], good["out"],
-                              good["lse"], arrays["dout"], chip=None, **arrays["options"])
-  for name, grad in zip(("dquery", "dkey", "dvalue"), bad):
+  for name, grad in _backward_of(arrays, good).items():
     with pytest.raises(AssertionError):
       contract.check(Case(), arrays, {name: grad})
+
+
+def test_mutant_dk_without_waiting_for_the_weights(monkeypatch):
+  arrays, good = run(Case(dim_head=256), gradients=False)
+  _without(monkeypatch, "barrier_wait", "weights")
+  with pytest.raises((hopper.Race, jax.errors.JaxRuntimeError)):
+    _backward_of(arrays, good)
 
 
 def test_mutant_slopes_of_the_wrong_head(monkeypatch):
@@ -239,7 +253,7 @@ def test_mutant_skips_a_block(bounds, monkeypatch):
   _mutant_fails(Case(num_queries=16, num_keys=140, heads=2, query_offset=124))
 
 
-# What is refused. ----------------------------------------------------------------------------------
+# What is refused. -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -260,7 +274,7 @@ def test_chips(chip, fits):
   assert (problem is None) == fits
 
 
-# Compiled for a chip that is not here. -------------------------------------------------------------
+# Compiled for a chip that is not here. ----------------------------------------------------------
 
 
 def compiled(dim_head, *, alibi, gradients, length=2048, heads=16, **options):
