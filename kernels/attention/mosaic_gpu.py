@@ -5,12 +5,13 @@ How it works, and what it costs: docs/attention.md.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import tuning
+from .. import mesh, tuning
 from . import mosaic_gpu_tiles as tiles
 from .mosaic_gpu_backward import backward as backward
 from .mosaic_gpu_tiles import COL, COMPUTE, FAR, LOG2E, QUAD, ROW, ROWS, TILE, WARPGROUP_ROWS
@@ -181,7 +182,6 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
   packed, num_tiles = tiles.pack(query, kv_heads), bounds.shape[1]
   operands = [packed, key, value, bounds, q_segments, k_segments,
               None if alibi_slopes is None else tiles.row_slopes(alibi_slopes, kv_heads)]
-  varying = [x for x in operands if x is not None]
   smem = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=tiles.TRANSFORMS)
   out, lse = plgpu.kernel(
       functools.partial(
@@ -189,8 +189,8 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
           is_causal=is_causal, window=window,
           masked_head=left < FAR or segment_ids is not None,
           masked_tail=right < FAR or segment_ids is not None or num_keys % block != 0),
-      out_type=[tiles.output(packed.shape, query.dtype, *varying),
-                tiles.output((batch, kv_heads, num_tiles * ROWS), jnp.float32, *varying)],
+      out_type=[jax.ShapeDtypeStruct(packed.shape, query.dtype),
+                jax.ShapeDtypeStruct((batch, kv_heads, num_tiles * ROWS), jnp.float32)],
       grid=(num_tiles * batch * kv_heads,),
       grid_names=("block",),
       num_threads=COMPUTE + 1,
@@ -210,5 +210,7 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
           turn=plgpu.Barrier(num_arrivals=COMPUTE),
       ),
   )(*operands)
+  # Inside shard_map what JAX knows of a kernel's results is their shapes.
+  out, lse = mesh.varying_together(out, lse, *operands)[:2]
   return (tiles.unpack(out, query.shape, kv_heads),
           tiles.unpack_rows(lse, (batch, heads, length)))

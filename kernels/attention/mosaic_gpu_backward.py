@@ -8,12 +8,13 @@ run to run.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import tuning
+from .. import mesh, tuning
 from . import mosaic_gpu_tiles as tiles
 from .mosaic_gpu_tiles import COL, COMPUTE, FAR, LOG2E, ROW, ROWS, WARPGROUP_ROWS
 from .mosaic_gpu_tiles import across, down
@@ -347,14 +348,13 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   bounds, q_segments, k_segments = tiles.key_blocks(
       query, key, block, segment_ids, query_offset, **mask)
   operands = [packed, key, value, packed_dout, table, bounds, q_segments, k_segments, slopes]
-  varying = [x for x in operands if x is not None]
   k_stages, v_stages = config.dq_k_stages, config.dq_v_stages
   dquery = launch(
       functools.partial(
           _dq_kernel, config=config, group=group, kv_heads=kv_heads, scale=scale,
           masked_head=left < FAR or segmented,
           masked_tail=right < FAR or segmented or num_keys % block != 0, **mask),
-      out_type=tiles.output(packed.shape, query.dtype, *varying),
+      out_type=jax.ShapeDtypeStruct(packed.shape, query.dtype),
       grid=(bounds.shape[1] * batch * kv_heads,),
       grid_names=("block",),
       kernel_name="flash_attention_dq",
@@ -378,8 +378,9 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   blocks = bounds.shape[1]
   splits = tuning.splits(batch * kv_heads * blocks, group)
   operands = [packed, key, value, packed_dout, table, bounds, q_segments, k_segments]
-  partial = tiles.output((splits, batch, blocks * keys, kv_heads, dim),
-                         query.dtype if splits == 1 and not shared else jnp.float32, *varying)
+  partial = jax.ShapeDtypeStruct(
+      (splits, batch, blocks * keys, kv_heads, dim),
+      query.dtype if splits == 1 and not shared else jnp.float32)
   one_sum = shared and not divided
   dkey, *dvalue = launch(
       functools.partial(
@@ -409,6 +410,8 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
           weights_free=plgpu.Barrier(),
       ),
   )(*operands)
+  # Inside shard_map what JAX knows of a kernel's results is their shapes.
+  dquery, dkey, *dvalue = mesh.varying_together(dquery, dkey, *dvalue, *operands)[:2 + len(dvalue)]
   grads = [x[:, :, :num_keys] for x in (dkey, *dvalue)]
   grads = [x.sum(0) if splits > 1 else x[0] for x in grads]
   dquery = tiles.unpack(dquery, query.shape, kv_heads)

@@ -169,13 +169,6 @@ def row_slopes(alibi_slopes, kv_heads):
   return jnp.tile(slopes, (1, pl.cdiv(size, slopes.shape[1])))[:, :size]
 
 
-def output(shape, dtype, *operands):
-  """The type of an output that varies over the mesh axes that the operands vary over."""
-  mats = [jax.typeof(x).manual_axis_type for x in operands]
-  varying = frozenset().union(*(mat.varying for mat in mats))
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=mats[0].update(varying=varying))
-
-
 # Inside the kernels. ---------------------------------------------------------------------------
 
 

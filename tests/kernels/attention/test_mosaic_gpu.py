@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import NamedSharding, PartitionSpec as P
 
-from palm_haiku.kernels import flash_attention
+from palm_haiku.kernels import alibi_slopes, flash_attention
 from palm_haiku.kernels.attention import mosaic_gpu, mosaic_gpu_tiles as tiles
 from tests.kernels import hopper
 from tests.kernels.attention import contract
@@ -162,6 +163,23 @@ def test_under_vmap_and_grad_through_the_op():
   for a, b in zip(got, gradients("xla")):
     np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32),
                                rtol=0.05, atol=0.05)
+
+
+def test_gradients_are_typed_under_a_mesh():
+  """Heads over one axis, batch over another: shard_map takes what the kernels return."""
+  mesh = jax.make_mesh((2, 2), ("data", "model"))
+  place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+  query = place(jnp.ones((2, 16, 4, 64), jnp.bfloat16), "data", None, "model")
+  key = place(jnp.ones((2, 16, 1, 64), jnp.bfloat16), "data")
+  slopes = jnp.asarray(alibi_slopes(4))
+
+  def loss(query, key, value):
+    return flash_attention(query, key, value, alibi_slopes=slopes,
+                           implementation="mosaic_gpu").astype(jnp.float32).sum()
+
+  with hopper.interpret(), jax.set_mesh(mesh):
+    grads = jax.eval_shape(jax.grad(loss, (0, 1, 2)), query, key, key)
+  assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]
 
 
 # Mutants: each of these changes of the kernels must be noticed. ---------------------------------
