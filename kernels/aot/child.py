@@ -97,7 +97,8 @@ def _gpu_kernels(compiled, folder, chip):
   # Mosaic GPU and Triton leave PTX, which ptxas turns into the very code that they run: checked
   # against Mosaic's own dump of its SASS.
   for ptx in sorted((folder / "mosaic").glob("*.ptx")):
-    resources = ptx.with_suffix(".resources.txt").read_text()
+    # The number at the end of a name counts compilations here and lowerings there.
+    resources = next(ptx.parent.glob(ptx.stem.rpartition("_")[0] + "_*.resources.txt")).read_text()
     shared = re.search(r"smem_scratch_bytes=(\d+)", resources)
     kernels.append(_assembled(ptx, "mosaic_gpu", ptx.stem, chip, shared))
   for ptx in sorted((folder / "triton").glob("*/*.ptx")):
