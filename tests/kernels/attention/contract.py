@@ -153,7 +153,8 @@ def check(case: Case, arrays: dict, results: dict) -> None:
   data = {name: arrays[name] for name in ("query", "key", "value", "dout")}
   with jax.enable_x64(True):
     exact = reference(**data, dtype="float64", **arrays["options"])
-  rough = reference(**data, dtype=case.dtype, **arrays["options"])
+  # Asked for only where an error is above the floor: each is a compilation.
+  rough = functools.cache(lambda: reference(**data, dtype=case.dtype, **arrays["options"]))
   exact_lse = reference_lse(arrays["query"], arrays["key"], **arrays["options"])
   largest_lse = np.abs(exact_lse, where=np.isfinite(exact_lse), out=np.zeros_like(exact_lse)).max()
   for name, got in results.items():
@@ -164,7 +165,7 @@ def check(case: Case, arrays: dict, results: dict) -> None:
       assert got is None, f"{name} must be None where the value is the key"
       continue
     assert got.shape == exact[name].shape and got.dtype == jnp.dtype(case.dtype), name
-    want, xla_path, got = (np.asarray(x, np.float64) for x in (exact[name], rough[name], got))
+    want, got = np.asarray(exact[name], np.float64), np.asarray(got, np.float64)
     assert np.all(np.isfinite(got)), f"{name} is not finite"
     # A few roundings of the largest value: where the XLA path happens to be exact, or nearly so.
     # In float32 they are those of the computation, not of its result.
@@ -172,10 +173,11 @@ def check(case: Case, arrays: dict, results: dict) -> None:
     roundings = 8 + 2 * largest_lse if case.dtype == "float32" else 2
     floor = roundings * float(jnp.finfo(case.dtype).eps) * np.abs(want).max(initial=0)
     floor += 16 * np.finfo(np.float32).eps * _cancelled(name, arrays)
-    for norm, measure in (("largest", lambda x: np.abs(x).max(initial=0)),
-                          ("mean square", lambda x: np.sqrt(np.square(x).mean()))):
-      error, allowed = measure(got - want), max(2 * measure(xla_path - want), floor / 2)
-      if norm == "largest":
-        allowed = max(allowed, floor)
-      assert error <= allowed, (
-          f"{name}: {norm} error {error:.3g}, allowed {allowed:.3g}, for {case}")
+    for norm, least, measure in (
+        ("largest", floor, lambda x: np.abs(x).max(initial=0)),
+        ("mean square", floor / 2, lambda x: np.sqrt(np.square(x).mean()))):
+      error = measure(got - want)
+      if error > least:
+        allowed = 2 * measure(np.asarray(rough()[name], np.float64) - want)
+        assert error <= allowed, (
+            f"{name}: {norm} error {error:.3g}, allowed {allowed:.3g}, for {case}")
