@@ -23,6 +23,13 @@ def test_compare_attention(capsys):
   assert "palm/layers/parallel_block/query" in out and "reason=" in out
 
 
+def test_judge_a_kernel(capsys):
+  report = load("judge_a_kernel").main(["h200", "--dim-head", "64", "--seq-len", "256"])
+  (kernel,) = report.kernels_named("flash_attention_forward")
+  assert kernel.source == "mosaic_gpu" and not report.problems
+  assert "registers, spills 0/0 bytes" in capsys.readouterr().out
+
+
 def test_each_example_is_tested():
   tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
   assert {path.stem for path in EXAMPLES.glob("*.py")} <= tested
