@@ -97,8 +97,9 @@ def _gpu_kernels(compiled, folder, chip):
   # Mosaic GPU and Triton leave PTX, which ptxas turns into the very code that they run: checked
   # against Mosaic's own dump of its SASS.
   for ptx in sorted((folder / "mosaic").glob("*.ptx")):
-    resources = ptx.with_suffix(".resources.txt").read_text()
-    shared = re.search(r"smem_scratch_bytes=(\d+)", resources)
+    # Of kernels with one name, a file of resources may bear another's number: then it is not known.
+    resources = ptx.with_suffix(".resources.txt")
+    shared = resources.exists() and re.search(r"smem_scratch_bytes=(\d+)", resources.read_text())
     kernels.append(_assembled(ptx, "mosaic_gpu", ptx.stem, chip, shared))
   for ptx in sorted((folder / "triton").glob("*/*.ptx")):
     shared = re.search(r"shared_mem_bytes: (\d+)", ptx.with_suffix(".compile_info").read_text())
