@@ -3,6 +3,7 @@
 It leaves FOLDER/result, a pickled ("report", Report) or ("error", AotError).
 """
 
+import glob
 import os
 import pathlib
 import pickle
@@ -97,13 +98,10 @@ def _gpu_kernels(compiled, folder, chip):
   # Mosaic GPU and Triton leave PTX, which ptxas turns into the very code that they run: checked
   # against Mosaic's own dump of its SASS.
   for ptx in sorted((folder / "mosaic").glob("*.ptx")):
-    # Of kernels with one name, a file of resources may bear another's number: then it is not known.
-    resources = ptx.with_suffix(".resources.txt")
-    shared = resources.exists() and re.search(r"smem_scratch_bytes=(\d+)", resources.read_text())
-    kernels.append(_assembled(ptx, "mosaic_gpu", ptx.stem, chip, shared))
+    kernels.append(_assembled(ptx, "mosaic_gpu", ptx.stem, chip, _scratch(ptx)))
   for ptx in sorted((folder / "triton").glob("*/*.ptx")):
     shared = re.search(r"shared_mem_bytes: (\d+)", ptx.with_suffix(".compile_info").read_text())
-    kernels.append(_assembled(ptx, "triton", None, chip, shared))
+    kernels.append(_assembled(ptx, "triton", None, chip, int(shared[1]) if shared else None))
   seen = {kernel.code.name for kernel in kernels}
 
   launches = _launches(folder / "xla")
@@ -129,7 +127,20 @@ def _assembled(ptx, source, name, chip, shared):
   cubin = ptx.with_suffix(".cubin")
   resources = ptxas.assemble(str(ptx), chip.architecture, str(cubin))
   code, = sass.parse(ptxas.disassemble(str(cubin)))
-  return GpuKernel(name or code.name, source, resources, int(shared[1]) if shared else None, code)
+  return GpuKernel(name or code.name, source, resources, shared, code)
+
+
+def _scratch(ptx):
+  """Bytes of shared memory of a Mosaic kernel; None if kernels of its name take different ones.
+
+  Files of resources are numbered as kernels are lowered, PTX as it is compiled, which is another
+  order: the name alone tells what belongs together.
+  """
+  name = ptx.stem.rpartition("_")[0]
+  found = {int(n) for file in ptx.parent.glob(f"{glob.escape(name)}_*.resources.txt")
+           if re.fullmatch(r"\d+", file.name.removesuffix(".resources.txt").removeprefix(f"{name}_"))
+           for n in re.findall(r"smem_scratch_bytes=(\d+)", file.read_text())}
+  return found.pop() if len(found) == 1 else None
 
 
 def _barriers(code):
