@@ -138,7 +138,7 @@ def _scratch(ptx):
   """
   name = ptx.stem.rpartition("_")[0]
   found = {int(n) for file in ptx.parent.glob(f"{glob.escape(name)}_*.resources.txt")
-           if re.fullmatch(r"\d+", file.name.removesuffix(".resources.txt").removeprefix(f"{name}_"))
+           if re.fullmatch(rf"{re.escape(name)}_\d+\.resources\.txt", file.name)
            for n in re.findall(r"smem_scratch_bytes=(\d+)", file.read_text())}
   return found.pop() if len(found) == 1 else None
 
