@@ -8,7 +8,7 @@ import os
 import pathlib
 import pickle
 import re
-import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -38,7 +38,9 @@ def _die_with(parent, folder):
   def watch():
     while os.getppid() == parent:
       time.sleep(1)
-    shutil.rmtree(folder, ignore_errors=True)
+    # Somebody else has to sweep: the compiler writes its dumps as long as this process lives.
+    sweep = "import shutil, sys, time; time.sleep(1); shutil.rmtree(sys.argv[1], True)"
+    subprocess.Popen([sys.executable, "-c", sweep, str(folder)], start_new_session=True)
     os._exit(1)
 
   threading.Thread(target=watch, daemon=True).start()
