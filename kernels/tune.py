@@ -21,7 +21,8 @@ SPACE = {
 
 
 def tune(dim_heads=(64, 128, 256), *, chip: str | None = None, batch: int = 1, length: int = 4096,
-         heads: int = 16, kv_heads: int = 1, dtype: str = "bfloat16", path: str | None = None) -> dict:
+         heads: int = 16, kv_heads: int = 1, dtype: str = "bfloat16",
+         path: str | None = None) -> dict:
   """Searches block sizes for the Hopper attention kernels (causal, with ALiBi).
 
   Each candidate that fits in shared memory is timed if the default device is a Hopper GPU.

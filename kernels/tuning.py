@@ -83,16 +83,19 @@ class AttentionMosaicGpu(NamedTuple):
   dkv_stages: int  # its Q and dO tiles in flight
 
 
-# By head_dim. Static figures only (instructions of the unmasked loop with ALiBi, ptxas 13.0; no
-# time was measured): the largest tiles that neither spill nor serialize, then the stages that
-# shared memory has room for. TABLE
+# By head_dim: the largest tiles that neither spill nor have their products serialized, with two
+# slots for each operand where shared memory has room. Beside each the instructions of the loop
+# without a mask, with ALiBi, of the forward, dq and dk/dv kernels (ptxas 13.0). No time has been
+# measured: `tune` on a Hopper GPU will know better.
 _MOSAIC_HOPPER = {
-    64: AttentionMosaicGpu(128, 2, 128, 2, 2, 64, 2),
-    128: AttentionMosaicGpu(128, 2, 64, 2, 2, 64, 2),
+    64: AttentionMosaicGpu(128, 2, 128, 2, 2, 64, 2),  # 493, 454, 394
+    128: AttentionMosaicGpu(128, 2, 64, 2, 2, 64, 2),  # 536, 299, 428
+    # 458, 445, 406 + 283; 128 keys in the forward need 64 more registers than there are.
     256: AttentionMosaicGpu(64, 2, 64, 2, 1, 64, 2),
 }
 ATTENTION_MOSAIC_GPU = {
-    (chip, dim_head): blocks for chip in ("h100", "h200") for dim_head, blocks in _MOSAIC_HOPPER.items()}
+    (chip, dim_head): blocks
+    for chip in ("h100", "h200") for dim_head, blocks in _MOSAIC_HOPPER.items()}
 
 
 def attention_mosaic_gpu(chip: str | None, dim_head: int) -> AttentionMosaicGpu:
@@ -115,7 +118,7 @@ def load(path: str) -> None:
       raise KeyError(table["backend"])
     entries = {(table["chip"], int(dim_head)): AttentionMosaicGpu(**blocks)
                for dim_head, blocks in table["blocks"].items()}
-  except (OSError, KeyError, TypeError, json.JSONDecodeError) as e:
+  except (OSError, KeyError, TypeError, ValueError) as e:
     raise ValueError(f"{path} is no table of tune(): {type(e).__name__} {e}") from None
   ATTENTION_MOSAIC_GPU.update(entries)
 

@@ -1,18 +1,17 @@
-"""Flash attention for Hopper in Pallas Mosaic GPU: the forward kernel and its launcher.
+"""Flash attention for Hopper in Pallas Mosaic GPU: the backend's functions, the forward kernel.
 
-The query heads of one key/value head are rows of one matrix: row r = i * group + g is query i of
-head g. A block of the grid takes 128 rows, 64 for each of two compute warpgroups; a third
-warpgroup feeds them K and V through TMA.
+How it works, and what it costs: docs/attention.md.
 """
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import tuning
+from .. import mesh, tuning
 from . import mosaic_gpu_tiles as tiles
 from .mosaic_gpu_backward import backward as backward
 from .mosaic_gpu_tiles import COL, COMPUTE, FAR, LOG2E, QUAD, ROW, ROWS, TILE, WARPGROUP_ROWS
@@ -39,8 +38,9 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
                     config, group, kv_heads, scale, is_causal, window, masked_head, masked_tail):
   num_keys, dim = k_ref.shape[1], k_ref.shape[3]
   block, stages = config.block_kv, config.stages
-  tile, wg = lax.axis_index("tile"), lax.axis_index("wg")
-  b, kv = lax.div(lax.axis_index("head"), kv_heads), lax.rem(lax.axis_index("head"), kv_heads)
+  wg, index, heads = lax.axis_index("wg"), lax.axis_index("block"), k_ref.shape[0] * kv_heads
+  tile, head = lax.div(index, heads), lax.rem(index, heads)
+  b, kv = lax.div(head, kv_heads), lax.rem(head, kv_heads)
   tile = pl.cdiv(q_ref.shape[1], ROWS) - 1 - tile  # under a causal mask the long ones first
   rows = lambda start, size: tiles.rows_at(q_ref, b, kv, kv_heads, start, size)
   bounds = bounds_ref.at[b if bounds_ref.shape[0] > 1 else 0, tile]
@@ -51,7 +51,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
 
   @pl.when(wg == COMPUTE)
   def copy():
-    plgpu.set_max_registers(24, action="decrease")
+    plgpu.set_max_registers(tiles.COPY_REGISTERS, action="decrease")
     plgpu.copy_gmem_to_smem(q_ref.at[rows(tile * ROWS, ROWS)], q_smem, q_ready)
 
     def stream(ref, smem, ready, free):
@@ -63,7 +63,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
 
   @pl.when(wg < COMPUTE)
   def compute():
-    plgpu.set_max_registers(240, action="increase")
+    plgpu.set_max_registers(tiles.COMPUTE_REGISTERS, action="increase")
     row0 = tile * ROWS + wg * WARPGROUP_ROWS
     row = row0 + plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROW)
     position = offset + lax.div(row, group)
@@ -182,7 +182,6 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
   packed, num_tiles = tiles.pack(query, kv_heads), bounds.shape[1]
   operands = [packed, key, value, bounds, q_segments, k_segments,
               None if alibi_slopes is None else tiles.row_slopes(alibi_slopes, kv_heads)]
-  varying = [x for x in operands if x is not None]
   smem = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=tiles.TRANSFORMS)
   out, lse = plgpu.kernel(
       functools.partial(
@@ -190,10 +189,10 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
           is_causal=is_causal, window=window,
           masked_head=left < FAR or segment_ids is not None,
           masked_tail=right < FAR or segment_ids is not None or num_keys % block != 0),
-      out_type=[tiles.output(packed.shape, query.dtype, *varying),
-                tiles.output((batch, kv_heads, num_tiles * ROWS), jnp.float32, *varying)],
-      grid=(num_tiles, batch * kv_heads),
-      grid_names=("tile", "head"),
+      out_type=[jax.ShapeDtypeStruct(packed.shape, query.dtype),
+                jax.ShapeDtypeStruct((batch, kv_heads, num_tiles * ROWS), jnp.float32)],
+      grid=(num_tiles * batch * kv_heads,),
+      grid_names=("block",),
       num_threads=COMPUTE + 1,
       thread_name="wg",
       kernel_name="flash_attention_forward",
@@ -211,5 +210,7 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
           turn=plgpu.Barrier(num_arrivals=COMPUTE),
       ),
   )(*operands)
+  # Inside shard_map what JAX knows of a kernel's results is their shapes.
+  out, lse = mesh.varying_together(out, lse, *operands)[:2]
   return (tiles.unpack(out, query.shape, kv_heads),
           tiles.unpack_rows(lse, (batch, heads, length)))

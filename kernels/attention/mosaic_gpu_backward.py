@@ -8,12 +8,13 @@ run to run.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import tuning
+from .. import mesh, tuning
 from . import mosaic_gpu_tiles as tiles
 from .mosaic_gpu_tiles import COL, COMPUTE, FAR, LOG2E, ROW, ROWS, WARPGROUP_ROWS
 from .mosaic_gpu_tiles import across, down
@@ -27,8 +28,9 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
                config, group, kv_heads, scale, is_causal, window, masked_head, masked_tail):
   num_keys, dim = k_ref.shape[1], k_ref.shape[3]
   block, k_stages, v_stages = config.dq_block_kv, config.dq_k_stages, config.dq_v_stages
-  tile, wg = lax.axis_index("tile"), lax.axis_index("wg")
-  b, kv = lax.div(lax.axis_index("head"), kv_heads), lax.rem(lax.axis_index("head"), kv_heads)
+  wg, index, heads = lax.axis_index("wg"), lax.axis_index("block"), k_ref.shape[0] * kv_heads
+  tile, head = lax.div(index, heads), lax.rem(index, heads)
+  b, kv = lax.div(head, kv_heads), lax.rem(head, kv_heads)
   tile = pl.cdiv(q_ref.shape[1], ROWS) - 1 - tile
   rows = lambda start, size: tiles.rows_at(q_ref, b, kv, kv_heads, start, size)
   bounds = bounds_ref.at[b if bounds_ref.shape[0] > 1 else 0, tile]
@@ -39,7 +41,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
 
   @pl.when(wg == COMPUTE)
   def copy():
-    plgpu.set_max_registers(24, action="decrease")
+    plgpu.set_max_registers(tiles.COPY_REGISTERS, action="decrease")
     for ref, smem in ((q_ref, q_smem), (dout_ref, dout_smem)):
       plgpu.copy_gmem_to_smem(ref.at[rows(tile * ROWS, ROWS)], smem, q_ready)
 
@@ -53,9 +55,10 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
 
   @pl.when(wg < COMPUTE)
   def compute():
-    plgpu.set_max_registers(240, action="increase")
+    plgpu.set_max_registers(tiles.COMPUTE_REGISTERS, action="increase")
+
     def facts(wg):
-      """What depends on the warpgroup alone: its first row, and a value for each of its rows."""
+      """Of each of the warpgroup's rows: position, lse, delta, slope, segment."""
       row0 = tile * ROWS + wg * WARPGROUP_ROWS
       row = row0 + plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROW)
       position = offset + lax.div(row, group)
@@ -76,7 +79,6 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
 
     def step(i, _, dq_acc, masked):
       k_slot, v_slot = lax.rem(i, k_stages), lax.rem(i, v_stages)
-
       plgpu.barrier_wait(k_ready.at[k_slot])
       here, (position, lse, delta, slope, segment) = wg, kept
       if dim > 128:
@@ -103,7 +105,8 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
       if not shared:
         plgpu.barrier_wait(v_ready.at[v_slot])
       # dweights - delta: the subtraction is the accumulator's start.
-      centered = tiles.product_onto(across(-delta, shape), half(dout_smem, here), v_smem.at[v_slot].T)
+      centered = tiles.product_onto(
+          across(-delta, shape), half(dout_smem, here), v_smem.at[v_slot].T)
       if not shared:
         plgpu.barrier_arrive(v_free.at[v_slot])
       dscores = (weights * centered).astype(q_smem.dtype)
@@ -130,7 +133,8 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
     q_tile = half(q_smem, wg)
     q_tile[...] = (dq * scale).astype(q_smem.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[rows(tile * ROWS + wg * WARPGROUP_ROWS, WARPGROUP_ROWS)])
+    row0 = tile * ROWS + wg * WARPGROUP_ROWS
+    plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[rows(row0, WARPGROUP_ROWS)])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -162,7 +166,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
 
   @pl.when(wg == COMPUTE)
   def copy():
-    plgpu.set_max_registers(24, action="decrease")
+    plgpu.set_max_registers(tiles.COPY_REGISTERS, action="decrease")
     for ref, smem in ((k_ref, k_smem), (v_ref, v_smem)):
       if ref is not None:
         plgpu.copy_gmem_to_smem(ref.at[b, pl.ds(tile * keys, keys), kv], smem, kv_ready)
@@ -229,8 +233,16 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
       run(plain_hi, steps, True)
     return tuple(acc[...] for acc in accs)
 
-  def store(ref, x):
-    ref[part, b, pl.ds(key0, WARPGROUP_ROWS), kv] = x.astype(ref.dtype)
+  def store(ref, x, own):
+    """Writes a result; `own` is shared memory that this warpgroup alone reads, and no more."""
+    target = ref.at[part, b, pl.ds(key0, WARPGROUP_ROWS), kv]
+    if ref.dtype == jnp.float32:  # whole sectors from registers; there is no room for it in `own`
+      target[...] = x
+    else:
+      own[...] = x.astype(ref.dtype)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(own, target)
+      plgpu.wait_smem_to_gmem(0)
 
   def whole(i, slot, masked, dk_acc, dv_acc=None):
     plgpu.barrier_wait(q_ready.at[slot])
@@ -241,7 +253,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
     plgpu.barrier_arrive(dout_free.at[slot])
     plgpu.wgmma(dk_acc, dscores.astype(q_smem.dtype), q_smem.at[slot])
     plgpu.wgmma_wait(0)
-    plgpu.commit_smem()  # the table was read by the threads, and is next written by a copy
+    plgpu.commit_smem()  # the table was read by threads, and is next written by a copy
     plgpu.barrier_arrive(q_free.at[slot])
 
   def dv_part(i, slot, masked, acc):
@@ -278,23 +290,26 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
   if divided:
     @pl.when(wg == 0)
     def compute_dv():
-      plgpu.set_max_registers(240, action="increase")
-      store(dv_ref, *pl.run_scoped(lambda a: loops(dv_part, a), acc))
+      plgpu.set_max_registers(tiles.COMPUTE_REGISTERS, action="increase")
+      dv, = pl.run_scoped(lambda a: loops(dv_part, a), acc)
+      store(dv_ref, dv, k_tile)
 
     @pl.when(wg == 1)
     def compute_dk():
-      plgpu.set_max_registers(240, action="increase")
-      store(dk_ref, *(scaled(dk) for dk in pl.run_scoped(lambda a: loops(dk_part, a), acc)))
+      plgpu.set_max_registers(tiles.COMPUTE_REGISTERS, action="increase")
+      dk, = pl.run_scoped(lambda a: loops(dk_part, a), acc)
+      store(dk_ref, scaled(dk), v_tile)
   else:
     @pl.when(wg < COMPUTE)
     def compute():
-      plgpu.set_max_registers(240, action="increase")
+      plgpu.set_max_registers(tiles.COMPUTE_REGISTERS, action="increase")
       if shared:
-        store(dk_ref, *pl.run_scoped(lambda a: loops(whole, a), acc))
+        dk, = pl.run_scoped(lambda a: loops(whole, a), acc)
+        store(dk_ref, dk, k_tile)
       else:
         dk, dv = pl.run_scoped(lambda *accs: loops(whole, *accs), acc, acc)
-        store(dk_ref, scaled(dk))
-        store(dv_ref, dv)
+        store(dk_ref, scaled(dk), k_tile)
+        store(dv_ref, dv, v_tile)
 
 
 def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, query_offset,
@@ -333,16 +348,15 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   bounds, q_segments, k_segments = tiles.key_blocks(
       query, key, block, segment_ids, query_offset, **mask)
   operands = [packed, key, value, packed_dout, table, bounds, q_segments, k_segments, slopes]
-  varying = [x for x in operands if x is not None]
   k_stages, v_stages = config.dq_k_stages, config.dq_v_stages
   dquery = launch(
       functools.partial(
           _dq_kernel, config=config, group=group, kv_heads=kv_heads, scale=scale,
           masked_head=left < FAR or segmented,
           masked_tail=right < FAR or segmented or num_keys % block != 0, **mask),
-      out_type=tiles.output(packed.shape, query.dtype, *varying),
-      grid=(bounds.shape[1], batch * kv_heads),
-      grid_names=("tile", "head"),
+      out_type=jax.ShapeDtypeStruct(packed.shape, query.dtype),
+      grid=(bounds.shape[1] * batch * kv_heads,),
+      grid_names=("block",),
       kernel_name="flash_attention_dq",
       scratch_types=dict(
           q_smem=smem((ROWS, dim)),
@@ -364,8 +378,9 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   blocks = bounds.shape[1]
   splits = tuning.splits(batch * kv_heads * blocks, group)
   operands = [packed, key, value, packed_dout, table, bounds, q_segments, k_segments]
-  partial = tiles.output((splits, batch, blocks * keys, kv_heads, dim),
-                         query.dtype if splits == 1 and not shared else jnp.float32, *varying)
+  partial = jax.ShapeDtypeStruct(
+      (splits, batch, blocks * keys, kv_heads, dim),
+      query.dtype if splits == 1 and not shared else jnp.float32)
   one_sum = shared and not divided
   dkey, *dvalue = launch(
       functools.partial(
@@ -395,8 +410,10 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
           weights_free=plgpu.Barrier(),
       ),
   )(*operands)
-  total = lambda x: x[:, :, :num_keys].sum(0, dtype=jnp.float32) if splits > 1 else x[0, :, :num_keys]
-  grads = [total(x) for x in (dkey, *dvalue)]
+  # Inside shard_map what JAX knows of a kernel's results is their shapes.
+  dquery, dkey, *dvalue = mesh.varying_together(dquery, dkey, *dvalue, *operands)[:2 + len(dvalue)]
+  grads = [x[:, :, :num_keys] for x in (dkey, *dvalue)]
+  grads = [x.sum(0) if splits > 1 else x[0] for x in grads]
   dquery = tiles.unpack(dquery, query.shape, kv_heads)
   if shared:
     return dquery, sum(grads[1:], grads[0]).astype(key.dtype), None

@@ -17,6 +17,7 @@ LOG2E = math.log2(math.e)
 WARPGROUP_ROWS = 64  # M of one wgmma
 COMPUTE = 2  # compute warpgroups; warpgroup COMPUTE issues the copies
 ROWS = COMPUTE * WARPGROUP_ROWS
+COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24  # 2 * 240 + 24 = 3 * 168, what a launch is given
 QUAD = 8  # columns that the four threads of a quad hold of one wgmma tile, two to a thread
 FAR = 2**30  # a window this wide is no window
 
@@ -98,7 +99,8 @@ def key_blocks(query, key, block, segment_ids, query_offset, *, is_causal, windo
   if left < FAR:
     some_lo, all_lo = (jnp.maximum(0, x - left) for x in (first, last))
   bounds = _round(some_lo, all_lo, all_hi, some_hi, block, num_blocks)
-  return _narrow(bounds, offset, segment_ids, group, (num_tiles, ROWS), (num_blocks, block), False)
+  return _narrow(
+      bounds, offset, segment_ids, group, (num_tiles, ROWS), (num_blocks, block), False)
 
 
 def row_blocks(query, key, block, block_q, segment_ids, query_offset, *, is_causal, window):
@@ -119,7 +121,8 @@ def row_blocks(query, key, block, block_q, segment_ids, query_offset, *, is_caus
   # The rows that pad the last block are inert: whoever sees all rows sees them too.
   all_hi = jnp.where(all_hi == length * group, num_tiles * block_q, all_hi)
   bounds = _round(some_lo, all_lo, all_hi, some_hi, block_q, num_tiles)
-  return _narrow(bounds, offset, segment_ids, group, (num_tiles, block_q), (num_blocks, block), True)
+  return _narrow(
+      bounds, offset, segment_ids, group, (num_tiles, block_q), (num_blocks, block), True)
 
 
 def _round(some_lo, all_lo, all_hi, some_hi, block, num_blocks):
@@ -164,13 +167,6 @@ def row_slopes(alibi_slopes, kv_heads):
   slopes = jnp.asarray(alibi_slopes, jnp.float32).reshape(kv_heads, -1)
   size = slopes.shape[1] + WARPGROUP_ROWS
   return jnp.tile(slopes, (1, pl.cdiv(size, slopes.shape[1])))[:, :size]
-
-
-def output(shape, dtype, *operands):
-  """The type of an output that varies over the mesh axes that the operands vary over."""
-  mats = [jax.typeof(x).manual_axis_type for x in operands]
-  varying = frozenset().union(*(mat.varying for mat in mats))
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=mats[0].update(varying=varying))
 
 
 # Inside the kernels. ---------------------------------------------------------------------------

@@ -22,6 +22,8 @@ def interpret(detect_races: bool = True):
   """Runs the Hopper kernels called inside on the CPU; raises `Race` if there was one."""
   params = plgpu.InterpretGPUParams(detect_races=detect_races)
   gpu_callbacks.reset_gpu_interpret_mode_state()
+  unoptimized = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)  # they would cost more than they save
   with (mock.patch.object(gpu_callbacks, "wgmma", _wgmma),
         mock.patch.object(mosaic_gpu_tiles, "product_onto", _product_onto),
         plgpu.force_gpu_interpret_mode(params)):
@@ -33,6 +35,7 @@ def interpret(detect_races: bool = True):
         raise Race(str(e)) from None
       raise
     finally:
+      jax.config.update("jax_disable_most_optimizations", unoptimized)
       races = gpu_callbacks._races
       found = races is not None and races.races_found
       gpu_callbacks.reset_gpu_interpret_mode_state()
