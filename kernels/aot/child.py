@@ -3,11 +3,12 @@
 It leaves FOLDER/result, a pickled ("report", Report) or ("error", AotError).
 """
 
+import glob
 import os
 import pathlib
 import pickle
 import re
-import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -37,7 +38,9 @@ def _die_with(parent, folder):
   def watch():
     while os.getppid() == parent:
       time.sleep(1)
-    shutil.rmtree(folder, ignore_errors=True)
+    # Somebody else has to sweep: the compiler writes its dumps as long as this process lives.
+    sweep = "import shutil, sys, time; time.sleep(1); shutil.rmtree(sys.argv[1], True)"
+    subprocess.Popen([sys.executable, "-c", sweep, str(folder)], start_new_session=True)
     os._exit(1)
 
   threading.Thread(target=watch, daemon=True).start()
@@ -97,13 +100,10 @@ def _gpu_kernels(compiled, folder, chip):
   # Mosaic GPU and Triton leave PTX, which ptxas turns into the very code that they run: checked
   # against Mosaic's own dump of its SASS.
   for ptx in sorted((folder / "mosaic").glob("*.ptx")):
-    # The number at the end of a name counts compilations here and lowerings there.
-    resources = next(ptx.parent.glob(ptx.stem.rpartition("_")[0] + "_*.resources.txt")).read_text()
-    shared = re.search(r"smem_scratch_bytes=(\d+)", resources)
-    kernels.append(_assembled(ptx, "mosaic_gpu", ptx.stem, chip, shared))
+    kernels.append(_assembled(ptx, "mosaic_gpu", ptx.stem, chip, _scratch(ptx)))
   for ptx in sorted((folder / "triton").glob("*/*.ptx")):
     shared = re.search(r"shared_mem_bytes: (\d+)", ptx.with_suffix(".compile_info").read_text())
-    kernels.append(_assembled(ptx, "triton", None, chip, shared))
+    kernels.append(_assembled(ptx, "triton", None, chip, int(shared[1]) if shared else None))
   seen = {kernel.code.name for kernel in kernels}
 
   launches = _launches(folder / "xla")
@@ -129,7 +129,20 @@ def _assembled(ptx, source, name, chip, shared):
   cubin = ptx.with_suffix(".cubin")
   resources = ptxas.assemble(str(ptx), chip.architecture, str(cubin))
   code, = sass.parse(ptxas.disassemble(str(cubin)))
-  return GpuKernel(name or code.name, source, resources, int(shared[1]) if shared else None, code)
+  return GpuKernel(name or code.name, source, resources, shared, code)
+
+
+def _scratch(ptx):
+  """Bytes of shared memory of a Mosaic kernel; None if kernels of its name take different ones.
+
+  Files of resources are numbered as kernels are lowered, PTX as it is compiled, which is another
+  order: the name alone tells what belongs together.
+  """
+  name = ptx.stem.rpartition("_")[0]
+  found = {int(n) for file in ptx.parent.glob(f"{glob.escape(name)}_*.resources.txt")
+           if re.fullmatch(rf"{re.escape(name)}_\d+\.resources\.txt", file.name)
+           for n in re.findall(r"smem_scratch_bytes=(\d+)", file.read_text())}
+  return found.pop() if len(found) == 1 else None
 
 
 def _barriers(code):

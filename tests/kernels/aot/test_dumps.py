@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from palm_haiku.kernels.aot import elf, hlo, llo, ptxas, sass, targets
+from palm_haiku.kernels.aot import child, elf, hlo, llo, ptxas, sass, targets
 from palm_haiku.kernels.aot.errors import AotError, UnknownDump
 
 _DATA = pathlib.Path(__file__).parent / "data"
@@ -282,3 +282,12 @@ def test_peaks(name, flops, clock):
   chip = targets.TARGETS[name]
   assert chip.flops_per_cycle == flops
   assert chip.clock == pytest.approx(clock, rel=1e-3)
+
+
+def test_shared_memory_belongs_to_a_name(tmp_path):
+  for name, size in (("dq_1", 7), ("dkv_2", 8), ("dkv_old_4", 9), ("twice_5", 1), ("twice_6", 2)):
+    (tmp_path / f"{name}.resources.txt").write_text(f"Resources(smem_scratch_bytes={size}, ...)")
+  found = {name: child._scratch(tmp_path / f"{name}.ptx")
+           for name in ("dq_2", "dkv_1", "dkv_old_3", "twice_5", "none_0")}
+  # The numbers are of another order; where kernels of one name differ, nothing is said.
+  assert found == {"dq_2": 7, "dkv_1": 8, "dkv_old_3": 9, "twice_5": None, "none_0": None}
