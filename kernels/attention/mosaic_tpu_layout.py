@@ -6,7 +6,6 @@ position r // group and belongs to head r % group. For multi-query attention tha
 of the causal mask wastes little.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -282,11 +281,13 @@ def find_edges(plan, *, length, num_keys, query_offset, is_causal, window) -> tu
           and query_offset % size == 0 and 0 <= query_offset <= num_keys - length):
     return ()
   grain, sublanes = max(plan.fine // 8, 8), 8
+  narrow = window is not None and window[0] < size  # also cuts the diagonal block from the left
   right, left = [], []
   for row in range(0, plan.block_rows, plan.lanes):
     first, last = row // plan.group, (row + plan.lanes - 1) // plan.group
     end = round_up(last + 1, grain)
-    right.append(Tile(row, (0, end), ((first + 1) // sublanes * sublanes, end)))
+    cut = 0 if narrow else (first + 1) // sublanes * sublanes
+    right.append(Tile(row, (0, end), (cut, end)))
     start = first // grain * grain
     left.append(Tile(row, (start, size), (start, round_up(last, sublanes))))
   edges = [Edge(0, tuple(right))]
