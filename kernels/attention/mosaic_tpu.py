@@ -151,9 +151,16 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
       jax.lax.dot_general, preferred_element_type=jnp.float32,
       precision=jax.lax.Precision.HIGHEST if key.dtype == jnp.float32 else None)
 
-  starts_fresh = ranges.of_edge(refs, head, block, 0) > 0 if edges else False
+  diagonal = ranges.of_edge(refs, head, block, 0) if edges else jnp.int32(0)
 
-  @pl.when((turn == 0) & jnp.logical_not(starts_fresh))
+  def finish(at, sums, top):
+    total = sums[dim : dim + 1, :]
+    seen = total > 0
+    total = jnp.where(seen, total, 1)
+    lse[:, at] = jnp.where(seen, top + jnp.log2(total), -jnp.inf) / LOG2E
+    out[at, :] = (sums[:dim, :] * (1 / total)).astype(out.dtype).T
+
+  @pl.when((turn == 0) & (diagonal == 0))
   def _():
     layout.clear(accum)
     top[...] = jnp.full_like(top, LOWEST)
@@ -163,7 +170,7 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
     def _():
       layout.fill_bias(refs, plan)
 
-  def step(first_row, first_key, tiles, size, masked, ids, fresh):
+  def step(first_row, first_key, tiles, size, masked, ids, fresh, whole):
     first_key = pl.multiple_of(first_key, plan.fine)
     keys = pl.ds(first_key, size)
     k = key[keys, :]
@@ -192,18 +199,18 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
       new = jnp.maximum(old, x.max(axis=0, keepdims=True) + shift)
       weights = jnp.exp2(x - (new - shift)).astype(v.dtype)
       sums = dot(v[:, slice(*tile.keys)], weights, (((1,), (0,)), ((), ())))
-      top[:, at] = new
-      accum[:, at] = sums if fresh else accum[:, at] * jnp.exp2(old - new) + sums
+      if whole:
+        finish(at, sums, new)
+      else:
+        top[:, at] = new
+        accum[:, at] = sums if fresh else accum[:, at] * jnp.exp2(old - new) + sums
 
     layout.interleave(plan, tiles, scores, update)
 
   first_position = block * (plan.block_rows // plan.group) + query_offset if edges else None
-  layout.traverse(ranges, refs, head, block, key_block, first_position, plan, edges, step)
+  layout.traverse(ranges, refs, head, block, key_block, first_position, plan, edges, step,
+                  whole=True)
 
-  @pl.when(turn == last_turn)
+  @pl.when((turn == last_turn) & (diagonal != 3))
   def _():
-    total = accum[dim : dim + 1, :]
-    seen = total > 0
-    total = jnp.where(seen, total, 1)
-    lse[...] = jnp.where(seen, top[...] + jnp.log2(total), -jnp.inf) / LOG2E
-    out[...] = (accum[:dim, :] * (1 / total)).astype(out.dtype).T
+    finish(slice(None), accum[...], top[...])

@@ -171,7 +171,8 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
   def _():
     layout.clear(accum)
 
-  def step(first_row, first_key, tiles, size, masked, ids, fresh):
+  def step(first_row, first_key, tiles, size, masked, ids, fresh, whole):
+    del whole  # The query gradient of one step is turned and written like that of many.
     first_key = pl.multiple_of(first_key, plan.fine)
     keys = pl.ds(first_key, size)
     k, v = key[keys, :], value[keys, :]

@@ -6,7 +6,6 @@ position r // group and belongs to head r % group. For multi-query attention tha
 of the causal mask wastes little.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -161,7 +160,9 @@ class Ranges:
     rows = [low, high]
     self._low, self._high, self._visits = low, high, visits.any(-1)
 
-    # Per edge: 0 not visited, 1 visited, 2 visited and segment ids differ within it.
+    # Per edge: 0 not visited, 1 visited, 2 visited and segment ids differ within it, 3 visited,
+    # ids do not differ, and it is all that the rows see (as in the first block, or in short
+    # documents).
     size = plan.block_rows // plan.group
     if edges and segment_ids is not None:
       ids = (pad(jnp.repeat(segment_ids[0], plan.group, axis=1), 1, plan.num_rows, "edge"),
@@ -178,6 +179,9 @@ class Ranges:
         one = ((rows_min == rows_max) & (keys_min[:, number] == rows_min)
                & (keys_max[:, number] == rows_min))
         state *= jnp.where(one, 1, 2)
+      if edge.start == 0:
+        alone = jnp.where(visits, first >= start[:, None], True).all(-1)
+        state = jnp.where(alone & (state == 1), 3, state)
       rows.append(state)
 
     self.has_ids = segment_ids is not None
@@ -282,11 +286,13 @@ def find_edges(plan, *, length, num_keys, query_offset, is_causal, window) -> tu
           and query_offset % size == 0 and 0 <= query_offset <= num_keys - length):
     return ()
   grain, sublanes = max(plan.fine // 8, 8), 8
+  narrow = window is not None and window[0] < size  # also cuts the diagonal block from the left
   right, left = [], []
   for row in range(0, plan.block_rows, plan.lanes):
     first, last = row // plan.group, (row + plan.lanes - 1) // plan.group
     end = round_up(last + 1, grain)
-    right.append(Tile(row, (0, end), ((first + 1) // sublanes * sublanes, end)))
+    cut = 0 if narrow else (first + 1) // sublanes * sublanes
+    right.append(Tile(row, (0, end), (cut, end)))
     start = first // grain * grain
     left.append(Tile(row, (start, size), (start, round_up(last, sublanes))))
   edges = [Edge(0, tuple(right))]
@@ -416,16 +422,17 @@ def interleave(plan, tiles, scores, update):
     ready[n] = None  # frees it for the interpreter, too
 
 
-def traverse(ranges, refs, head, block, key_block, first_position, plan, edges, step):
+def traverse(ranges, refs, head, block, key_block, first_position, plan, edges, step, whole=False):
   """Visits what a block of rows sees of a block of keys.
 
   Args:
     ranges: `Ranges`.
     head, block, key_block: int32 scalars.
     first_position: that of the block's first row, if there are edges.
-    step: called as step(first_row, first_key, tiles, size, masked, ids, fresh) with the first
-      row and key within their blocks, dynamic; whether the mask counts, whether segment ids
-      do, and whether it is the first step of all its rows.
+    step: called as step(first_row, first_key, tiles, size, masked, ids, fresh, whole) with the
+      first row and key within their blocks, dynamic; whether the mask counts, whether segment
+      ids do, whether it is the first step of all its rows, and whether it is their only one.
+    whole: whether that last distinction is worth a step of its own.
   """
   fine = plan.fine
   span = plan.block_rows // plan.group // fine
@@ -436,10 +443,15 @@ def traverse(ranges, refs, head, block, key_block, first_position, plan, edges, 
   for n, edge in enumerate(edges):
     here = (lows[n] >= offset) & (lows[n] < offset + per_block)
     state = ranges.of_edge(refs, head, block, n)
-    for ids in (0, 1) if ranges.has_ids else (0,):
-      @pl.when(here & (state == 1 + ids))
-      def _(n=n, edge=edge, ids=bool(ids)):
-        step(0, (lows[n] - offset) * fine, edge.tiles, span * fine, True, ids, n == 0)
+    kinds = [(1, False), (2, False)] if ranges.has_ids else [(1, False)]
+    if n == 0 and whole:
+      kinds.append((3, True))
+    elif n == 0:
+      state = jnp.where(state == 3, 1, state)
+    for kind, only in kinds:
+      @pl.when(here & (state == kind))
+      def _(n=n, edge=edge, kind=kind, only=only):
+        step(0, (lows[n] - offset) * fine, edge.tiles, span * fine, True, kind == 2, n == 0, only)
 
   def of_rows(n, _):
     first, full, rest, last = ranges.of_step(refs, head, block * plan.steps + n)
@@ -459,12 +471,13 @@ def traverse(ranges, refs, head, block, key_block, first_position, plan, edges, 
 
     def large(t, _):
       tiles = [Tile(row, (0, ratio * fine), (0, 0)) for row in every]
-      step(n * plan.rows, (full + t * ratio) * fine, tiles, ratio * fine, False, False, False)
+      step(n * plan.rows, (full + t * ratio) * fine, tiles, ratio * fine, False, False, False,
+           False)
 
     def small(t, _):
       chunk = jnp.where(t < before, first + t, middle + t - before)
       tiles = [Tile(row, (0, fine), (0, fine)) for row in every]
-      step(n * plan.rows, chunk * fine, tiles, fine, True, ranges.has_ids, False)
+      step(n * plan.rows, chunk * fine, tiles, fine, True, ranges.has_ids, False, False)
 
     jax.lax.fori_loop(0, num_large, large, None)
     jax.lax.fori_loop(0, before + last - middle, small, None)
