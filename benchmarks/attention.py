@@ -50,8 +50,9 @@ def _all_names():
 
 
 def _fits(name, platform):
-  own = {"mosaic_gpu": ("gpu",), "triton": ("gpu",), "mosaic_tpu": ("tpu",)}
-  return platform in (own | peers.PLATFORMS).get(name, ("cpu", "gpu", "tpu"))
+  if name in peers.PLATFORMS:
+    return platform in peers.PLATFORMS[name]
+  return name == "xla" or name in measure.own("flash_attention")
 
 
 def case(shape: Attention, alibi: bool, backward: bool, dtype: str, names) -> measure.Case:

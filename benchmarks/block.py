@@ -61,7 +61,7 @@ class Shape:
 
 
 def main(argv: list[str] | None = None, deadline: float | None = None) -> int:
-  names = ("xla", *backend.KERNELS["parallel_attention_ffn"])
+  names = ("xla", *measure.own("parallel_attention_ffn"))
   parser = argparse.ArgumentParser(prog="python -m benchmarks block", description=__doc__)
   parser.add_argument("--shapes", nargs="+", metavar="BxTxDxHxDhxM", help="batch, length, dim, "
                       f"heads, dim_head, ff_mult; default {' '.join(SHAPES)}")

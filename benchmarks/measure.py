@@ -3,7 +3,8 @@
 Each implementation becomes one program that calls it `n` times, each call waiting for the last, and
 is started once: what the host takes to start it is spread over `n`. `n` is a constant of the
 program, for XLA on GPUs asks the host after each trip of a loop whose end it does not know. It is
-chosen so that twice the time that the chip needs at its best adds up to `CHAIN_SECONDS`.
+chosen so that twice the time that the chip needs at its best adds up to `CHAIN_SECONDS`. (XLA for
+CPUs would take the calls out of the loop; there the program is started for each.)
 
 All implementations of a case are started in turns, round after round, so that what else the machine
 does hits them alike; medians are compared.
@@ -26,6 +27,7 @@ CHAIN_SECONDS = 0.05
 CPU_CALLS = 3
 ROUNDS = 5
 METHOD = "chained calls in one program, wall clock"
+CPU_METHOD = "calls one by one, wall clock"
 COLUMNS = {
     "implementation": "implementation", "variant": "", "ms": "ms", "spread": "min-max",
     "tflops": "TFLOP/s", "tflops_full": "TFLOP/s full", "gbs": "GB/s", "peak": "% of peak",
@@ -55,12 +57,13 @@ class Case:
 
 
 class Chain:
-  """`calls` calls of a function in one program."""
+  """`calls` calls of a function, `chained` in one program or one by one."""
 
-  def __init__(self, function, arrays, calls):
-    self.arrays, self.calls = arrays, calls
+  def __init__(self, function, arrays, calls, chained=True):
+    self.arrays, self.calls, self.starts = arrays, calls, 1 if chained else calls
     start = time.perf_counter()
-    self.program = jax.jit(lambda arrays: _repeat(function, calls, arrays)).lower(arrays).compile()
+    self.program = jax.jit(lambda arrays: repeat(function, calls // self.starts, arrays)).lower(
+        arrays).compile()
     self.compile_seconds = time.perf_counter() - start
     memory = self.program.memory_analysis()
     self.bytes = sum(getattr(memory, f"{kind}_size_in_bytes") for kind in
@@ -73,11 +76,14 @@ class Chain:
   def seconds(self) -> float:
     """One measurement of one call."""
     start = time.perf_counter()
-    jax.block_until_ready(self())
+    for _ in range(self.starts):
+      out = self()
+    jax.block_until_ready(out)
     return (time.perf_counter() - start) / self.calls
 
 
-def _repeat(function, calls, arrays):
+def repeat(function, calls: int, arrays):
+  """The last of `calls` calls, made one after the other."""
   out = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, *arrays))
 
   def call(_, carry):
@@ -101,9 +107,10 @@ def run(result: dict, cases: list[Callable[[], Case]], out=None, rounds: int = R
     How many implementations failed (being absent is no failure).
   """
   result = results.resume(result, out)
-  result["timing"] = METHOD
-  print(f"{result['device']}: {METHOD}; medians of up to {rounds} interleaved rounds")
-  if jax.default_backend() == "cpu":
+  cpu = jax.default_backend() == "cpu"
+  result["timing"] = CPU_METHOD if cpu else METHOD
+  print(f"{result['device']}: {result['timing']}; medians of up to {rounds} interleaved rounds")
+  if cpu:
     print("There is no accelerator here, so XLA's rows alone run; a CPU's times say nothing about "
           "the kernels.")
     result["note"] = "no accelerator: XLA's rows alone"
@@ -140,7 +147,7 @@ def _measure(case, rounds, deadline) -> list[dict]:
   for name, function in case.implementations.items():
     about = case.about | {"implementation": name}
     try:
-      chain = Chain(function, case.arrays, calls)
+      chain = Chain(function, case.arrays, calls, jax.default_backend() != "cpu")
       error = case.error(chain())
     except Absent as absent:
       rows[name] = about | {"absent": str(absent)}
@@ -171,6 +178,13 @@ def _measure(case, rounds, deadline) -> list[dict]:
         "gbs": float(f"{case.bytes / median / 1e9:.4g}"),
         "peak": round(100 * case.flops / median / 1e12 / peak, 1) if peak else None}
   return [rows[name] for name in case.implementations]
+
+
+def own(op: str) -> list[str]:
+  """This project's backends of an op that this machine could run."""
+  platform = {"mosaic_gpu": "gpu", "triton": "gpu", "mosaic_tpu": "tpu"}
+  here = backend.target().platform
+  return [name for name in backend.KERNELS.get(op, ()) if platform[name] == here]
 
 
 def peak_tflops() -> float | None:

@@ -4,7 +4,6 @@ Each function takes query [B, T, H, D], key and value [B, S, K, D], and `alibi`;
 an implementation cannot do or does not find here it refuses with `Absent` and the reason.
 """
 
-import functools
 
 import jax
 import jax.numpy as jnp

@@ -47,7 +47,8 @@ def draw(result: dict, folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _value(row):
-  return row.get("tflops", row.get("useful", row.get("per_tensor")))
+  return next((row[key] for key in ("tflops", "useful", "per_tensor", "trained") if key in row),
+              None)
 
 
 def _unit(rows):
@@ -55,6 +56,8 @@ def _unit(rows):
     return "TFLOP/s"
   if "useful" in rows[0]:
     return "useful work, % of peak (static cycles)"
+  if "trained" in rows[0]:
+    return "tokens trained on per second"
   return "instructions per wgmma (fewer is better)"
 
 

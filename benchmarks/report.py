@@ -13,6 +13,9 @@ from palm_haiku.kernels import aot
 
 from . import measure, results, static, table
 
+_TRAIN = {"implementation": "implementation", "dtype": "dtype", "shape": "shape",
+          "step": "train step s", "trained": "tokens/s", "peak_gb": "peak GB",
+          "compile": "compile s", "sampled": "sampled tokens/s"}
 _README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
@@ -87,5 +90,7 @@ def _columns(result):
   if result["benchmark"] == "static":
     gpu = isinstance(aot.chip(result["device"]), aot.Gpu)
     return static.GPU_COLUMNS if gpu else static.TPU_COLUMNS
+  if result["benchmark"] == "train":
+    return _TRAIN
   case = {"shape": "shape", "pass": "pass"}
   return case | {k: v or "variant" for k, v in measure.COLUMNS.items() if k != "spread"}

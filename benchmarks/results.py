@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import statistics
 import subprocess
 
 FOLDER = pathlib.Path(__file__).parent / "results"
@@ -71,6 +72,7 @@ def save(result: dict, out: pathlib.Path | str | None = None) -> pathlib.Path:
 def load(folder: pathlib.Path | str | None = None) -> list[dict]:
   """All results of a folder, oldest first."""
   found = [json.loads(file.read_text()) for file in pathlib.Path(folder or FOLDER).glob("*.json")]
+  found = [_flat(result) for result in found if "benchmark" in result]
   return sorted(found, key=lambda result: result["date"])
 
 
@@ -78,6 +80,30 @@ def newest(benchmark: str, folder=None) -> dict | None:
   """The last result of a benchmark that has rows."""
   found = [r for r in load(folder) if r["benchmark"] == benchmark and r["rows"]]
   return found[-1] if found else None
+
+
+def _flat(result):
+  """The whole model's results keep every measurement, by shape; here, one row of medians each."""
+  if "rows" in result:
+    return result
+  rows, device = [], None
+  for measured in result["results"]:
+    shape = measured["shape"]
+    for row in measured["rows"]:
+      device = device or row.get("device")
+      about = {"implementation": row["implementation"], "dtype": row["dtype"], "pass": "train step",
+               "variant": row["dtype"], "shape": "x".join(str(n) for n in shape.values())}
+      if "absent" in row:
+        rows.append(about | {"absent": row["absent"]})
+        continue
+      step = statistics.median(row["step_seconds"])
+      rows.append(about | {
+          "step": step, "trained": shape["batch"] * shape["seq"] / step,
+          "peak_gb": row["peak_bytes"] / 1e9,
+          "compile": statistics.median(row["compile_seconds"][str(shape["depth"])]),
+          "sampled": statistics.median(row["tokens_per_second"])})
+  return result | {"device": device or result["platform"], "rows": rows,
+                   "timing": "implementations in turns, medians"}
 
 
 def _version(name):

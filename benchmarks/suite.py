@@ -21,7 +21,7 @@ STAGES = [
     ("block", ["--shapes", "4x2048x4096x16x256x4"]),
     ("attention", ["--shapes", "2x8192x16x1x128", "--variants", "alibi"]),
     ("attention", ["--shapes", "8x2048x16x1x256", "8x2048x16x1x64", "--variants", "alibi"]),
-    ("loss", []),
+    ("loss", ["--shapes", "8192x4096x256000"]),
     ("decode", []),
     ("train", []),
     ("attention", ["--shapes", "1x16384x16x1x128", "4x4096x16x1x128", "--variants", "alibi"]),

@@ -42,6 +42,12 @@ def problem() -> str | None:
   return None
 
 
+def check() -> None:
+  """Raises ImportError, in one line, where Triton kernels can't be compiled."""
+  if trouble := problem():
+    raise ImportError(f"Triton kernels need {trouble}")
+
+
 def _release(version: str) -> tuple[int, ...]:
   return tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
 
@@ -60,8 +66,7 @@ def call(kernel, *inputs, out_types: tuple[jax.ShapeDtypeStruct, ...], grid: int
   Raises:
     ImportError: no jax-triton, or one that does not go with the installed triton.
   """
-  if trouble := problem():
-    raise ImportError(f"Triton kernels need {trouble}")
+  check()
   import jax_triton
 
   compat.mend_jax_triton()

@@ -298,7 +298,7 @@ def _info(args) -> int:
   model = _model(args, None)
   if model is None:
     table = rich.table.Table("model", "parameters", "dim", "depth", "heads", "dim_head",
-                             "num_tokens", "position", box=None)
+                             "num_tokens", "position", box=None, padding=(0, 1, 0, 0))
     for name, c in configs.items():
       table.add_row(name, f"{c.num_params:,}", str(c.dim), str(c.depth), str(c.heads),
                     str(c.dim_head), f"{c.num_tokens:,}", c.position)

@@ -196,7 +196,7 @@ def test_bad_tokens_are_named(tokens, message):
 
 @pytest.mark.parametrize("options, message", [
     (dict(remat="all"), "remat must be one of none, attention, full"),
-    (dict(implementation="mosaic_gpu"), "has no mosaic_gpu kernel"),
+    (dict(implementation="mosaic_gpu"), "mosaic_gpu needs bfloat16"),
 ])
 def test_bad_options_are_named(options, message):
   with pytest.raises(ValueError, match=message):

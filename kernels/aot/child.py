@@ -93,7 +93,7 @@ def _tpu_kernels(job, folder, chip):
 
 
 def _gpu_kernels(compiled, folder, chip):
-  kernels, seen = [], set()
+  kernels = []
   # Mosaic GPU and Triton leave PTX, which ptxas turns into the very code that they run: checked
   # against Mosaic's own dump of its SASS.
   for ptx in sorted((folder / "mosaic").glob("*.ptx")):

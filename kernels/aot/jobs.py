@@ -78,9 +78,14 @@ def job(function, *args, target, backward=False, square=None, flops=None, steps=
 
 def run(job: Job, timeout: float = 600) -> Report:
   """The report of one job; see `report`."""
+  try:
+    pickled = pickle.dumps(job)
+  except (TypeError, AttributeError, pickle.PicklingError) as error:
+    raise AotError(f"{job.name}: its arguments cannot be sent to another process: {error}"
+                   ) from error
   with tempfile.TemporaryDirectory(prefix="palm-haiku-aot-") as folder:
     folder = pathlib.Path(folder)
-    (folder / "job").write_bytes(pickle.dumps(job))
+    (folder / "job").write_bytes(pickled)
     with open(folder / "log", "w") as log:
       process = subprocess.Popen(
           [sys.executable, "-m", f"{__package__}.child", str(folder), str(os.getpid())],
@@ -133,9 +138,8 @@ def _environment(job, folder):
     return wanted
   for name in ("mosaic", "triton"):
     (folder / name).mkdir()
-  # XLA and Mosaic take the ptxas that PATH names first: the one that the report names.
-  tools = {os.path.dirname(ptxas.tool(name)) for name in ("ptxas", "nvdisasm", "cuobjdump")}
+  ptxas.tool("nvdisasm"), ptxas.tool("cuobjdump")  # needed later: said now if they are missing
   return wanted | {
-      "PATH": os.pathsep.join([os.path.dirname(ptxas.tool("ptxas")), *sorted(tools),
-                               os.environ.get("PATH", "")]),
+      # XLA and Mosaic take the ptxas that PATH names first: the one that the report names.
+      "PATH": os.pathsep.join([os.path.dirname(ptxas.tool("ptxas")), os.environ.get("PATH", "")]),
       "MOSAIC_GPU_DUMP_TO": str(folder / "mosaic"), "JAX_TRITON_DUMP_DIR": str(folder / "triton")}

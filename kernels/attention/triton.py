@@ -126,7 +126,7 @@ def _forward(static, query, key, value, segment_ids, slopes, offset):
 
 
 def _backward(static, query, key, value, out, lse, dout, segment_ids, slopes, offset):
-  batch, length, heads, _ = query.shape
+  batch, length = query.shape[:2]
   extras = (segment_ids, slopes, offset)
   lse2 = lse * math.log2(math.e)
   dquery, delta = _call(
@@ -173,7 +173,8 @@ def _splits(static, batch, length, num_keys, blocks):
 
 def _call(name, blocks, static, query, key, value, others, segment_ids, slopes, offset, out_types,
           **constants):
-  from . import triton_kernels
+  triton_call.check()
+  from . import triton_kernels  # and with it Triton, which may be absent
 
   batch, length, heads, _ = query.shape
   num_keys, kv_heads = key.shape[1:3]
@@ -209,9 +210,9 @@ def _ranges(ids, length, block, group):
 
   ids: int32[B, length], each standing for `group` rows.
   """
-  first = np.arange(0, length * group, block) // group
-  last = np.minimum((np.arange(0, length * group, block) + block - 1) // group, length - 1)
-  width = int((last - first).max()) + 1
-  index = np.minimum(first[:, None] + np.arange(width), last[:, None])  # [blocks, width]
+  row = jnp.arange(-(-length * group // block)) * block
+  last = jnp.minimum((row + block - 1) // group, length - 1)
+  width = (block + group - 2) // group + 1  # elements that a block of rows can touch
+  index = jnp.minimum((row // group)[:, None] + jnp.arange(width), last[:, None])
   blocks = ids[:, index]
   return jnp.stack([blocks.min(-1), blocks.max(-1)], axis=1)

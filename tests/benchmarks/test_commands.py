@@ -13,22 +13,40 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import attention, block, measure, peers, static, suite
+from benchmarks import attention, block, loss, measure, peers, static, suite
 from benchmarks.shapes import Attention
+from palm_haiku.kernels import aot
 
 
-def test_a_chain_makes_every_call():
+@pytest.mark.parametrize("chained", [True, False])
+def test_a_chain_makes_every_call(chained):
   calls = []
 
   def function(x):
     jax.debug.callback(lambda: calls.append(1))
     return x * 2
 
-  chain = measure.Chain(function, (jnp.arange(4.0),), 7)
+  chain = measure.Chain(function, (jnp.arange(4.0),), 7, chained)
   np.testing.assert_array_equal(chain(), [0, 2, 4, 6])
   jax.effects_barrier()
-  assert len(calls) == 7
+  assert len(calls) == (7 if chained else 1)
   assert chain.seconds() > 0 and chain.bytes >= 32
+  jax.effects_barrier()
+  assert len(calls) == (14 if chained else 8)
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+def test_no_compiler_takes_a_call_out_of_its_chain(target):
+  def chain(x):
+    return measure.repeat(lambda x: jnp.tanh(x @ x), 100, (x,))
+
+  text = aot.compile(chain, jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16),
+                     target=target).as_text()
+  body = re.search(r" while\(.*body=%([\w.]+)", text)[1]
+  inside = text.partition(f"\n%{body} (")[2].partition("\n}")[0]
+  assert re.search(r"(gemm|dot|convolution|tanh)\S* = bf16\[2048,2048\]\S* fusion", inside)
+  outside = text.partition("\nENTRY")[2]
+  assert not re.search(r"(gemm|dot|convolution)\S* = ", outside)
 
 
 def test_attention(tmp_path, capsys):
@@ -70,6 +88,15 @@ def test_block_against_its_formula():
   out, gradients = case.implementations["xla"](x, weights, cotangent)
   assert case.error((out, gradients)) < 2e-5
   assert case.error((out * 1.01, gradients)) > 1e-3
+
+
+def test_loss_against_its_formula():
+  case = loss.case(loss.Shape(70, 32, 300), True, "float32", ["xla", "logits"])
+  for function in case.implementations.values():
+    out = function(*case.arrays)
+    assert case.error(out) < 2e-5
+    assert case.error((out[0] * 1.01, *out[1:])) > 1e-3
+    assert case.error((out[0], out[1] * 1.01, out[2])) > 1e-3
 
 
 def test_failures_and_absences_are_rows():
@@ -123,9 +150,9 @@ def test_a_suite_without_time_leaves_everything_out(tmp_path, capsys):
 def test_all_stages_parse():
   for name, arguments in suite.STAGES:
     for at, word in enumerate(arguments):
-      parse = {"attention": Attention.parse, "block": block.Shape.parse}.get(name)
+      parse = {"attention": Attention, "block": block.Shape, "loss": loss.Shape}.get(name)
       if parse and word[0].isdigit():
-        assert str(parse(word)) == word, arguments[at]
+        assert str(parse.parse(word)) == word, arguments[at]
 
 
 def test_the_static_table_reproduces_known_figures(tmp_path, capsys):

@@ -98,6 +98,23 @@ def test_plots(tmp_path):
   assert len(plot.draw(_result(static, "static", "v6e"), tmp_path)) == 2
 
 
+def test_results_of_the_whole_model_have_rows_too(tmp_path):
+  shape = {"batch": 2, "seq": 8, "dim": 32, "depth": 1, "heads": 2, "dim_head": 16}
+  measured = {"implementation": "palm-haiku", "dtype": "float32", "device": "cpu",
+              "step_seconds": [1.0, 4.0, 2.0], "peak_bytes": 3e9, "compile_seconds": {"1": [5.0]},
+              "tokens_per_second": [7.0]}
+  absent = {"implementation": "palm-jax", "dtype": "float32", "absent": "not installed"}
+  (tmp_path / "train.json").write_text(json.dumps({
+      "benchmark": "train", "date": "2026-01-02", "commit": "0123", "versions": {"jax": "9.9"},
+      "platform": "Linux", "results": [{"shape": shape, "rows": [measured, absent]}]}))
+  result = results.newest("train", tmp_path)
+  assert (result["rows"][0]["step"], result["rows"][0]["trained"]) == (2.0, 8.0)
+  filled = report.fill("<!-- benchmarks:train --><!-- /benchmarks:train -->", [result])
+  assert "| palm-haiku | float32 | 2x8x32x1x2x16 | 2 | 8 | 3 | 5 | 7 |" in filled
+  assert "No row for palm-jax: not installed." in filled
+  assert len(plot.draw(result, tmp_path)) == 2
+
+
 def test_attention_arithmetic():
   shape = Attention.parse("2x3x8x2x64")
   # Six pairs of three positions see each other; 2 FLOPs for each of 2 products.

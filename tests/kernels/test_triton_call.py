@@ -35,6 +35,9 @@ def test_what_to_install_is_named(monkeypatch, versions, message):
     triton_call.call(None, QUERY, out_types=(QUERY,), grid=1, num_warps=4, num_stages=2,
                      chip="a100")
   assert "\n" not in str(error.value)
+  with pytest.raises(ImportError, match=message):
+    triton.forward(QUERY, KEY, KEY, segment_ids=None, alibi_slopes=None, query_offset=0,
+                   is_causal=True, scale=1.0, window=None, chip=None)
 
 
 def test_supported_pairs_of_versions_pass(monkeypatch):

@@ -174,6 +174,8 @@ def test_a_killed_caller_leaves_nothing(tmp_path):
 def test_functions_that_no_process_could_find_are_refused():
   with pytest.raises(aot.AotError, match="top of a module"):
     aot.report(lambda x: x, array(2), target="h200")
+  with pytest.raises(aot.AotError, match="arguments cannot be sent"):
+    aot.report(programs.matmul, array(2), target="h200", option=lambda: 0)
   with pytest.raises(aot.AotError, match="no target is called"):
     aot.report(programs.matmul, array(2), target="h300")
   with pytest.raises(aot.AotError, match="No module named 'nowhere'"):

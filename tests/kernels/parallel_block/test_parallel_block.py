@@ -98,7 +98,7 @@ def test_xpos_decays_with_distance_alone():
   x = jax.random.normal(jax.random.key(0), (9, 12))
   f = lambda base, offset: parallel_attention_ffn(
       jnp.tile(x, (3, 1))[: 9 + offset], params, xpos_scale_base=base,
-      segment_ids=jnp.arange(9 + offset) >= offset)[offset:]
+      segment_ids=(jnp.arange(9 + offset) >= offset).astype(int))[offset:]
   decayed = f(16, 0)
   assert np.abs(decayed - f(None, 0)).max() > 1e-3
   moved = f(16, 9)  # the same rows, nine positions later
