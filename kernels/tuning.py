@@ -90,7 +90,7 @@ class AttentionMosaicGpu(NamedTuple):
 _MOSAIC_HOPPER = {
     64: AttentionMosaicGpu(128, 2, 128, 2, 2, 64, 2),  # 493, 454, 394
     128: AttentionMosaicGpu(128, 2, 64, 2, 2, 64, 2),  # 536, 299, 428
-    # 458, 445, 406 + 283; 128 keys in the forward need 64 more registers than there are.
+    # 458, 401, 406 + 283; 128 keys in the forward would take 224 registers for tiles alone.
     256: AttentionMosaicGpu(64, 2, 64, 2, 1, 64, 2),
 }
 ATTENTION_MOSAIC_GPU = {

@@ -7,7 +7,6 @@ third issues the copies.
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl

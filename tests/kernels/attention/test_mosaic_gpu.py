@@ -53,13 +53,12 @@ def verify(case, **keywords):
 
 # A compilation in the interpreter takes seconds, a run of it tenths of one: for each program that
 # is drawn, four inputs are. 12 and 6 programs make 72 cases.
-VARIANTS = 4
 small = dict(max_queries=40, max_keys=140, max_batch=1,
              groups=((1, 1), (1, 3), (1, 5), (2, 2), (2, 1)))
 
 
-def verify_variants(case, data, gradients):
-  for _ in range(VARIANTS):
+def verify_variants(case, data, gradients, variants=4):
+  for _ in range(variants):
     verify(case, gradients=gradients)
     changes = dict(seed=data.draw(st.integers(0, 999)))
     if case.segments:
@@ -86,10 +85,11 @@ def test_gradients_of_drawn_cases(case, data):
 
 @pytest.mark.slow
 @pytest.mark.timeout(6 * 3600)
-@settings(max_examples=700, suppress_health_check=list(HealthCheck))
-@given(contract.cases())
-def test_fuzz(case):
-  verify(case)
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
+@given(contract.cases(), st.data())
+def test_fuzz(case, data):
+  """100 programs of any size, 7 inputs for each: 700 cases."""
+  verify_variants(case, data, gradients=True, variants=7)
   jax.clear_caches()
 
 
