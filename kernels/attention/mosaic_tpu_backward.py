@@ -167,7 +167,10 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
     diagonal = first_position // plan.major
     starts_fresh = (ranges.of_edge(refs, head, block, 0) > 0) & (diagonal == key_block)
 
-  @pl.when(jnp.logical_not(starts_fresh))
+  low, high = ranges.key_blocks((refs["chunks"], refs["blocks"]), head, block)
+  visits = (low <= key_block) & (key_block <= high)
+
+  @pl.when(visits & jnp.logical_not(starts_fresh))
   def _():
     layout.clear(accum)
 
@@ -215,4 +218,11 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
     layout.interleave(plan, tiles, products, update)
 
   layout.traverse(ranges, refs, head, block, key_block, first_position, plan, edges, step)
-  refs["dquery"][...] = (accum[...] * scale).astype(refs["dquery"].dtype).T
+
+  @pl.when(visits)
+  def _():
+    refs["dquery"][...] = (accum[...] * scale).astype(refs["dquery"].dtype).T
+
+  @pl.when(jnp.logical_not(visits))
+  def _():
+    layout.clear(refs["dquery"])
