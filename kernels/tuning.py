@@ -59,7 +59,7 @@ _ADA = _AMPERE | {  # 99 KiB of shared memory
 _BLACKWELL = {
     64: (TritonBlocks(128, 128, 8, 2),  # 259; (128, 64, 4, 3) spills 36
          TritonBlocks(128, 64, 4, 2),  # 273; (128, 128, 8, 2) 284
-         TritonBlocks(64, 128, 8, 2)),  # 479; (64, 64, 4, 2) 490; triton 3.6 spills 4 and 64
+         TritonBlocks(64, 128, 8, 2)),  # 479; (64, 64, 4, 2) 490, but triton 3.6 spills 64
     128: (TritonBlocks(128, 64, 8, 3),  # 413; (128, 128, 8, 2) spills 132
           TritonBlocks(128, 64, 8, 2),  # 406; (64, 64, 4, 2) 428
           TritonBlocks(64, 64, 4, 2)),  # 552; (64, 128, 8, 2) 516 but spills 8 in triton 3.6
