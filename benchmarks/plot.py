@@ -76,21 +76,24 @@ def _bars(result, rows):
   panels = list(dict.fromkeys(_case(row)[1:] for row in rows))
   figure, axes = plt.subplots(len(panels), 1, figsize=(_WIDTH, 1.2 + 2.3 * len(panels)),
                               squeeze=False, layout="constrained")
-  names = list(dict.fromkeys(row["implementation"] for row in rows))
+  every = list(dict.fromkeys(row["implementation"] for row in rows))
+  colors = {name: _COLORS.get(name) or f"C{i}" for i, name in enumerate(every)}
   for axis, panel in zip(axes[:, 0], panels, strict=True):
     here = [row for row in rows if _case(row)[1:] == panel]
     shapes = list(dict.fromkeys(_case(row)[0] for row in here))
+    names = [name for name in every if name in {row["implementation"] for row in here}]
     width = 0.8 / len(names)
     for i, name in enumerate(names):
       values = {_case(row)[0]: _value(row) for row in here if row["implementation"] == name}
       at = [shapes.index(shape) + (i - (len(names) - 1) / 2) * width for shape in values]
-      bars = axis.bar(at, list(values.values()), width * 0.92, label=name,
-                      color=_COLORS.get(name))
+      bars = axis.bar(at, list(values.values()), width * 0.92, color=colors[name])
       axis.bar_label(bars, fmt="%.3g", fontsize=7)
     axis.set_xticks(range(len(shapes)), shapes, fontsize=8)
+    axis.set_xlim(-0.5, len(shapes) - 0.5)
     axis.set_title(" ".join(filter(None, panel)), fontsize=9, loc="left")
     _style(axis)
-  axes[0, 0].legend(ncols=min(6, len(names)), fontsize=8, frameon=False, loc="lower left",
+  axes[0, 0].legend([plt.Rectangle((0, 0), 1, 1, color=colors[name]) for name in every], every,
+                    ncols=min(6, len(every)), fontsize=8, frameon=False, loc="lower left",
                     bbox_to_anchor=(0, 1.12))
   figure.supylabel(_unit(rows), fontsize=9)
   _title(figure, result)
