@@ -393,8 +393,13 @@ def hide(x, tile, distance, num_keys, refs, at, key_ids, *, is_causal, window):
   if mask is None:
     return x
   start, end = start - tile.keys[0], end - tile.keys[0]
-  parts = [x[:start], jnp.where(mask, x[start:end], -jnp.inf), x[end:]]
-  return jnp.concatenate([part for part in parts if part.shape[0]], axis=0)
+  parts = [jnp.where(mask, x[start:end], -jnp.inf)]
+  # Mosaic has no empty vectors.
+  if start:
+    parts.insert(0, x[:start])
+  if end < x.shape[0]:
+    parts.append(x[end:])
+  return jnp.concatenate(parts, axis=0)
 
 
 def clear(ref):
