@@ -260,8 +260,8 @@ def measure(shape: Shape, names: list[str], dtype: str, rounds: int, say=print) 
         attempt(worker, request, lambda row, x: row.setdefault(key, []).append(x))
 
   # PaLM-jax's program grows with depth, and a compilation of 64 layers takes minutes.
-  for depth in dict.fromkeys((shape.depth, *DEPTHS)):
-    for _ in range(rounds):
+  for _ in range(rounds):
+    for depth in dict.fromkeys((shape.depth, *DEPTHS)):
       for name in present:
         if name == PEER and depth != shape.depth:
           continue
