@@ -26,10 +26,11 @@ def main(argv: list[str] | None = None) -> int:
   console.print("A PaLM of a million parameters learns to write like Python's documentation, byte "
                 "by byte.", highlight=False, soft_wrap=True)
   status = run("train", "--model", "palm-tiny", "--data", "pydoc", "--steps", str(args.steps),
-               "--batch-size", "16", "--seq-len", "128", "--eval-every", "100", "--out", str(out))
+               "--batch-size", "8", "--seq-len", "256", "--eval-every", "100", "--out", str(out))
   if status:
     return status
-  status = run("generate", str(out), "--prompt", "The for statement ", "--length", "400",
+  # Not longer than what it was trained at: rotary positions do not reach beyond that.
+  status = run("generate", str(out), "--prompt", "The for statement ", "--length", "230",
                "--temperature", "0.7")
   if status:
     return status
