@@ -59,15 +59,15 @@ class PalmHaiku:
   def __init__(self, implementation: str, shape: Shape, dtype: str):
     import jax
     from palm_haiku import PaLMConfig
-    from palm_haiku import train
+    from palm_haiku import train_step
 
     model = PaLMConfig(256, shape.dim, shape.depth, shape.heads, shape.dim_head, position="alibi",
                        norm="rms", shared_kv=True)
-    self._train = train
-    self.config = train.TrainConfig(
+    self._train = train_step
+    self.config = train_step.TrainConfig(
         model=model, batch_size=shape.batch, seq_len=shape.seq, dtype=dtype,
         implementation=implementation)
-    self.state_shapes = jax.eval_shape(lambda: train.init(self.config))
+    self.state_shapes = jax.eval_shape(lambda: train_step.init(self.config))
 
   def init(self):
     import jax

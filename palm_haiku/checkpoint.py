@@ -1,4 +1,8 @@
-"""Checkpoints that are whole or refused: Orbax arrays and metadata under a manifest of hashes."""
+"""Checkpoints that are whole or refused: Orbax arrays and metadata under a manifest of hashes.
+
+In a job of several processes all of them save and restore together, each the parts of arrays that
+its devices hold; the first one alone looks after the directory, which they share.
+"""
 
 import contextlib
 import hashlib
@@ -11,6 +15,8 @@ from typing import Any, Callable
 
 import jax
 import orbax.checkpoint as ocp
+
+from palm_haiku import distributed
 
 _MANIFEST = "manifest.json"
 
@@ -65,16 +71,28 @@ class Checkpoints:
       args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
       with _checkpointer() as checkpointer:
         checkpointer.save(path, ocp.args.Composite(**args, metadata=ocp.args.JsonSave(metadata)))
-      _write_atomically(path / _MANIFEST, json.dumps(_hashes(path), indent=1))
+      if distributed.is_leader():
+        _write_atomically(path / _MANIFEST, json.dumps(_hashes(path), indent=1))
     except Exception as error:  # TensorStore and Orbax raise many types for a full disk.
-      self._remove(step)
+      if distributed.is_leader():
+        self._remove(step)
       kept = self.steps()
       raise CheckpointError(
           f"could not write checkpoint {path}: {_first_line(error)}; "
           + (f"checkpoint {kept[-1]} is intact" if kept else "there is no earlier one")
       ) from error
-    for old in self.steps()[: -self._keep]:
-      self._remove(old)
+    if distributed.is_leader():
+      for old in self.steps()[: -self._keep]:
+        self._remove(old)
+    distributed.barrier(f"checkpoint {step} is written")
+
+  def forget_after(self, step: int) -> None:
+    """Deletes the checkpoints of later steps, which the run has gone back from."""
+    if distributed.is_leader():
+      for later in self.steps():
+        if later > step:
+          self._remove(later)
+    distributed.barrier(f"checkpoints after {step} are deleted")
 
   def latest(self, *, repair: bool = False) -> int | None:
     """The newest step whose checkpoint is whole; newer ones are refused with a warning.
@@ -122,23 +140,24 @@ class Checkpoints:
 
   def metadata(self, step: int) -> dict[str, Any]:
     """The metadata of a checkpoint."""
-    with _checkpointer() as checkpointer:
-      args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-      return checkpointer.restore(self.directory / str(step), args).metadata
+    # Not through Orbax, which would wait for the other processes of a job.
+    return json.loads((self.directory / str(step) / "metadata" / "metadata").read_text())
 
   def restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
     """Reads items of a checkpoint.
 
     Args:
       step: one of `steps()`.
-      like: for each item wanted, a tree of arrays or of `jax.ShapeDtypeStruct`.
+      like: for each item wanted, a tree of arrays or of `jax.ShapeDtypeStruct`; those with a
+        sharding are read as it says, whatever mesh they were written on.
 
     Raises:
       CheckpointError: it cannot be read, or does not hold such trees.
     """
     path = self.directory / str(step)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), like)
     args = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
     try:
       with _checkpointer() as checkpointer:
@@ -148,7 +167,8 @@ class Checkpoints:
     return {name: restored[name] for name in like}
 
   def _check_room(self, items):
-    need = sum(x.nbytes for x in jax.tree.leaves(items))
+    need = sum(shard.data.nbytes for x in jax.tree.leaves(items) for shard in x.addressable_shards
+               if shard.replica_id == 0)
     free = shutil.disk_usage(self.directory).free
     if free < need:
       raise OSError(f"no space left on device: it needs {need:,} bytes and {free:,} are free")

@@ -185,7 +185,8 @@ def _model(args, base: PaLMConfig | None) -> PaLMConfig | None:
 def _train(args) -> int:
   from palm_haiku import data, kernels
   from palm_haiku.checkpoint import Checkpoints
-  from palm_haiku.train import TrainConfig, load_config, train
+  from palm_haiku.recipe import TrainConfig, load_config
+  from palm_haiku.train import train
 
   console = rich.console.Console()
   base = None
@@ -227,7 +228,8 @@ def _load_run(directory: pathlib.Path):
   import jax
 
   from palm_haiku.checkpoint import Checkpoints
-  from palm_haiku.train import init, load_config
+  from palm_haiku.recipe import load_config
+  from palm_haiku.train_step import init
 
   checkpoints = Checkpoints(directory / "checkpoints", warn=lambda line: print(
       f"warning: {line}", file=sys.stderr))
@@ -274,7 +276,7 @@ def _generate(args) -> int:
 def _convert(args) -> int:
   from palm_haiku import interop
   from palm_haiku.checkpoint import Checkpoints
-  from palm_haiku.train import TrainConfig
+  from palm_haiku.recipe import TrainConfig
 
   if args.out.exists():
     raise ValueError(f"{args.out} exists already; choose another --out")

@@ -68,9 +68,21 @@ class PaLMConfig:
     layer += 2 * self.dim_head if self.qk_norm else 0
     return self.num_tokens * self.dim + self.depth * layer + self.dim
 
-  def train_flops_per_token(self, seq_len: int) -> float:
-    """Model FLOPs of one token, forward and backward: 6N + 12 L H Q T (PaLM, appendix B)."""
-    return 6 * self.num_params + 12 * self.depth * self.heads * self.dim_head * seq_len
+  def train_flops_per_token(self, seq_len: int, remat: str = "none") -> float:
+    """FLOPs of one token, forward and backward: 6N + 12 L H Q T (PaLM, appendix B).
+
+    Args:
+      seq_len: T, tokens in a sequence; the causal mask is not taken into account.
+      remat: with the name of a policy, also what it makes the hardware compute again: a layer's
+        in-projection, and with "full" its attention too. The out-projection is not needed again.
+    """
+    attention = 4 * self.depth * self.heads * self.dim_head * seq_len
+    again = 0
+    if remat != "none":
+      keys = self.dim_head * (1 if self.shared_kv else 2)
+      again = 2 * self.depth * self.dim * (self.heads * self.dim_head + keys + 2 * self.dim_ff)
+      again += attention if remat == "full" else 0
+    return 6 * self.num_params + 3 * attention + again
 
 
 _LITE = dict(position="alibi", norm="rms", shared_kv=True)

@@ -239,9 +239,9 @@ def _tokenize(documents, tokenizer, dtype) -> np.ndarray:
   return np.concatenate(parts[:-1]) if parts else np.zeros(0, dtype)
 
 
-def batches(tokens: np.ndarray, *, batch_size: int, seq_len: int, seed: int,
+def windows(tokens: np.ndarray, *, seq_len: int, seed: int,
             eod: int | None = None) -> grain.MapDataset:
-  """Endless training batches; `batches(...)[k]` is that of step k and depends on nothing else.
+  """Endless training sequences; `windows(...)[k]` depends on k and the arguments alone.
 
   An epoch is a random order of windows that overlap only in the token that is the target of
   one and the input of the next; where they begin shifts from epoch to epoch.
@@ -252,8 +252,8 @@ def batches(tokens: np.ndarray, *, batch_size: int, seq_len: int, seed: int,
     eod: end-of-document token, for segment ids.
 
   Returns:
-    A dataset of {"tokens": int32[batch_size, seq_len + 1]} and, with `eod`, "segment_ids" of
-    the same shape, which count documents from the start of the window.
+    A dataset of {"tokens": int32[seq_len + 1]} and, with `eod`, "segment_ids" of the same
+    shape, which count documents from the start of the window.
 
   Raises:
     ValueError: fewer tokens than one window.
@@ -273,8 +273,12 @@ def batches(tokens: np.ndarray, *, batch_size: int, seq_len: int, seed: int,
     row = {"tokens": tokens[start: start + seq_len + 1].astype(np.int32)}
     return row if eod is None else row | {"segment_ids": segment_ids(row["tokens"], eod)}
 
-  return (grain.MapDataset.range(count).shuffle(seed=seed).repeat()
-          .map_with_index(window).batch(batch_size))
+  return grain.MapDataset.range(count).shuffle(seed=seed).repeat().map_with_index(window)
+
+
+def batches(tokens: np.ndarray, *, batch_size: int, **options) -> grain.MapDataset:
+  """`windows`, `batch_size` of them at a time: `batches(...)[k]` is that of step k."""
+  return windows(tokens, **options).batch(batch_size)
 
 
 def segment_ids(tokens: np.ndarray, eod: int) -> np.ndarray:

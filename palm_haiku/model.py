@@ -12,6 +12,7 @@ import numpy as np
 from palm_haiku import kernels
 from palm_haiku.config import PaLMConfig
 from palm_haiku.kernels.parallel_block.xla import normalize
+from palm_haiku.sharding import Rules, constrain
 
 # What the backward pass recomputes instead of keeping, by name. A layer keeps, per token, its
 # input and: with "none" what its matrix products made; with "attention" what attention made.
@@ -101,7 +102,8 @@ class PaLM(hk.Module):
 
   def __init__(self, num_tokens: int, dim: int, depth: int, heads: int, dim_head: int = 64,
                ff_mult: int = 4, *, dtype=jnp.float32, remat: str = "none",
-               implementation: str = "auto", name: str | None = "palm", **architecture):
+               implementation: str = "auto", rules: Rules = Rules(), name: str | None = "palm",
+               **architecture):
     """Describes the model; the first six names are PaLM-jax's.
 
     Args:
@@ -111,6 +113,7 @@ class PaLM(hk.Module):
       remat: what the backward pass recomputes: "none" (only what is between the matrix
         products), "attention" (all but attention) or "full" (whole layers).
       implementation: of every op, "auto" or a backend by name.
+      rules: how activations are divided over the mesh in context, if there is one.
       **architecture: the remaining fields of `PaLMConfig`: position, norm, shared_kv, ...
     """
     super().__init__(name)
@@ -118,7 +121,7 @@ class PaLM(hk.Module):
     if remat not in REMAT_POLICIES:
       raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}; got {remat!r}")
     self.dtype, self.remat = dtype, remat
-    self.implementation = implementation
+    self.implementation, self.rules = implementation, rules
 
   @classmethod
   def from_config(cls, config: PaLMConfig, **options) -> "PaLM":
@@ -174,7 +177,9 @@ class PaLM(hk.Module):
     self._check(tokens, cache)
     embedding = hk.get_parameter(
         "embedding", (c.num_tokens, c.dim), init=hk.initializers.RandomNormal())
+    tokens = constrain(tokens, ("batch", "sequence")[-tokens.ndim:], self.rules)
     x = jnp.asarray(embedding, self.dtype).at[tokens].get(mode="fill", fill_value=jnp.nan)
+    x = self._between_layers(x)
 
     stack = functools.partial(hk.layer_stack, c.depth, name="layers")
     if cache is None:
@@ -194,10 +199,14 @@ class PaLM(hk.Module):
 
   def _layer(self, **inputs):
     def layer(x, **more):
-      return ParallelBlock(self.config, implementation=self.implementation)(x, **inputs, **more)
+      out = ParallelBlock(self.config, implementation=self.implementation)(x, **inputs, **more)
+      return (self._between_layers(out[0]), out[1]) if more else self._between_layers(out)
 
     policy = REMAT_POLICIES[self.remat]
     return layer if policy is None else hk.remat(layer, policy=policy, prevent_cse=False)
+
+  def _between_layers(self, x):
+    return constrain(x, ("batch", "sequence", "residual")[-x.ndim:], self.rules)
 
   def _check(self, tokens, cache):
     if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):

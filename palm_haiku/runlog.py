@@ -12,6 +12,9 @@ import tensorboardX
 from matplotlib.figure import Figure
 
 
+METRICS = "metrics.jsonl"
+
+
 class RunLog:
   """Records metrics of a run under its directory and shows them in the terminal.
 
@@ -33,14 +36,8 @@ class RunLog:
     self._directory = directory
     self._console = console
     self._steps = steps
-    self.path = directory / "metrics.jsonl"
-    self._rows = [row for row in read_metrics(self.path) if row["step"] <= start]
-    draft = self.path.with_suffix(".draft")
-    draft.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
-    draft.rename(self.path)
-    self._file = open(self.path, "a", buffering=1)
-    self._tensorboard = tensorboardX.SummaryWriter(
-        str(directory / "tensorboard"), purge_step=start + 1 if start else None)
+    self.path = directory / METRICS
+    self._open(start)
     self._progress = rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
@@ -51,13 +48,25 @@ class RunLog:
     self._task = self._progress.add_task("compiling", total=steps, completed=start, status="")
     self._progress.start()
 
+  def _open(self, start):
+    self._rows = [row for row in read_metrics(self.path) if row["step"] <= start]
+    draft = self.path.with_suffix(".draft")
+    draft.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+    draft.rename(self.path)
+    self._file = open(self.path, "a", buffering=1)
+    self._tensorboard = tensorboardX.SummaryWriter(
+        str(self._directory / "tensorboard"), purge_step=start + 1 if start else None)
+
+  def _close(self):
+    self._tensorboard.close()
+    self._file.close()
+
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
     self._progress.stop()
-    self._tensorboard.close()
-    self._file.close()
+    self._close()
     if self._rows:
       try:
         plot_loss(self._rows, self._directory / "loss.png")
@@ -79,6 +88,12 @@ class RunLog:
     self._progress.update(self._task, status=status)
     if not self._console.is_terminal:
       self._console.print(f"step {row['step']}/{self._steps}  {status}", highlight=False)
+
+  def rewind(self, step: int) -> None:
+    """Forgets what was recorded after a step that the run goes back to."""
+    self._close()
+    self._open(step)
+    self._progress.update(self._task, completed=step)
 
   def say(self, message: str) -> None:
     """Prints a line above the progress bar."""

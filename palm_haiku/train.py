@@ -1,26 +1,25 @@
 """The training loop."""
 
+import collections
+import contextlib
 import dataclasses
-import functools
 import math
 import pathlib
 import signal
+import statistics
 import threading
 import time
 from typing import Any, NamedTuple
 
-import haiku as hk
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import rich.console
 
-from palm_haiku import data, optim, runlog
+from palm_haiku import data, distributed, runlog, sharding
 from palm_haiku.checkpoint import CheckpointError, Checkpoints
 from palm_haiku.config import PaLMConfig
-from palm_haiku.loss import mean_loss
-from palm_haiku.model import PaLM
+from palm_haiku.recipe import FREE_ON_RESUME, TrainConfig, load_config
+from palm_haiku.train_step import TrainState, program
 
 # Dense bfloat16 FLOP/s of a chip, from its maker's data sheet, by JAX's name of it.
 PEAK_FLOPS = {
@@ -35,75 +34,10 @@ PEAK_FLOPS = {
     "TPU7x": 2307e12,
 }
 
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-  """Everything that decides how a run goes.
-
-  Raises:
-    ValueError: a value out of range.
-  """
-
-  model: PaLMConfig
-  data: str = "pydoc"  # see `data.load_corpus`
-  tokenizer: str = "bytes"  # see `data.load_tokenizer`
-  eval_fraction: float = 0.1
-  mask_documents: bool = False  # attention stays within a document
-  steps: int = 2000
-  batch_size: int = 16  # sequences in a step
-  accumulate: int = 1  # parts of a batch that are computed one after another
-  seq_len: int = 256
-  optimizer: str = "adamw"  # "adamw" | "palm"
-  learning_rate: float | None = None  # None: the optimizer's own
-  z_loss: float = 1e-4
-  seed: int = 0
-  dtype: str = "float32"  # of activations and matrix products; "float32" | "bfloat16"
-  remat: str = "none"
-  implementation: str = "auto"
-  log_every: int = 10
-  eval_every: int = 250
-  checkpoint_every: int = 500
-
-  def __post_init__(self):
-    for name in ("steps", "batch_size", "accumulate", "seq_len", "log_every", "eval_every",
-                 "checkpoint_every"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-    if self.batch_size % self.accumulate:
-      raise ValueError(f"accumulate must divide batch_size; got {self.accumulate} "
-                       f"and {self.batch_size}")
-    if self.optimizer not in ("adamw", "palm"):
-      raise ValueError(f"optimizer must be adamw or palm; got {self.optimizer!r}")
-    if self.learning_rate is not None and not self.learning_rate > 0:
-      raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
-    if self.dtype not in ("float32", "bfloat16"):
-      raise ValueError(f"dtype must be float32 or bfloat16; got {self.dtype!r}")
-
-  def build_model(self) -> hk.Transformed:
-    """The model as a pure function (params, tokens, targets, segment_ids) -> (nll, log Z)."""
-    return hk.without_apply_rng(hk.transform(
-        lambda tokens, targets, segment_ids=None: PaLM.from_config(
-            self.model, dtype=jnp.dtype(self.dtype), remat=self.remat,
-            implementation=self.implementation).loss(tokens, targets, segment_ids=segment_ids)))
-
-  def build_optimizer(self) -> optax.GradientTransformation:
-    """The optimizer with its schedule."""
-    given = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
-    return optim.palm(**given) if self.optimizer == "palm" else optim.adamw(
-        steps=self.steps, **given)
-
-
-# What may differ when a run is resumed: it changes how a step is computed, logged or how many
-# there are, but not what the checkpoint means.
-_FREE_ON_RESUME = {"steps", "accumulate", "remat", "implementation", "log_every", "eval_every",
-                   "checkpoint_every"}
-
-
-class TrainState(NamedTuple):
-  """All that a step changes."""
-
-  params: Any
-  opt_state: Any
+# After a spike of the loss (PaLM, section 5.1): where a run goes back to, and what it leaves out.
+GO_BACK = 100  # steps before the spike, at least
+SKIP = 200  # batches from there on, at least
+RECENT = 20  # logged losses whose median is not a spike
 
 
 class Score(NamedTuple):
@@ -122,66 +56,6 @@ class Result(NamedTuple):
   interrupted_by: signal.Signals | None
 
 
-def init(config: TrainConfig) -> TrainState:
-  """The state before the first step; depends on `config.seed` alone."""
-  tokens = jnp.zeros((1, config.seq_len), jnp.int32)
-  params = config.build_model().init(jax.random.key(config.seed), tokens, tokens)
-  return TrainState(params, config.build_optimizer().init(params))
-
-
-_init = jax.jit(init, static_argnums=0)
-
-
-def train_step(config: TrainConfig, state: TrainState, batch) -> tuple[TrainState, dict]:
-  """One step of the optimizer on one batch.
-
-  Args:
-    batch: {"tokens": int[B, T + 1]} and, to keep attention within documents,
-      "segment_ids": int[B, T + 1].
-
-  Returns:
-    The new state, and scalars: loss (negative log-likelihood), log_z_squared, grad_norm.
-  """
-  model = config.build_model()
-
-  def loss_of(params, batch):
-    nll, log_z = model.apply(params, *_inputs_and_targets(batch))
-    loss = mean_loss(nll, log_z, z_loss=config.z_loss)
-    return loss.total, loss
-
-  grad = jax.grad(loss_of, has_aux=True)
-  if config.accumulate == 1:
-    grads, loss = grad(state.params, batch)
-  else:
-    parts = jax.tree.map(
-        lambda x: x.reshape(config.accumulate, -1, *x.shape[1:]), batch)
-    add = functools.partial(jax.tree.map, jnp.add)
-    shapes = jax.eval_shape(grad, state.params, jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(
-        lambda total, part: (add(total, grad(state.params, part)), None), zeros, parts)
-    grads, loss = jax.tree.map(lambda x: x / config.accumulate, total)
-  updates, opt_state = config.build_optimizer().update(grads, state.opt_state, state.params)
-  metrics = {"loss": loss.nll, "log_z_squared": loss.log_z_squared,
-             "grad_norm": optax.tree.norm(grads)}
-  return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
-
-
-def eval_step(config: TrainConfig, params, batch) -> tuple[jax.Array, jax.Array]:
-  """Summed negative log-likelihood of a batch's targets, and the sum of their weights."""
-  nll, _ = config.build_model().apply(params, *_inputs_and_targets(batch))
-  return (nll * batch["weights"]).sum(), batch["weights"].sum()
-
-
-_train_step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
-_eval_step = jax.jit(eval_step, static_argnums=0)
-
-
-def _inputs_and_targets(batch):
-  segment_ids = batch["segment_ids"][:, :-1] if "segment_ids" in batch else None
-  return batch["tokens"][:, :-1], batch["tokens"][:, 1:], segment_ids
-
-
 def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
           console: rich.console.Console | None = None) -> Result:
   """Trains a model, leaving checkpoints and metrics under `out`.
@@ -189,108 +63,220 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
   SIGINT and SIGTERM save a checkpoint and end the run. A run that was interrupted at any moment
   and resumed goes through the same states, bit for bit, as one that was not.
 
+  All processes of a job call this; each feeds its own devices, all write the checkpoints, and the
+  first one prints and logs. `out` is a directory that they share.
+
   Args:
     config: of the run.
     out: directory of the run.
-    resume: go on from the newest whole checkpoint under `out`; without one, begin.
+    resume: go on from the newest whole checkpoint under `out`, on any mesh; without one, begin.
     console: where progress goes; None for standard output.
 
   Raises:
-    ValueError: data that do not fit the model, or another run's directory.
+    ValueError: data that do not fit the model, a mesh that does not fit the devices, the model or
+      the batch, or another run's directory.
     CheckpointError: a checkpoint could not be written or read.
     FloatingPointError: the loss is not finite any more.
   """
   console = console or rich.console.Console()
-  out = pathlib.Path(out)
-  tokenizer = data.load_tokenizer(config.tokenizer)
-  corpus = data.load_corpus(config.data, tokenizer, config.eval_fraction)
-  _check_vocabulary(config.model, corpus)
-  checkpoints = Checkpoints(out / "checkpoints", warn=lambda line: console.print(
-      f"[yellow]warning:[/] {line}", soft_wrap=True))
-  run = {"config": dataclasses.asdict(config), "data_fingerprint": corpus.fingerprint}
-  start = _starting_step(out, checkpoints, run, resume)
-  eod = corpus.eod if config.mask_documents else None
-  batches = data.batches(corpus.train, batch_size=config.batch_size, seq_len=config.seq_len,
-                         seed=config.seed, eod=eod)
+  if not distributed.is_leader():
+    console = rich.console.Console(quiet=True)
+  mesh = _mesh(config)
+  with sharding.in_context(mesh):
+    return _Run(config, mesh, pathlib.Path(out), console).go(resume)
 
-  out.mkdir(parents=True, exist_ok=True)
-  state = jax.eval_shape(lambda: init(config)) if start else _init(config)
-  if start:
-    restored = checkpoints.restore(start, state._asdict())
-    state = TrainState(**restored)
-    console.print(f"resuming from step {start}", highlight=False)
-  has_eval = len(corpus.eval) > 1
-  peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-  tokens_per_step = config.batch_size * config.seq_len
 
-  def evaluate(params):
-    sums = [_eval_step(config, params, batch) for batch in data.eval_batches(
-        corpus.eval, batch_size=config.batch_size, seq_len=config.seq_len, eod=eod)]
+class _Run:
+  """What the parts of the loop share."""
+
+  def __init__(self, config, mesh, out, console):
+    self.config, self.out, self.console = config, out, console
+    self.program = program(config, mesh)
+    self.corpus = data.load_corpus(
+        config.data, data.load_tokenizer(config.tokenizer), config.eval_fraction)
+    _check_vocabulary(config.model, self.corpus)
+    self.eod = self.corpus.eod if config.mask_documents else None
+    self.windows = data.windows(
+        self.corpus.train, seq_len=config.seq_len, seed=config.seed, eod=self.eod)
+    self.checkpoints = Checkpoints(out / "checkpoints", warn=lambda line: console.print(
+        f"[yellow]warning:[/] {line}", soft_wrap=True))
+
+  def go(self, resume) -> Result:
+    config = self.config
+    start = distributed.from_leader(
+        lambda: _starting_step(config, self.out, self.checkpoints, self._metadata(), resume),
+        (ValueError, CheckpointError))
+    if distributed.is_leader():
+      self.out.mkdir(parents=True, exist_ok=True)
+    if start:
+      self.state = self._restore(start)
+      self.console.print(f"resuming from step {start}", highlight=False)
+    else:
+      self.state = self.program.init()
+    recent = collections.deque(maxlen=RECENT)
+    any_process = distributed.AnyProcess()
+    with _Interrupts() as interrupts, self._log(start) as log:
+      saved = step = start
+      clock, tokens = None, 0
+      while step < config.steps and not any_process(interrupts.received is not None):
+        batch = self._batch(step)
+        self.state, metrics = self.program.step(self.state, batch)
+        step += 1
+        tokens += batch["tokens"].shape[0] * config.seq_len
+        last = step == config.steps
+        evaluated = len(self.corpus.eval) > 1 and (last or step % config.eval_every == 0)
+        if evaluated or last or step == 1 or step % config.log_every == 0:
+          row = {"step": step, **{name: float(x) for name, x in metrics.items()}}
+          if self._is_spike(row, recent):
+            back = self._before(step)
+            if back is not None:
+              self._go_back(back, step, row["loss"], log)
+              saved = step = back
+              recent.clear()
+              clock, tokens = None, 0
+              continue
+          _check_finite(row, step, saved)
+          now = time.perf_counter()
+          if clock is not None:  # The first interval would count compilation.
+            row |= self._speed(tokens / (now - clock))
+          if evaluated:
+            row["eval_loss"] = self._evaluate()
+          if log:
+            log.write(row)
+          clock, tokens = time.perf_counter(), 0
+        if log:
+          log.advance(step)
+        if last or step % config.checkpoint_every == 0:
+          self._save(step, metrics, saved)
+          saved = step
+      if step > saved:
+        self._save(step, metrics, saved)
+      stopped = interrupts.received
+    distributed.barrier("the log is written")
+    rows = runlog.read_metrics(self.out / runlog.METRICS)
+    end = rows[-1] if rows else {}
+    eval_loss = end.get("eval_loss") if end.get("step") == step else None
+    return Result(
+        step, _score(end.get("loss", math.nan), self.corpus.train_bytes_per_token),
+        None if eval_loss is None else _score(eval_loss, self.corpus.eval_bytes_per_token),
+        stopped or (signal.SIGTERM if step < config.steps else None))
+
+  def _batch(self, step):
+    """The batch of a step; on a mesh, this process reads the sequences of its own devices."""
+    numbers = self.config.sequences_of(self.config.batch_of(step))
+    read = {}
+
+    def rows(name, wanted):
+      for number in wanted:
+        if number not in read:
+          read[number] = self.windows[number]
+      return np.stack([read[number][name] for number in wanted])
+
+    where = self.program.batch_sharding
+    shape = (len(numbers), self.config.seq_len + 1)
+    names = ("tokens",) if self.eod is None else ("tokens", "segment_ids")
+    return {
+        name: rows(name, numbers) if where is None else jax.make_array_from_callback(
+            shape, where, lambda index, name=name: rows(name, numbers[index[0]]))
+        for name in names}
+
+  def _evaluate(self) -> float:
+    where = self.program.batch_sharding
+    sums = [
+        self.program.evaluate(
+            self.state.params, {name: distributed.place(x, where) for name, x in batch.items()})
+        for batch in data.eval_batches(self.corpus.eval, batch_size=self.config.batch_size,
+                                       seq_len=self.config.seq_len, eod=self.eod)]
     nll, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
     return float(nll / count)
 
-  def save(step):
-    checkpoints.save(step, state._asdict(), {**run, "step": step})
+  def _speed(self, tokens_per_second) -> dict[str, float]:
+    """Throughput and, on a chip of known peak, its utilisation (PaLM, appendix B)."""
+    config, speed = self.config, {"tokens_per_second": tokens_per_second}
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    if peak:
+      model, hardware = (config.model.train_flops_per_token(config.seq_len),
+                         config.model.train_flops_per_token(config.seq_len, remat=config.remat))
+      chips = 1 if self.program.batch_sharding is None else jax.device_count()
+      speed["mfu"] = tokens_per_second * model / (peak * chips)
+      speed["hfu"] = tokens_per_second * hardware / (peak * chips)
+    return speed
 
-  with (_Interrupts() as interrupts,
-        runlog.RunLog(out, steps=config.steps, start=start, console=console) as log):
-    saved = step = start
-    clock, clock_step = None, start
-    while step < config.steps and interrupts.received is None:
-      state, metrics = _train_step(config, state, batches[step])
-      step += 1
-      last = step == config.steps
-      evaluated = has_eval and (last or step % config.eval_every == 0)
-      if evaluated or last or step == 1 or step % config.log_every == 0:
-        row = {"step": step, **_finite(metrics, step, saved)}
-        now = time.perf_counter()
-        if clock is not None:  # The first interval would count compilation.
-          rate = (step - clock_step) * tokens_per_step / (now - clock)
-          row["tokens_per_second"] = rate
-          if peak:
-            flops = config.model.train_flops_per_token(config.seq_len)
-            row["mfu"] = rate * flops / (peak * jax.device_count())
-        if evaluated:
-          row["eval_loss"] = evaluate(state.params)
-        log.write(row)
-        clock, clock_step = time.perf_counter(), step
-      log.advance(step)
-      if last or step % config.checkpoint_every == 0:
-        _finite(metrics, step, saved)
-        save(step)
-        saved = step
-    if step > saved:
-      _finite(metrics, step, saved)
-      save(step)
-  rows = runlog.read_metrics(log.path)
-  end = rows[-1] if rows else {}
-  eval_loss = end.get("eval_loss") if end.get("step") == step else None
-  return Result(
-      step, _score(end.get("loss", math.nan), corpus.train_bytes_per_token),
-      None if eval_loss is None else _score(eval_loss, corpus.eval_bytes_per_token),
-      interrupts.received)
+  def _is_spike(self, row, recent) -> bool:
+    """Whether the loss has left the recent ones by more than `config.spike`."""
+    if not self.config.spike:
+      return False
+    loss = row["loss"]
+    if not math.isfinite(loss):
+      return True
+    if len(recent) == RECENT and loss > statistics.median(recent) + self.config.spike:
+      return True
+    recent.append(loss)
+    return False
+
+  def _before(self, step) -> int | None:
+    """The newest checkpoint far enough before a spike, else the oldest there is."""
+    def choose():
+      whole = [s for s in self.checkpoints.steps() if self.checkpoints.problem(s) is None]
+      return max((s for s in whole if s <= step - GO_BACK), default=min(whole, default=None))
+
+    return distributed.from_leader(choose, ())
+
+  def _go_back(self, back, step, loss, log):
+    first = self.config.batch_of(back)
+    end = max(first + SKIP, self.config.batch_of(step))
+    skipped = ",".join(filter(None, (self.config.skip_batches, f"{first}:{end}")))
+    self.config = dataclasses.replace(self.config, skip_batches=skipped)
+    self.checkpoints.forget_after(back)
+    self.state = None  # Room for the other.
+    self.state = self._restore(back)
+    if log:
+      log.rewind(back)
+      log.say(f"loss {loss:.3f} at step {step} is a spike: going back to step {back} and leaving "
+              f"out batches {first} to {end - 1}")
+
+  def _metadata(self) -> dict[str, Any]:
+    return {"config": dataclasses.asdict(self.config), "data_fingerprint": self.corpus.fingerprint}
+
+  def _save(self, step, metrics, saved):
+    _check_finite(metrics, step, saved)
+    self.checkpoints.save(step, self.state._asdict(), {**self._metadata(), "step": step})
+
+  def _restore(self, step) -> TrainState:
+    return TrainState(**self.checkpoints.restore(step, self.program.state._asdict()))
+
+  def _log(self, start):
+    if not distributed.is_leader():
+      return contextlib.nullcontext()
+    return runlog.RunLog(self.out, steps=self.config.steps, start=start, console=self.console)
+
+
+def _mesh(config):
+  """The mesh of a run, once it is sure that model and batches can be divided over it."""
+  if not config.mesh or config.mesh == "one-chip":
+    if jax.process_count() > 1:
+      raise ValueError(f"a job of {jax.process_count()} processes needs a mesh, such as "
+                       "--mesh fsdp")
+    return None
+  mesh = sharding.make_mesh(config.mesh)
+  for size in config.batch_sizes.values():
+    sharding.check(config.model, mesh, config.rules, batch_size=size // config.accumulate,
+                   seq_len=config.seq_len)
+  return mesh
 
 
 def _score(nats_per_token, bytes_per_token) -> Score:
   return Score(nats_per_token, nats_per_token / math.log(2) / bytes_per_token)
 
 
-def _finite(metrics, step, saved) -> dict[str, float]:
-  """The metrics as numbers, if the run has not diverged."""
-  row = {name: float(x) for name, x in metrics.items()}
-  for name, value in row.items():
+def _check_finite(metrics, step, saved):
+  for name, value in metrics.items():
+    value = float(value)
     if not math.isfinite(value):
       raise FloatingPointError(
           f"{name} is {value} at step {step}; "
           + (f"checkpoint {saved} is intact" if saved else "nothing was saved yet")
           + "; a lower learning rate or another seed may help")
-  return row
-
-
-def load_config(metadata: dict[str, Any]) -> TrainConfig:
-  """The configuration that a checkpoint's metadata describe."""
-  fields = dict(metadata["config"])
-  return TrainConfig(model=PaLMConfig.from_dict(fields.pop("model")), **fields)
 
 
 def _check_vocabulary(model: PaLMConfig, corpus):
@@ -301,10 +287,10 @@ def _check_vocabulary(model: PaLMConfig, corpus):
                        f"{int(tokens.max()) + 1}")
 
 
-def _starting_step(out, checkpoints, run, resume) -> int:
+def _starting_step(config, out, checkpoints, run, resume) -> int:
   """The step to go on from, once it is sure that `out` is this run's directory."""
   if not resume:
-    if checkpoints.steps() or (out / "metrics.jsonl").exists():
+    if checkpoints.steps() or (out / runlog.METRICS).exists():
       raise ValueError(f"{out} holds another run; continue it with --resume, or choose another "
                        "--out")
     return 0
@@ -314,9 +300,12 @@ def _starting_step(out, checkpoints, run, resume) -> int:
   then = checkpoints.metadata(step)
   was, now = _flatten(then["config"]), _flatten(run["config"])
   for name in was.keys() | now.keys():
-    if name not in _FREE_ON_RESUME and was.get(name) != now.get(name):
+    if name not in FREE_ON_RESUME and was.get(name) != now.get(name):
       raise ValueError(f"{out} was trained with {name} = {was.get(name)!r}, not "
                        f"{now.get(name)!r}; resume with the same, or choose another --out")
+  trained = load_config(then).batch_of(step - 1)
+  if config.batch_of(step - 1) != trained:
+    raise ValueError(f"batches up to {trained} were trained on already; skip later ones")
   if then["data_fingerprint"] is None:
     raise ValueError(f"{out} holds imported weights, not a run that could go on")
   if then["data_fingerprint"] != run["data_fingerprint"]:

@@ -19,9 +19,9 @@ import optax
 import pytest
 import rich.console
 
-from palm_haiku import PaLM, PaLMConfig, checkpoint, data, runlog, train
+from palm_haiku import PaLM, PaLMConfig, checkpoint, data, runlog, train, train_step
 from palm_haiku.checkpoint import CheckpointError
-from palm_haiku.train import TrainConfig
+from palm_haiku.recipe import TrainConfig
 
 MODEL = PaLMConfig(128, 16, 2, 2, 8)
 TEXT = "".join(f"{n} times {m} is {n * m}.\n" for n in range(1, 30) for m in range(1, 30))
@@ -85,9 +85,9 @@ def test_a_short_training(config, tmp_path):
 
 def test_evaluation_counts_every_token_once(config):
   config = dataclasses.replace(config, mask_documents=True)
-  state = jax.jit(lambda: train.init(config))()
+  state = jax.jit(lambda: train_step.init(config))()
   tokens = data.load_corpus(config.data, data.ByteTokenizer(), 0.01).eval
-  sums = [train.eval_step(config, state.params, batch) for batch in data.eval_batches(
+  sums = [train_step.eval_step(config, state.params, batch) for batch in data.eval_batches(
       tokens, batch_size=2, seq_len=32, eod=0)]
   nll, count = np.sum(np.array(sums), 0)
   assert count == len(tokens) - 1
@@ -104,8 +104,8 @@ def test_accumulation_is_the_same_step(config, monkeypatch):
   # Not by an optimizer that divides gradients by their size, and so their rounding errors.
   monkeypatch.setattr(TrainConfig, "build_optimizer", lambda self: optax.sgd(1.0))
   tokens = np.random.default_rng(0).integers(0, 128, (4, 33))
-  state = jax.jit(lambda: train.init(config))()
-  (once, whole), (parts, sums) = (jax.jit(lambda state: train.train_step(
+  state = jax.jit(lambda: train_step.init(config))()
+  (once, whole), (parts, sums) = (jax.jit(lambda state: train_step.train_step(
       dataclasses.replace(config, accumulate=n), state, {"tokens": tokens}))(state)
                                   for n in (1, 4))
   chex.assert_trees_all_close(whole, sums, rtol=1e-5)
@@ -253,7 +253,7 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(config, tmp_path):
   with pytest.raises(FloatingPointError, match=r"is nan at step \d.*checkpoint \d is intact"):
     run(config, out)
   for step in checkpoint.Checkpoints(out / "checkpoints").steps():
-    like = jax.eval_shape(lambda: train.init(config))._asdict()
+    like = jax.eval_shape(lambda: train_step.init(config))._asdict()
     chex.assert_tree_all_finite(
         checkpoint.Checkpoints(out / "checkpoints").restore(step, like)["opt_state"])
 

@@ -1,0 +1,109 @@
+"""Several processes that train as one: start, agreement, and what only one of them does.
+
+The engine is `jax.distributed`; SLURM, Kubernetes or Cloud TPU start the processes and
+`jax.distributed.initialize` finds them. In a single process everything here is trivial.
+"""
+
+import json
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+_MESSAGE_BYTES = 2**16  # of what one process tells the others
+
+
+class StartError(Exception):
+  """The processes of a job did not find each other; the message is one line."""
+
+
+def start(coordinator: str | None = None, num_processes: int | None = None,
+          process_id: int | None = None, timeout: int = 300) -> None:
+  """Joins the other processes of a job.
+
+  Args:
+    coordinator: HOST:PORT of process 0. Without it, and without the next two, what SLURM,
+      Kubernetes, Open MPI or Cloud TPU say of the job is used.
+    num_processes, process_id: of the job.
+    timeout: seconds to wait for all of them.
+
+  Raises:
+    StartError: they are not all there in time, or nothing tells where they are.
+  """
+  try:
+    jax.distributed.initialize(coordinator, num_processes, process_id,
+                               initialization_timeout=timeout, heartbeat_timeout_seconds=30)
+  except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError.
+    reason = str(error).splitlines()[0]
+    if "DEADLINE_EXCEEDED" in reason:
+      reason = (f"not all of the {num_processes or ''} processes were there within {timeout} "
+                "seconds".replace("  ", " "))
+    raise StartError(f"the job did not start: {reason}; see that every host runs and reaches "
+                     f"{coordinator or 'the coordinator'}") from error
+
+
+def is_leader() -> bool:
+  """Whether this process is the one that prints, logs and writes small files."""
+  return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+  """Returns when all processes have come here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def from_leader(decide: Callable[[], Any], errors: tuple[type[Exception], ...]) -> Any:
+  """What the leader decides; all processes return it, or raise the same error.
+
+  Args:
+    decide: called by the leader alone; its result is something that JSON can hold.
+    errors: that `decide` may raise, each with one message.
+  """
+  if jax.process_count() == 1:
+    return decide()
+  said = {}
+  if is_leader():
+    try:
+      said = {"result": decide()}
+    except errors as error:
+      said = {"error": str(error), "kind": errors.index(
+          next(kind for kind in errors if isinstance(error, kind)))}
+  text = json.dumps(said).encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES)
+  heard = multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))
+  said = json.loads(np.asarray(heard).tobytes())
+  if "error" in said:
+    raise errors[said["kind"]](said["error"])
+  return said["result"]
+
+
+class AnyProcess:
+  """Whether any process has raised a flag, known to all of them at the same step.
+
+  The answer is that of the call before, so that no process waits for the devices of another.
+  """
+
+  def __init__(self):
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    self._apart = NamedSharding(mesh, P("all"))
+    self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
+    self._before = None
+
+  def __call__(self, flag: bool) -> bool:
+    """Raises this process's flag, or not; True if one was up at the call before this."""
+    if jax.process_count() == 1:
+      return flag
+    flags = jax.make_array_from_callback(
+        (jax.device_count(),), self._apart, lambda index: np.array([flag]))
+    before, self._before = self._before, self._any(flags)
+    return before is not None and bool(before)
+
+
+def place(array: np.ndarray, sharding: NamedSharding | None) -> jax.Array | np.ndarray:
+  """An array that every process has whole, each giving its own devices their part."""
+  if sharding is None:
+    return array
+  return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -1,0 +1,146 @@
+"""Everything that decides how a training run goes."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import optax
+
+from palm_haiku import optim, sharding
+from palm_haiku.config import PaLMConfig
+from palm_haiku.model import PaLM
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """Settings of a run; plain values, so that a checkpoint can keep them.
+
+  A batch has a number, counted from 0; step k trains on the k-th of those that are not skipped.
+
+  Raises:
+    ValueError: a value out of range.
+  """
+
+  model: PaLMConfig
+  data: str = "pydoc"  # see `data.load_corpus`
+  tokenizer: str = "bytes"  # see `data.load_tokenizer`
+  eval_fraction: float = 0.1
+  mask_documents: bool = False  # attention stays within a document
+  steps: int = 2000
+  batch_size: int = 16  # sequences in a step
+  batch_ramp: str = ""  # "50000:1024,115000:2048": from these batches on, these sizes
+  accumulate: int = 1  # parts of a batch that are computed one after another
+  seq_len: int = 256
+  optimizer: str = "adamw"  # "adamw" | "palm"
+  learning_rate: float | None = None  # None: the optimizer's own
+  z_loss: float = 1e-4
+  seed: int = 0
+  dtype: str = "float32"  # of activations and matrix products; "float32" | "bfloat16"
+  remat: str = "none"
+  implementation: str = "auto"
+  mesh: str = ""  # see `sharding.parse_mesh`; "" for one device
+  shard_residual: bool = False  # between layers, over the model axis
+  skip_batches: str = ""  # "1200:1500": batches 1200..1499 are left out; more, by commas
+  spike: float = 0.0  # nats above the recent median at which a run goes back; 0 for never
+  log_every: int = 10
+  eval_every: int = 250
+  checkpoint_every: int = 500
+
+  def __post_init__(self):
+    for name in ("steps", "batch_size", "accumulate", "seq_len", "log_every", "eval_every",
+                 "checkpoint_every"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+    for size in self.batch_sizes.values():
+      if size % self.accumulate:
+        raise ValueError(f"accumulate must divide batch_size; got {self.accumulate} and {size}")
+    if self.optimizer not in ("adamw", "palm"):
+      raise ValueError(f"optimizer must be adamw or palm; got {self.optimizer!r}")
+    if self.learning_rate is not None and not self.learning_rate > 0:
+      raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
+    if self.dtype not in ("float32", "bfloat16"):
+      raise ValueError(f"dtype must be float32 or bfloat16; got {self.dtype!r}")
+    if not self.spike >= 0:
+      raise ValueError(f"spike must not be negative; got {self.spike}")
+    self.skipped  # so that a mistake is told here
+
+  @property
+  def rules(self) -> sharding.Rules:
+    """How arrays are divided over the mesh."""
+    return sharding.SHARDED_RESIDUAL if self.shard_residual else sharding.Rules()
+
+  @functools.cached_property
+  def batch_sizes(self) -> dict[int, int]:
+    """Sequences in a batch, by the first batch of that size."""
+    ramp = _pairs(self.batch_ramp, "batch_ramp", "BATCH:SIZE, such as 50000:1024,115000:2048")
+    if [b for b, _ in ramp] != sorted({b for b, _ in ramp}) or any(min(p) < 1 for p in ramp):
+      raise ValueError(f"batch_ramp must name growing batches and positive sizes; "
+                       f"got {self.batch_ramp!r}")
+    return {0: self.batch_size} | dict(ramp)
+
+  @functools.cached_property
+  def skipped(self) -> tuple[tuple[int, int], ...]:
+    """Ranges of batches that are left out: apart from each other, in order."""
+    ranges = []
+    for first, end in sorted(_pairs(self.skip_batches, "skip_batches",
+                                    "FIRST:END, such as 1200:1500")):
+      if first >= end:
+        raise ValueError(f"skip_batches must be FIRST:END with FIRST < END; got {first}:{end}")
+      if ranges and first <= ranges[-1][1]:
+        before = ranges.pop()
+        first, end = before[0], max(end, before[1])
+      ranges.append((first, end))
+    return tuple(ranges)
+
+  def batch_of(self, step: int) -> int:
+    """The number of the batch that a step trains on."""
+    batch = step
+    for first, end in self.skipped:
+      if batch >= first:
+        batch += end - first
+    return batch
+
+  def sequences_of(self, batch: int) -> range:
+    """The numbers of the sequences that a batch holds."""
+    first, starts = 0, list(self.batch_sizes)
+    for start, end in zip(starts, starts[1:] + [math.inf]):
+      if batch < end:
+        first += (batch - start) * self.batch_sizes[start]
+        return range(first, first + self.batch_sizes[start])
+      first += (end - start) * self.batch_sizes[start]
+
+  def build_model(self) -> hk.Transformed:
+    """The model as a pure function (params, tokens, targets, segment_ids) -> (nll, log Z)."""
+    return hk.without_apply_rng(hk.transform(
+        lambda tokens, targets, segment_ids=None: PaLM.from_config(
+            self.model, dtype=jnp.dtype(self.dtype), remat=self.remat, rules=self.rules,
+            implementation=self.implementation).loss(tokens, targets, segment_ids=segment_ids)))
+
+  def build_optimizer(self) -> optax.GradientTransformation:
+    """The optimizer with its schedule."""
+    given = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
+    return optim.palm(**given) if self.optimizer == "palm" else optim.adamw(
+        steps=self.steps, **given)
+
+
+# What may differ when a run is resumed: it changes how a step is computed, logged or how many
+# there are, but not what the checkpoint means.
+FREE_ON_RESUME = {"steps", "accumulate", "remat", "implementation", "mesh", "shard_residual",
+                  "skip_batches", "spike", "log_every", "eval_every", "checkpoint_every"}
+
+
+def load_config(metadata: dict[str, Any]) -> TrainConfig:
+  """The configuration that a checkpoint's metadata describe."""
+  fields = dict(metadata["config"])
+  return TrainConfig(model=PaLMConfig.from_dict(fields.pop("model")), **fields)
+
+
+def _pairs(text: str, name: str, form: str) -> list[tuple[int, int]]:
+  pairs = [entry.split(":") for entry in text.split(",") if entry]
+  if any(len(pair) != 2 or not all(x.strip().isdigit() for x in pair) for pair in pairs):
+    raise ValueError(f"{name} must be written {form}; got {text!r}")
+  return [(int(a), int(b)) for a, b in pairs]

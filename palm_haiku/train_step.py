@@ -1,0 +1,109 @@
+"""One step of training as a pure function, and how it is compiled for a mesh."""
+
+import functools
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from palm_haiku import sharding
+from palm_haiku.loss import mean_loss
+from palm_haiku.recipe import TrainConfig
+
+
+class TrainState(NamedTuple):
+  """All that a step changes."""
+
+  params: Any
+  opt_state: Any
+
+
+def init(config: TrainConfig) -> TrainState:
+  """The state before the first step; depends on `config.seed` alone."""
+  tokens = jnp.zeros((1, config.seq_len), jnp.int32)
+  params = config.build_model().init(jax.random.key(config.seed), tokens, tokens)
+  return TrainState(params, config.build_optimizer().init(params))
+
+
+def train_step(config: TrainConfig, state: TrainState, batch) -> tuple[TrainState, dict]:
+  """One step of the optimizer on one batch, divided over the mesh in context.
+
+  Args:
+    batch: {"tokens": int[B, T + 1]} and, to keep attention within documents,
+      "segment_ids": int[B, T + 1].
+
+  Returns:
+    The new state, and scalars: loss (negative log-likelihood), log_z_squared, grad_norm.
+  """
+  model = config.build_model()
+
+  def loss_of(params, batch):
+    nll, log_z = model.apply(params, *_inputs_and_targets(batch))
+    loss = mean_loss(nll, log_z, z_loss=config.z_loss)
+    return loss.total, loss
+
+  grad = jax.grad(loss_of, has_aux=True)
+  if config.accumulate == 1:
+    grads, loss = grad(state.params, batch)
+  else:
+    # Every device keeps its sequences: a part takes some from each.
+    parts = jax.tree.map(
+        lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    add = functools.partial(jax.tree.map, jnp.add)
+    shapes = jax.eval_shape(grad, state.params, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(
+        lambda total, part: (add(total, grad(state.params, part)), None), zeros, parts)
+    grads, loss = jax.tree.map(lambda x: x / config.accumulate, total)
+  updates, opt_state = config.build_optimizer().update(grads, state.opt_state, state.params)
+  metrics = {"loss": loss.nll, "log_z_squared": loss.log_z_squared,
+             "grad_norm": optax.tree.norm(grads)}
+  return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
+
+
+def eval_step(config: TrainConfig, params, batch) -> tuple[jax.Array, jax.Array]:
+  """Summed negative log-likelihood of a batch's targets, and the sum of their weights."""
+  nll, _ = config.build_model().apply(params, *_inputs_and_targets(batch))
+  return (nll * batch["weights"]).sum(), batch["weights"].sum()
+
+
+def _inputs_and_targets(batch):
+  segment_ids = batch["segment_ids"][:, :-1] if "segment_ids" in batch else None
+  return batch["tokens"][:, :-1], batch["tokens"][:, 1:], segment_ids
+
+
+class Program(NamedTuple):
+  """The functions above for one configuration, compiled when first called."""
+
+  init: Callable[[], TrainState]
+  step: Callable[[TrainState, Any], tuple[TrainState, dict]]  # takes the state's memory
+  evaluate: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
+  state: TrainState  # of ShapeDtypeStruct, with shardings if there is a mesh
+  batch_sharding: NamedSharding | None
+
+
+@functools.lru_cache(maxsize=8)
+def program(config: TrainConfig, mesh: Mesh | None = None) -> Program:
+  """What trains a model on one device or, with each parameter where it belongs, on a mesh.
+
+  Call its functions under `sharding.in_context(mesh)`. Parameters are made where they will lie:
+  no host or device ever holds all of them.
+  """
+  begin, advance = functools.partial(init, config), functools.partial(train_step, config)
+  score = functools.partial(eval_step, config)
+  state = jax.eval_shape(begin)
+  if mesh is None:
+    return Program(jax.jit(begin), jax.jit(advance, donate_argnums=0), jax.jit(score), state, None)
+  params = sharding.params_shardings(state.params, mesh, config.rules)
+  shardings = TrainState(params, sharding.opt_state_shardings(
+      config.build_optimizer(), state.params, params, mesh))
+  state = jax.tree.map(
+      lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings)
+  whole = NamedSharding(mesh, P())
+  return Program(
+      jax.jit(begin, out_shardings=shardings),
+      jax.jit(advance, donate_argnums=0, out_shardings=(shardings, whole)),
+      jax.jit(score, out_shardings=whole), state,
+      sharding.batch_sharding(mesh, config.rules))
