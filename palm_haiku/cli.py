@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     args.parser.error("unrecognized arguments: " + " ".join(unknown))
   try:
     return args.run(args)
-  except (ValueError, OSError, FloatingPointError, _errors()) as error:
+  except (ValueError, OSError, FloatingPointError, *_errors()) as error:
     print(f"palm-haiku {args.command}: error: {error}", file=sys.stderr)
     return 2 if isinstance(error, ValueError) else 1
   except KeyboardInterrupt:
@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _errors():
   from palm_haiku.checkpoint import CheckpointError
-  return CheckpointError
+  from palm_haiku.distributed import StartError
+  return CheckpointError, StartError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
       epilog="examples:\n"
       "  palm-haiku train --out runs/first\n"
       "  palm-haiku train --model palm-lite --data 'books/*.txt' --out runs/books\n"
-      "  palm-haiku train --resume --out runs/books")
+      "  palm-haiku train --resume --out runs/books\n"
+      "  palm-haiku train --mesh fsdp=4,model=2 --model palm-8b --data 'books/*.txt' --out runs/8b")
   train.set_defaults(run=_train, parser=train)
   _add_model_options(train)
   group = train.add_argument_group("data")
@@ -77,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
                      "--out; settings come from it")
   group.add_argument("--steps", type=int, help="optimizer steps (default 2000)")
   group.add_argument("--batch-size", type=int, help="sequences per step (default 16)")
+  group.add_argument("--batch-ramp", metavar="BATCH:SIZE,...", help="sizes of later batches, such "
+                     "as 50000:1024,115000:2048 for PaLM-540B, which begins with 512")
   group.add_argument("--accumulate", type=int, metavar="N", help="compute a batch in N parts, for "
                      "want of memory (default 1)")
   group.add_argument("--seq-len", type=int, help="tokens per sequence (default 256)")
@@ -92,9 +96,30 @@ def _parser() -> argparse.ArgumentParser:
                      "backward pass recomputes to save memory: little (the default), all but "
                      "attention, or whole layers")
   _add_implementation(group)
+  group.add_argument("--skip-batches", metavar="FIRST:END", help="leave out batches FIRST to "
+                     "END - 1, which made the loss spike; adds to those skipped before")
+  group.add_argument("--spike", type=float, metavar="NATS", help="when the loss is this much above "
+                     "its recent median, go back 100 steps and skip 200 batches (default: never)")
   group.add_argument("--log-every", type=int, metavar="STEPS", help="default 10")
   group.add_argument("--eval-every", type=int, metavar="STEPS", help="default 250")
   group.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="default 500")
+
+  group = train.add_argument_group(
+      "many chips", "Sizes of mesh axes multiply to the number of chips; -1 is all that are left. "
+      "Sequences are divided over data and fsdp, parameters over fsdp, heads and columns of "
+      "weights over model, the tokens of a sequence over seq.")
+  group.add_argument("--mesh", metavar="AXES", help="such as data=2,fsdp=4,model=2, or one of "
+                     "one-chip (the default), fsdp, fsdp-tensor and paper")
+  group.add_argument("--shard-residual", action=argparse.BooleanOptionalAction, default=None,
+                     help="divide the residual stream between layers over model")
+  group.add_argument("--distributed", action="store_true", help="join the other processes that "
+                     "SLURM, Kubernetes or Cloud TPU started for this job")
+  group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where none of those "
+                     "started the job")
+  group.add_argument("--num-processes", type=int, metavar="N", help="with --coordinator")
+  group.add_argument("--process-id", type=int, metavar="I", help="with --coordinator")
+  group.add_argument("--start-timeout", type=int, metavar="SECONDS", default=300,
+                     help="how long to wait for all processes (default 300)")
 
   generate = commands.add_parser(
       "generate", help="continue a text", description="Continue a text with a trained model, "
@@ -183,12 +208,13 @@ def _model(args, base: PaLMConfig | None) -> PaLMConfig | None:
 
 
 def _train(args) -> int:
-  from palm_haiku import data, kernels
+  from palm_haiku import data, distributed, kernels
   from palm_haiku.checkpoint import Checkpoints
   from palm_haiku.recipe import TrainConfig, load_config
   from palm_haiku.train import train
 
-  console = rich.console.Console()
+  _join(args)
+  console = rich.console.Console(quiet=not distributed.is_leader())
   base = None
   if args.resume:
     # What is refused is reported when the run resumes.
@@ -201,6 +227,8 @@ def _train(args) -> int:
     model = dataclasses.replace(model, num_tokens=max(model.num_tokens, needed))
   given = {field.name: getattr(args, field.name) for field in dataclasses.fields(TrainConfig)
            if getattr(args, field.name, None) is not None and field.name != "model"}
+  if base and base.skip_batches and args.skip_batches:
+    given["skip_batches"] = f"{base.skip_batches},{args.skip_batches}"
   config = (dataclasses.replace(base, model=model, **given) if base
             else TrainConfig(model=model, **given))
   kernels.explain("parallel_attention_ffn", config.implementation)
@@ -221,6 +249,22 @@ def _train(args) -> int:
   console.print(f"{'sample':16}palm-haiku generate {args.out} --prompt '...'", highlight=False,
                 soft_wrap=True)
   return 0
+
+
+def _join(args):
+  """Joins the other processes of a job, if the options speak of any."""
+  from palm_haiku import distributed
+
+  manual = (args.coordinator, args.num_processes, args.process_id)
+  if any(x is not None for x in manual):
+    if None in manual:
+      raise ValueError("--coordinator, --num-processes and --process-id come together")
+    if not 0 <= args.process_id < args.num_processes:
+      raise ValueError(f"--process-id must be from 0 to {args.num_processes - 1}; "
+                       f"got {args.process_id}")
+  elif not args.distributed:
+    return
+  distributed.start(*manual, timeout=args.start_timeout)
 
 
 def _load_run(directory: pathlib.Path):
