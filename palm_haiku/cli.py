@@ -208,8 +208,10 @@ def _model(args, base: PaLMConfig | None) -> PaLMConfig | None:
 
 
 def _train(args) -> int:
+  import jax
+
   from palm_haiku import data, distributed, kernels
-  from palm_haiku.checkpoint import Checkpoints
+  from palm_haiku.checkpoint import CheckpointError, Checkpoints
   from palm_haiku.recipe import TrainConfig, load_config
   from palm_haiku.train import train
 
@@ -234,7 +236,17 @@ def _train(args) -> int:
   kernels.explain("parallel_attention_ffn", config.implementation)
   console.print(f"{model.num_params:,} parameters, {config.steps} steps of "
                 f"{config.batch_size} x {config.seq_len} tokens of {config.data}", highlight=False)
-  result = train(config, args.out, resume=args.resume, console=console)
+  try:
+    result = train(config, args.out, resume=args.resume, console=console)
+  except (CheckpointError, OSError) as error:  # Of this process, perhaps: the others wait for it.
+    distributed.leave(f"palm-haiku train: error: {error}")
+    raise
+  except jax.errors.JaxRuntimeError as error:
+    distributed.leave(
+        "palm-haiku train: error: another process of the job died or cannot be reached, so this "
+        "one ends; nothing is lost before the last checkpoint: start the job again with --resume, "
+        f"on as many hosts as there are: {str(error).splitlines()[0][:200]}")
+    raise
   console.print()
   for name, score in (("train loss", result.train), ("held-out loss", result.held_out)):
     if score is not None:

@@ -5,6 +5,9 @@ The engine is `jax.distributed`; SLURM, Kubernetes or Cloud TPU start the proces
 """
 
 import json
+import os
+import sys
+import threading
 from typing import Any, Callable
 
 import jax
@@ -30,19 +33,40 @@ def start(coordinator: str | None = None, num_processes: int | None = None,
     num_processes, process_id: of the job.
     timeout: seconds to wait for all of them.
 
+  If they are not all there in time the process ends, with a line that says so.
+
   Raises:
-    StartError: they are not all there in time, or nothing tells where they are.
+    StartError: nothing tells where they are, or the address cannot be used.
   """
+  def give_up():
+    # From a thread, because XLA would end the process with a stack trace of its own.
+    expected = f"the {num_processes}" if num_processes else "all"
+    print(f"palm-haiku: error: the job did not start: {expected} processes were not there within "
+          f"{timeout} seconds; see that every host runs and reaches "
+          f"{coordinator or 'the first one'}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+  alarm = threading.Timer(timeout, give_up)
+  alarm.daemon = True
+  alarm.start()
   try:
     jax.distributed.initialize(coordinator, num_processes, process_id,
-                               initialization_timeout=timeout, heartbeat_timeout_seconds=30)
+                               initialization_timeout=timeout + 60, heartbeat_timeout_seconds=30)
   except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError.
-    reason = str(error).splitlines()[0]
-    if "DEADLINE_EXCEEDED" in reason:
-      reason = (f"not all of the {num_processes or ''} processes were there within {timeout} "
-                "seconds".replace("  ", " "))
-    raise StartError(f"the job did not start: {reason}; see that every host runs and reaches "
-                     f"{coordinator or 'the coordinator'}") from error
+    raise StartError(f"the job did not start: {str(error).splitlines()[0]}") from error
+  finally:
+    alarm.cancel()
+
+
+def leave(message: str, status: int = 1) -> None:
+  """Ends this process with a line, without waiting for the others as a normal end would.
+
+  They notice, and end too. Does nothing in a job of one process.
+  """
+  if jax.process_count() > 1:
+    print(f"{message} (process {jax.process_index()})", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def is_leader() -> bool:

@@ -1,0 +1,157 @@
+import dataclasses
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from palm_haiku import PaLMConfig, distributed, sharding, train_step
+from palm_haiku.recipe import TrainConfig
+
+ARCHITECTURES = {"palm": {}, "palm-lite": dict(position="alibi", norm="rms", shared_kv=True)}
+TOKENS = np.random.default_rng(0).integers(0, 130, (8, 33)).astype(np.int32)
+
+# 130 tokens, so that no axis of 4 divides the vocabulary.
+MESHES = [("fsdp-tensor", True, "palm"), ("data=2,fsdp=2,model=2", False, "palm-lite"),
+          ("data=2,seq=2,model=2", True, "palm-lite")]
+MORE_MESHES = [("data=8", False), ("fsdp", False), ("fsdp-tensor", True), ("fsdp=4,model=2", False),
+               ("data=2,fsdp=2,model=2", False), ("data=2,fsdp=2,model=2", True),
+               ("data=2,seq=2,model=2", True), ("fsdp=2,seq=4", False)]
+
+
+def config(architecture, **changes):
+  model = PaLMConfig(130, 32, 3, 4, 8, **ARCHITECTURES[architecture])
+  return TrainConfig(model=model, batch_size=8, seq_len=32, **changes)
+
+
+def losses_and_params(config, steps=3, tokens=TOKENS):
+  mesh = sharding.make_mesh(config.mesh) if config.mesh else None
+  with sharding.in_context(mesh):
+    program = train_step.program(config, mesh)
+    state, rows = program.init(), []
+    batch = {"tokens": distributed.place(tokens, program.batch_sharding)}
+    for _ in range(steps):
+      state, metrics = program.step(state, batch)
+      rows.append([float(metrics[name]) for name in sorted(metrics)])
+  return np.array(rows), jax.device_get(state.params)
+
+
+@functools.cache
+def one_device(architecture, **changes):
+  return losses_and_params(config(architecture, **changes))
+
+
+def assert_trains_as_one_device(architecture, mesh, shard_residual, **changes):
+  got, params = losses_and_params(
+      config(architecture, mesh=mesh, shard_residual=shard_residual, **changes))
+  want, expected = one_device(architecture, **changes)
+  np.testing.assert_allclose(got, want, rtol=2e-6)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), params, expected)
+
+
+@pytest.mark.parametrize("mesh, shard_residual, architecture", MESHES)
+def test_training_on_a_mesh_is_training_on_one_device(mesh, shard_residual, architecture):
+  assert_trains_as_one_device(architecture, mesh, shard_residual)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("mesh, shard_residual", MORE_MESHES)
+def test_more_meshes(architecture, mesh, shard_residual):
+  assert_trains_as_one_device(architecture, mesh, shard_residual)
+
+
+def test_parts_of_a_batch_on_a_mesh():
+  assert_trains_as_one_device("palm-lite", "fsdp=4,model=2", True, accumulate=2, remat="full")
+
+
+def test_a_wrong_rule_is_noticed():
+  """The comparison above can fail: with slopes of the wrong heads it does."""
+  got, _ = losses_and_params(dataclasses.replace(
+      config("palm-lite"), model=dataclasses.replace(config("palm-lite").model, heads=2)), steps=1)
+  assert abs(got[0] - one_device("palm-lite")[0][0]).max() > 1e-4
+
+
+def test_no_device_ever_holds_all_parameters():
+  """Neither between steps nor while they are made; nor is an optimizer's state whole anywhere."""
+  mesh = sharding.make_mesh("fsdp-tensor")
+  for optimizer in ("adamw", "palm"):
+    c = TrainConfig(model=PaLMConfig(4096, 128, 2, 4, 32), batch_size=8, optimizer=optimizer,
+                    mesh="fsdp-tensor")
+    with sharding.in_context(mesh):
+      program = train_step.program(c, mesh)
+      memory = program.init.lower().compile().memory_analysis()
+      whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state))
+      params = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state.params))
+      state = program.init()
+    assert memory.output_size_in_bytes < whole / 8 * 1.2
+    assert memory.temp_size_in_bytes < params / 2
+    on_one = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    assert on_one < whole / 8 * 1.2
+
+
+def test_compilation_does_not_grow_with_depth():
+  def size(depth):
+    c = config("palm", mesh="fsdp=4,model=2", shard_residual=True)
+    c = dataclasses.replace(c, model=dataclasses.replace(c.model, depth=depth))
+    mesh = sharding.make_mesh(c.mesh)
+    with sharding.in_context(mesh):
+      program = train_step.program(c, mesh)
+      batch = {"tokens": jax.ShapeDtypeStruct((8, 33), "int32", sharding=program.batch_sharding)}
+      return len(re.sub(r"\d+", "", program.step.lower(program.state, batch).as_text()))
+
+  assert size(118) < 1.01 * size(8)
+
+
+@pytest.mark.parametrize("text, devices, sizes", [
+    ("", 1, (1, 1, 1, 1)),
+    ("fsdp", 8, (1, 8, 1, 1)),
+    ("fsdp-tensor", 16, (1, 4, 1, 4)),
+    ("paper", 6144, (2, 256, 1, 12)),
+    ("model=2, data=-1,seq=2", 16, (4, 1, 2, 2)),
+])
+def test_meshes_in_words(text, devices, sizes):
+  assert tuple(sharding.parse_mesh(text, devices).values()) == sizes
+
+
+@pytest.mark.parametrize("text, devices, message", [
+    ("data=2,mdl=4", 8, "written like data=2,fsdp=4,model=2.* got 'data=2,mdl=4'"),
+    ("fdsp", 8, "one of one-chip, fsdp"),
+    ("data=two", 8, "written like"),
+    ("data=0", 8, "positive"),
+    ("data=-1,fsdp=-1", 8, "only one mesh axis"),
+    ("data=3", 8, "'data=3' is for 3 devices; there are 8"),
+    ("data=3,fsdp=-1", 8, "a multiple of 3 devices; there are 8"),
+    ("paper", 8, "'paper' is for 6144 devices; there are 8"),
+])
+def test_a_mesh_that_cannot_be(text, devices, message):
+  with pytest.raises(ValueError, match=message) as error:
+    sharding.parse_mesh(text, devices)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mesh, change, message", [
+    ("fsdp=8", dict(batch_size=12), "batch_size must be a multiple .* fsdp 8; got 12"),
+    ("model=8", {}, "heads must be a multiple .* model 8; got 4"),
+    ("seq=8", dict(seq_len=30), "seq_len must be a multiple .* seq 8; got 30"),
+])
+def test_what_a_mesh_does_not_divide_is_refused(mesh, change, message):
+  c = dataclasses.replace(config("palm"), **change)
+  with pytest.raises(ValueError, match=message):
+    sharding.check(c.model, sharding.make_mesh(mesh), c.rules, batch_size=c.batch_size,
+                   seq_len=c.seq_len)
+
+
+def test_kernels_inside_a_sharded_step():
+  """The TPU kernels, interpreted, train like the XLA path on one device."""
+  c = TrainConfig(model=PaLMConfig(128, 64, 1, 2, 64, **ARCHITECTURES["palm-lite"]), batch_size=2,
+                  seq_len=16, implementation="mosaic_tpu", mesh="data=2,model=2,fsdp=2")
+  c = dataclasses.replace(c, batch_size=4)
+  tokens = TOKENS[:4, :17] % 128
+  want, _ = losses_and_params(
+      dataclasses.replace(c, mesh="", implementation="xla"), steps=1, tokens=tokens)
+  with pltpu.force_tpu_interpret_mode():
+    got, _ = losses_and_params(c, steps=1, tokens=tokens)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
