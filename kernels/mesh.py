@@ -10,6 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")  # sequences are divided over these
 HEAD_AXIS = "model"  # heads, and the columns of weights, over this
+SEQUENCE_AXIS = "seq"  # positions within a sequence, over this
 
 
 def current(*arrays: jax.Array) -> jax.sharding.AbstractMesh:
