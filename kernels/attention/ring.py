@@ -72,30 +72,28 @@ class Ring:
     """(out, lse) as any backend's; the arrays are shards."""
     query_ids, key_ids = segment_ids or (None, None)
     rows, tour = (query, query_ids), _tour(self.size, query, key, options)
-    total = meshes.varying_together(
-        jnp.zeros(query.shape, jnp.float32), jnp.full(query.shape[:3], -jnp.inf), query)[:2]
 
-    def attend(step, columns, total):
-      for pair in self._pairs(step, query, key, options):
-        (q, q_ids), (k, v, k_ids) = self._take(rows, pair.rows), self._take(columns, pair.columns)
+    def part(pair, columns):
+      (q, q_ids), (k, v, k_ids) = self._take(rows, pair.rows), self._take(columns, pair.columns)
 
-        def compute():
-          out, lse = self.backend.forward(q, k, v, **self._keywords(pair, q_ids, k_ids, options))
-          return out, lse.swapaxes(1, 2)
+      def compute():
+        out, lse = self.backend.forward(q, k, v, **self._keywords(pair, q_ids, k_ids, options))
+        return out, lse.swapaxes(1, 2)
 
-        def nothing():
-          return meshes.varying_together(
-              jnp.zeros_like(q), jnp.full(q.shape[:3], -jnp.inf), q)[:2]
-
-        merged = _merge(self._take(total, pair.rows), _where(pair.seen, compute, nothing))
-        total = self._put(total, pair.rows, merged)
-      return total
+      return _where(pair.seen, compute, lambda: _nothing(q))
 
     def turn(step, carry):
       columns, total = carry
-      return self._send(columns, 1), attend(step, columns, total)
+      pairs = self._pairs(step, query, key, options)
+      following = self._send(columns, 1)
+      following, parts = _meanwhile(following, [part(pair, columns) for pair in pairs])
+      for pair, new in zip(pairs, parts):
+        merged = _merge(self._take(total, pair.rows), new)
+        total = self._put(total, pair.rows, merged)
+      return following, total
 
-    carry = turn(tour[0], (self._send((key, value, key_ids), tour[0]), total))
+    columns = self._send((key, value, key_ids), tour[0])
+    carry = turn(tour[0], (columns, _nothing(query.astype(jnp.float32))))
     out, lse = jax.lax.fori_loop(
         tour[0] + 1, tour[-1] + 1, turn, carry, unroll=len(tour) <= UNROLLED)[1]
     return out.astype(query.dtype), lse.swapaxes(1, 2)
@@ -105,33 +103,35 @@ class Ring:
     query_ids, key_ids = segment_ids or (None, None)
     rows = query, out, lse.swapaxes(1, 2), dout, query_ids
     tour = _tour(self.size, query, key, options)
-    zeros = lambda *arrays: meshes.varying_together(
-        *(None if x is None else jnp.zeros(x.shape, jnp.float32) for x in arrays), query)[:-1]
 
-    def attend(step, columns, dquery, dcolumns):
-      for pair in self._pairs(step, query, key, options):
-        q, o, l, do, q_ids = self._take(rows, pair.rows)
-        k, v, k_ids = self._take(columns, pair.columns)
+    def part(pair, columns):
+      q, o, l, do, q_ids = self._take(rows, pair.rows)
+      k, v, k_ids = self._take(columns, pair.columns)
 
-        def compute():
-          parts = self.backend.backward(
-              q, k, v, o, l.swapaxes(1, 2), do, **self._keywords(pair, q_ids, k_ids, options))
-          return jax.tree.map(lambda x: x.astype(jnp.float32), tuple(parts))
+      def compute():
+        gradients = self.backend.backward(
+            q, k, v, o, l.swapaxes(1, 2), do, **self._keywords(pair, q_ids, k_ids, options))
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tuple(gradients))
 
-        dq, *dkv = _where(pair.seen, compute, lambda: zeros(q, k, v))
-        dquery = self._add(dquery, pair.rows, dq)
-        dcolumns = self._add(dcolumns, pair.columns, tuple(dkv))
-      return dquery, dcolumns
+      return _where(pair.seen, compute, lambda: _zeros(q, k, v))
 
     def turn(step, columns, dquery, dcolumns):
-      return self._send(columns, 1), *attend(step, columns, dquery, dcolumns)
+      pairs = self._pairs(step, query, key, options)
+      following = self._send(columns, 1)
+      (following, dcolumns), parts = _meanwhile(
+          (following, dcolumns), [part(pair, columns) for pair in pairs])
+      for pair, (dq, *dkv) in zip(pairs, parts):
+        dquery = self._add(dquery, pair.rows, dq)
+        dcolumns = self._add(dcolumns, pair.columns, tuple(dkv))
+      return following, dquery, dcolumns
 
     def next_turn(step, carry):
       columns, dquery, dcolumns = carry
       return turn(step, columns, dquery, self._send(dcolumns, 1))
 
-    dquery, *dcolumns = zeros(query, key, value)
-    carry = turn(tour[0], self._send((key, value, key_ids), tour[0]), dquery, tuple(dcolumns))
+    columns = self._send((key, value, key_ids), tour[0])
+    dquery, *dcolumns = _zeros(query, key, value)
+    carry = turn(tour[0], columns, dquery, tuple(dcolumns))
     _, dquery, dcolumns = jax.lax.fori_loop(
         tour[0] + 1, tour[-1] + 1, next_turn, carry, unroll=len(tour) <= UNROLLED)
     dkey, dvalue = self._home(dcolumns, tour[-1])
@@ -254,6 +254,25 @@ def _sees(offset, num_queries, num_keys, options):
 
 def _where(seen, compute, nothing):
   return compute() if seen is True else jax.lax.cond(seen, compute, nothing)
+
+
+def _meanwhile(transferred, computed):
+  """Both, with nothing that uses what is transferred before all is computed.
+
+  Left alone, XLA's scheduler for TPUs ends a transfer before it starts the kernels beside it.
+  """
+  return jax.lax.optimization_barrier((transferred, computed))
+
+
+def _nothing(query):
+  """(out, lse) of queries that see no key."""
+  return meshes.varying_together(
+      jnp.zeros_like(query), jnp.full(query.shape[:3], -jnp.inf, jnp.float32), query)[:2]
+
+
+def _zeros(*arrays):
+  zeros = (None if x is None else jnp.zeros(x.shape, jnp.float32) for x in arrays)
+  return meshes.varying_together(*zeros, arrays[0])[:-1]
 
 
 def _merge(total, part):
