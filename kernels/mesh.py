@@ -65,6 +65,19 @@ def reshard(array: jax.Array, spec: PartitionSpec, mesh: jax.sharding.AbstractMe
   return jax.reshard(array, jax.sharding.NamedSharding(mesh, wanted))
 
 
+def partitioned(f, array: jax.Array, *arrays) -> jax.Array:
+  """f(array, *arrays), laid out as `array`; within f, all layouts are XLA's partitioner's choice.
+
+  For what is sharded over Explicit axes in ways that the operations of f have no rule for.
+  """
+  mesh = current(array)
+  explicit = axes_of_kind(mesh, AxisType.Explicit)
+  if not explicit:
+    return f(array, *arrays)
+  sharding = jax.typeof(array).sharding
+  return jax.sharding.auto_axes(f, axes=explicit, out_sharding=sharding)(array, *arrays)
+
+
 def out_shape(shape: tuple[int, ...], dtype, *arrays: jax.Array | None) -> jax.ShapeDtypeStruct:
   """The type of a kernel's output that depends on the arrays, inside `shard_map` too."""
   manual = jax.typeof(arrays[0]).manual_axis_type.update(varying=_varying(arrays))

@@ -264,13 +264,21 @@ def test_arrays_that_are_divided_already(kind, implementation):
   mesh = mesh_of(kind, data=2, seq=2, model=2)
   x = qkv(batch=2)
   ids = jnp.tile(jnp.repeat(jnp.arange(2), 6), (2, 1))
-  run = lambda **how: jax.jit(jax.value_and_grad(loss(functools.partial(
-      flash_attention, alibi_slopes=SLOPES, segment_ids=ids, **how)), argnums=(0, 1, 2)))
-  want = run()(*x)
-  sharded = [jax.device_put(array, NamedSharding(mesh, P("data", "seq", heads)))
-             for array, heads in zip(x, ("model", None, None))]
-  got = run(implementation=implementation)(*sharded)
-  chex.assert_trees_all_close(got, want, atol=1e-4, rtol=1e-4)
+
+  def run(*arrays, **how):
+    *x, ids, slopes, offset = arrays
+    attend = lambda *x: flash_attention(
+        *x, segment_ids=ids, alibi_slopes=slopes, query_offset=offset, **how)
+    return attend(*x), jax.grad(loss(attend), argnums=(0, 1, 2))(*x)
+
+  rows, columns = P("data", "seq", "model"), P("data", "seq")
+  arrays = *x, ids, jnp.asarray(SLOPES), jnp.asarray(1)
+  sharded = [jax.device_put(array, NamedSharding(mesh, spec)) for array, spec in zip(
+      arrays, (rows, columns, columns, columns, P("model"), P()))]
+  got = jax.jit(functools.partial(run, implementation=implementation))(*sharded)
+  chex.assert_trees_all_close(got, jax.jit(run)(*arrays), atol=1e-4, rtol=1e-4)
+  if kind == AxisType.Explicit:
+    assert jax.typeof(got[0]).sharding.spec == P("data", "seq", "model", None)
 
 
 def test_under_vmap():
