@@ -20,6 +20,8 @@ from tests.kernels.attention.contract import Case
 from tests.kernels.attention.test_fused import PlainBackend, fused, loss, qkv
 
 SLOPES = alibi_slopes(4)
+# Every case is a compilation; optimizing it would cost more than it saves.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,6 +32,7 @@ def plain():
     patch.setattr(backend, "kernel_module",
                   lambda op, name: module if name == "mosaic_gpu" else others(op, name))
     patch.setitem(guards._PLATFORMS, "mosaic_gpu", ("cpu",))
+    patch.setattr(ring, "UNROLLED", 2)  # a loop compiles sooner
     yield module
 
 
@@ -42,8 +45,7 @@ def mesh_of(kind=AxisType.Auto, **axes):
 @functools.cache
 def compiled(implementation, mesh, shared, static):
   """Attention and its gradients over a mesh, of `contract.inputs`."""
-  # Every case is a compilation; optimizing it would cost more than it saves.
-  @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+  @jit
   def run(query, key, value, dout, segment_ids, slopes, traced):
     def attend(query, key, value):
       return flash_attention(
@@ -79,8 +81,7 @@ def case_of(length=24, keys=None, **changes):
                           dtype="float32"), **changes))
 
 
-# A program is compiled once for each of these; what lies in its arrays is drawn. Only the first is
-# unrolled: a loop compiles sooner.
+# A program is compiled once for each of these; what lies in its arrays is drawn.
 STRUCTURES = [(mesh, case_of(**case)) for mesh, case in (
     (dict(seq=4), dict(segments="packed", shared_kv=True)),
     (dict(seq=8), dict(length=32, segments="packed", kv_heads=2, alibi=False)),
@@ -106,16 +107,13 @@ def drawn(draw, case):
 
 
 @pytest.mark.parametrize("structure", range(len(STRUCTURES)))
-@settings(max_examples=8)  # 80 in all
+@settings(max_examples=6)  # 60 in all
 @given(data=st.data())
 def test_right_on_drawn_cases(structure, data):
   mesh, case = STRUCTURES[structure]
   case = data.draw(drawn(case))
   arrays = contract.inputs(case)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(ring, "UNROLLED", 4 if structure == 0 else 1)
-    results = attention(case, arrays, mesh_of(**mesh))
-  assert not differing(case, arrays, results)
+  assert not differing(case, arrays, attention(case, arrays, mesh_of(**mesh)))
 
 
 def test_a_row_that_sees_nothing_and_the_same_bits_on_every_run():
@@ -178,7 +176,7 @@ class Counting(types.ModuleType):
 
 
 def keys_of_each_query(size, zigzag, **options):
-  """float[size, blocks]: the number of keys that a device's queries are brought together with."""
+  """float[size, queries]: how many keys each of a device's queries is brought together with."""
   backend = ring.Ring(Counting("counting"), "seq", size, zigzag)
   options = dict(dict(is_causal=True, query_offset=0, window=None, segment_ids=None), **options)
 
@@ -189,17 +187,17 @@ def keys_of_each_query(size, zigzag, **options):
 
   length = 4 * size
   arrays = jnp.zeros((1, length, 1, 1)), jnp.zeros((1, length, 1, 1))
-  forward, backward = jax.jit(jax.shard_map(
+  forward, backward = jit(jax.shard_map(
       count, mesh=mesh_of(seq=size), in_specs=P(None, "seq"), out_specs=P("seq")))(*arrays)
   np.testing.assert_allclose(forward, backward, rtol=1e-5)
   return np.round(np.asarray(forward))
 
 
-@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("size", [3, 8])
 def test_every_device_computes_as_many_pairs(size):
   block = 2
   pairs = keys_of_each_query(size, True).sum(axis=1) / block**2
-  # Of the 4 n pairs that a device has blocks for: 2 n and, because of the diagonal, 1.
+  # Each device has 2 n blocks of keys for its 2 of queries, half of them visible, and a diagonal.
   np.testing.assert_array_equal(pairs, [2 * size + 1] * size)
 
 
@@ -249,7 +247,7 @@ def test_a_policy_that_keeps_the_residuals_does_not_rerun_the_ring(plain, monkey
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     with jax.set_mesh(mesh_of(seq=2)):
       jax.block_until_ready(
-          jax.jit(jax.value_and_grad(loss(jax.checkpoint(fused, policy=policy))))(*qkv(1)))
+          jit(jax.value_and_grad(loss(jax.checkpoint(fused, policy=policy))))(*qkv(1)))
     return len(runs)
 
   monkeypatch.setattr(plain, "forward", counted)
@@ -258,8 +256,8 @@ def test_a_policy_that_keeps_the_residuals_does_not_rerun_the_ring(plain, monkey
   assert number_of_runs("attention_out") == 2 * once
 
 
-@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind, implementation", [
+    (AxisType.Auto, "xla"), (AxisType.Explicit, "xla"), (AxisType.Explicit, "mosaic_gpu")])
 def test_arrays_that_are_divided_already(kind, implementation):
   mesh = mesh_of(kind, data=2, seq=2, model=2)
   x = qkv(batch=2)
@@ -275,8 +273,8 @@ def test_arrays_that_are_divided_already(kind, implementation):
   arrays = *x, ids, jnp.asarray(SLOPES), jnp.asarray(1)
   sharded = [jax.device_put(array, NamedSharding(mesh, spec)) for array, spec in zip(
       arrays, (rows, columns, columns, columns, P("model"), P()))]
-  got = jax.jit(functools.partial(run, implementation=implementation))(*sharded)
-  chex.assert_trees_all_close(got, jax.jit(run)(*arrays), atol=1e-4, rtol=1e-4)
+  got = jit(functools.partial(run, implementation=implementation))(*sharded)
+  chex.assert_trees_all_close(got, jit(run)(*arrays), atol=1e-4, rtol=1e-4)
   if kind == AxisType.Explicit:
     assert jax.typeof(got[0]).sharding.spec == P("data", "seq", "model", None)
 
@@ -286,8 +284,8 @@ def test_under_vmap():
   f = lambda attend: jax.grad(loss(jax.vmap(
       lambda *x: attend(*(y[None] for y in x), alibi_slopes=SLOPES)[0])), argnums=(0, 1, 2))
   with jax.set_mesh(mesh_of(seq=2)):
-    got = jax.jit(f(fused))(*x)
-  chex.assert_trees_all_close(got, f(flash_attention)(*x), atol=1e-5, rtol=1e-5)
+    got = jit(f(fused))(*x)
+  chex.assert_trees_all_close(got, jit(f(flash_attention))(*x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [(10, 10), (1, 12), (12, 10)])
@@ -296,7 +294,7 @@ def test_what_the_axis_does_not_divide_is_repeated(lengths):
   x = query[:, : lengths[0]], key[:, : lengths[1]], value[:, : lengths[1]]
   f = functools.partial(fused, query_offset=lengths[1] - lengths[0])
   with jax.set_mesh(mesh_of(seq=4)):
-    lowered = jax.jit(f).lower(*x)
+    lowered = jit(f).lower(*x)
     got = lowered.compile()(*x)
   assert "collective_permute" not in lowered.as_text()
   want = flash_attention(*x, query_offset=lengths[1] - lengths[0])
@@ -304,7 +302,9 @@ def test_what_the_axis_does_not_divide_is_repeated(lengths):
 
 
 def test_the_kernel_for_tpus():
-  mesh, case = mesh_of(seq=2), case_of(32, dim_head=64, segments="packed", batch=1)
+  # The interpreter's kernels wait for all devices, so that one under a condition, as without
+  # zigzag, would wait for ever.
+  mesh, case = mesh_of(seq=2), case_of(16, dim_head=64, segments="packed", batch=1)
   arrays = contract.inputs(case)
   try:
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
