@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from palm_haiku.kernels import alibi_slopes, backend, flash_attention, guards, mesh as meshes
-from palm_haiku.kernels.attention import ring
+from palm_haiku.kernels.attention import ring, xla
 from tests.kernels.attention import contract
 from tests.kernels.attention.contract import Case
 from tests.kernels.attention.test_fused import PlainBackend, fused, loss, qkv
@@ -260,8 +260,9 @@ def test_a_policy_that_keeps_the_residuals_does_not_rerun_the_ring(plain, monkey
     (AxisType.Auto, "xla"), (AxisType.Explicit, "xla"), (AxisType.Explicit, "mosaic_gpu")])
 def test_arrays_that_are_divided_already(kind, implementation):
   mesh = mesh_of(kind, data=2, seq=2, model=2)
-  x = qkv(batch=2)
-  ids = jnp.tile(jnp.repeat(jnp.arange(2), 6), (2, 1))
+  length = 12 if implementation != "xla" else xla.BLOCK_Q + 6
+  x = qkv(batch=2, num_queries=length)
+  ids = jnp.tile(jnp.repeat(jnp.arange(2), length // 2), (2, 1))
 
   def run(*arrays, **how):
     *x, ids, slopes, offset = arrays
