@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import os
+import re
+import subprocess
+import sys
 import types
 
 import chex
@@ -14,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from palm_haiku.kernels import alibi_slopes, backend, flash_attention, guards, mesh as meshes
+from palm_haiku.kernels.aot import targets
 from palm_haiku.kernels.attention import ring, xla
 from tests.kernels.attention import contract
 from tests.kernels.attention.contract import Case
@@ -305,7 +310,7 @@ def test_what_the_axis_does_not_divide_is_repeated(lengths):
 def test_the_kernel_for_tpus():
   # The interpreter's kernels wait for all devices, so that one under a condition, as without
   # zigzag, would wait for ever.
-  mesh, case = mesh_of(seq=2), case_of(16, dim_head=64, segments="packed", batch=1)
+  mesh, case = mesh_of(seq=2), case_of(16, dim_head=64, heads=2, batch=1)
   arrays = contract.inputs(case)
   try:
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
@@ -313,3 +318,43 @@ def test_the_kernel_for_tpus():
   finally:
     pltpu.reset_tpu_interpret_mode_state()
   assert not differing(case, arrays, results)
+
+
+COMPILE = """
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from palm_haiku.kernels import alibi_slopes, flash_attention
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
+mesh = jax.sharding.Mesh(np.array(devices), ("seq",), axis_types=(AxisType.Auto,))
+
+def loss(query, key):
+  out = flash_attention(query, key, key, is_causal=False, alibi_slopes=alibi_slopes(8),
+                        implementation="mosaic_tpu")
+  return jnp.square(out.astype(jnp.float32)).sum()
+
+array = lambda heads: jax.ShapeDtypeStruct(
+    (1, 1024, heads, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, "seq")))
+with jax.set_mesh(mesh):
+  text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(array(8), array(1)).compile().as_text()
+assert "is_scheduled=true" in text and "all-gather" not in text
+kind = {"custom-call": "K", "collective-permute-start": "S", "collective-permute-done": "D"}
+print("".join(kind[name] for name, call in re.findall(
+    " (custom-call|collective-permute-start|collective-permute-done)[(](.*)", text)
+    if name != "custom-call" or "tpu_custom_call" in call))
+"""
+
+
+def test_transfers_pass_under_kernels_as_compiled_for_tpus():
+  pytest.importorskip("libtpu", reason="the compiler for TPUs is in libtpu")
+  done = subprocess.run(
+      [sys.executable, "-c", COMPILE], env=os.environ | targets.environment("v5p"),
+      capture_output=True, text=True, timeout=280)
+  assert done.returncode == 0, done.stderr[-2000:]
+  # S starts a transfer, D ends it, K is a kernel. The last of all brings dkey home.
+  assert re.fullmatch("(K*S+K+D+)+SD", done.stdout.strip()), done.stdout
