@@ -70,11 +70,10 @@ def partitioned(f, array: jax.Array, *arrays) -> jax.Array:
 
   For what is sharded over Explicit axes in ways that the operations of f have no rule for.
   """
-  mesh = current(array)
-  explicit = axes_of_kind(mesh, AxisType.Explicit)
+  sharding = jax.typeof(array).sharding
+  explicit = axes_of_kind(sharding.mesh, AxisType.Explicit)
   if not explicit:
     return f(array, *arrays)
-  sharding = jax.typeof(array).sharding
   return jax.sharding.auto_axes(f, axes=explicit, out_sharding=sharding)(array, *arrays)
 
 

@@ -282,6 +282,9 @@ def test_arrays_that_are_divided_already(kind, implementation):
   got = jit(functools.partial(run, implementation=implementation))(*sharded)
   chex.assert_trees_all_close(got, jit(run)(*arrays), atol=1e-4, rtol=1e-4)
   if kind == AxisType.Explicit:
+    with jax.set_mesh(mesh):
+      # Arrays of no mesh, in that of a context.
+      jit(functools.partial(flash_attention, implementation=implementation))(*x)
     assert jax.typeof(got[0]).sharding.spec == P("data", "seq", "model", None)
 
 
