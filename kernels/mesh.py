@@ -10,6 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")  # sequences are divided over these
 HEAD_AXIS = "model"  # heads, and the columns of weights, over this
+SEQUENCE_AXIS = "seq"  # positions within a sequence, over this
 
 
 def current(*arrays: jax.Array) -> jax.sharding.AbstractMesh:
@@ -62,6 +63,18 @@ def reshard(array: jax.Array, spec: PartitionSpec, mesh: jax.sharding.AbstractMe
 
   wanted = PartitionSpec(*map(keep, spec), *[None] * (array.ndim - len(spec)))
   return jax.reshard(array, jax.sharding.NamedSharding(mesh, wanted))
+
+
+def partitioned(f, array: jax.Array, *arrays) -> jax.Array:
+  """f(array, *arrays), laid out as `array`; within f, all layouts are XLA's partitioner's choice.
+
+  For what is sharded over Explicit axes in ways that the operations of f have no rule for.
+  """
+  sharding = jax.typeof(array).sharding
+  explicit = axes_of_kind(sharding.mesh, AxisType.Explicit)
+  if not explicit:
+    return f(array, *arrays)
+  return jax.sharding.auto_axes(f, axes=explicit, out_sharding=sharding)(array, *arrays)
 
 
 def out_shape(shape: tuple[int, ...], dtype, *arrays: jax.Array | None) -> jax.ShapeDtypeStruct:

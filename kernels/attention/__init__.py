@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from .. import backend, guards
+from .. import backend, guards, mesh as meshes
 from . import fused, xla
 
 
@@ -73,7 +73,11 @@ def flash_attention(
   kernel_value = None if shared else value
   choice = backend.explain("flash_attention", implementation, query, key, kernel_value)
   if choice.implementation == "xla":
-    out = xla.attention(query, key, value, **options)
+    arrays = {name: options.pop(name) for name in ("segment_ids", "alibi_slopes", "query_offset")
+              if not isinstance(options[name], int | None)}
+    out = meshes.partitioned(
+        lambda query, key, value, arrays: xla.attention(query, key, value, **arrays, **options),
+        query, key, value, arrays)
   else:
     name = choice.implementation
     out = fused.attention(

@@ -23,6 +23,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 from .. import mesh as meshes
 from ..guards import not_differentiable, reverse_only
+from . import ring as rings
 
 _OP = "flash_attention"
 
@@ -31,7 +32,7 @@ _OP = "flash_attention"
 class Options:
   """What is known when a program is compiled."""
 
-  backend: types.ModuleType
+  backend: types.ModuleType | rings.Ring
   chip: str | None
   is_causal: bool
   scale: float
@@ -62,7 +63,7 @@ def attention(query, key, value, *, backend, chip, is_causal, alibi_slopes, scal
 
 
 def _over_mesh(options, query, key, value, segment_ids, slopes, offset):
-  """Batch over the data axes, heads (with their slopes) over the model axis."""
+  """Batch over the data axes, heads (with their slopes) over the model axis, positions over seq."""
   mesh = meshes.current(query, key)
   free = meshes.axes_of_kind(mesh, AxisType.Auto, AxisType.Explicit)
   if not free:
@@ -75,17 +76,23 @@ def _over_mesh(options, query, key, value, segment_ids, slopes, offset):
   kv_heads = key.shape[2]
   if kv_heads > 1 and kv_heads % shards:
     heads = ()  # A shard would need a part of the key heads that is not its own.
-  rows = P(batch or None, None, heads or None, None)
-  columns = rows if kv_heads > 1 else P(batch or None, None, None, None)
+  ring = rings.over(mesh, query, key, options.backend, is_causal=options.is_causal,
+                    window=options.window, query_offset=options.query_offset)
+  attend = functools.partial(_one_device, options)
+  if ring is not None:
+    attend = ring.balanced(functools.partial(
+        _one_device, dataclasses.replace(options, backend=ring)))
+  seq = None if ring is None else ring.axis
+  rows = P(batch or None, seq, heads or None, None)
+  columns = rows if kv_heads > 1 else P(batch or None, seq, None, None)
   arrays = (query, key, value, segment_ids, slopes, offset)
   specs = (rows, columns, None if value is None else columns,
-           None if segment_ids is None else (P(batch or None, None),) * 2,
+           None if segment_ids is None else (P(batch or None, seq),) * 2,
            None if slopes is None else P(heads or None),
            None if offset is None else P())
   arrays = jax.tree.map(lambda x, spec: meshes.reshard(x, spec, mesh), arrays, specs)
   return jax.shard_map(
-      functools.partial(_one_device, options), mesh=mesh, axis_names=set(free),
-      in_specs=specs, out_specs=rows)(*arrays)
+      attend, mesh=mesh, axis_names=set(free), in_specs=specs, out_specs=rows)(*arrays)
 
 
 def _one_device(options, query, key, value, segment_ids, slopes, offset):
