@@ -28,6 +28,16 @@ def axes_of_kind(mesh: jax.sharding.AbstractMesh, *kinds: AxisType) -> tuple[str
                if kind in kinds and mesh.shape[name] > 1)
 
 
+def to_take_over(mesh: jax.sharding.AbstractMesh) -> set[str]:
+  """All axes that are not manual yet, if one of them has more than one device; for `shard_map`.
+
+  Those of one device are among them: in an interpreted kernel no axis may be left to XLA.
+  """
+  if not axes_of_kind(mesh, AxisType.Auto, AxisType.Explicit):
+    return set()
+  return {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
+
+
 def partition(array: jax.Array, dim: int, names: tuple[str, ...],
               mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
   """The mesh axes that dimension `dim` is divided over.

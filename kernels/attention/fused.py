@@ -19,7 +19,7 @@ import types
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType, PartitionSpec as P
+from jax.sharding import PartitionSpec as P
 
 from .. import mesh as meshes
 from ..guards import not_differentiable, reverse_only
@@ -65,7 +65,7 @@ def attention(query, key, value, *, backend, chip, is_causal, alibi_slopes, scal
 def _over_mesh(options, query, key, value, segment_ids, slopes, offset):
   """Batch over the data axes, heads (with their slopes) over the model axis, positions over seq."""
   mesh = meshes.current(query, key)
-  free = meshes.axes_of_kind(mesh, AxisType.Auto, AxisType.Explicit)
+  free = meshes.to_take_over(mesh)
   if not free:
     return _one_device(options, query, key, value, segment_ids, slopes, offset)
   batch = meshes.partition(query, 0, meshes.BATCH_AXES, mesh)
@@ -92,7 +92,7 @@ def _over_mesh(options, query, key, value, segment_ids, slopes, offset):
            None if offset is None else P())
   arrays = jax.tree.map(lambda x, spec: meshes.reshard(x, spec, mesh), arrays, specs)
   return jax.shard_map(
-      attend, mesh=mesh, axis_names=set(free), in_specs=specs, out_specs=rows)(*arrays)
+      attend, mesh=mesh, axis_names=free, in_specs=specs, out_specs=rows)(*arrays)
 
 
 def _one_device(options, query, key, value, segment_ids, slopes, offset):
