@@ -135,6 +135,44 @@ def splits(blocks: int, group: int) -> int:
   return parts
 
 
+class CrossEntropyMosaicGpu(NamedTuple):
+  """Tiles of the Hopper cross-entropy kernels: 128 tokens, 64 to a compute warpgroup, always."""
+
+  columns: int  # rows of the embedding in a tile
+  stages: int  # slots of 64 of the contraction in flight
+
+
+_CROSS_ENTROPY_HOPPER = CrossEntropyMosaicGpu(columns=256, stages=4)
+CROSS_ENTROPY_MOSAIC_GPU = {chip: _CROSS_ENTROPY_HOPPER for chip in ("h100", "h200")}
+
+
+def cross_entropy_mosaic_gpu(chip: str | None) -> CrossEntropyMosaicGpu:
+  """Tiles for a chip; those of an h200 where it is not known."""
+  return CROSS_ENTROPY_MOSAIC_GPU[chip or "h200"]
+
+
+# Tiles of tokens that go through all parts of the vocabulary before the next ones do, so that what
+# is read at one time fits in the L2 cache: some parts of the embedding, each for many tokens.
+TOGETHER = 16
+
+
+def walk(tiles: int, blocks: int, depth: int, start: int, processors: int = 132) -> int:
+  """Blocks of the vocabulary that one block of the grid walks, so that the last wave is full.
+
+  Args:
+    tiles: of tokens.
+    blocks: of the vocabulary.
+    depth: steps of the main loop for one tile.
+    start: steps' worth of time that a block of the grid takes to start.
+    processors: streaming multiprocessors.
+  """
+  def time(walk):
+    waves = -(-tiles * -(-blocks // walk) // processors)
+    return waves * (walk * depth + start)
+
+  return min(range(1, min(blocks, 32) + 1), key=time)
+
+
 class TpuBlocks(NamedTuple):
   """Block sizes of an attention kernel for TPUs, before they are fitted to a problem."""
 
