@@ -151,6 +151,31 @@ def cross_entropy_mosaic_gpu(chip: str | None) -> CrossEntropyMosaicGpu:
   return CROSS_ENTROPY_MOSAIC_GPU[chip or "h200"]
 
 
+class CrossEntropyTriton(NamedTuple):
+  """Tile sizes and launch of the Triton cross-entropy kernels."""
+
+  tokens: int
+  columns: int  # rows of the embedding in a tile
+  depth: int  # of the contraction in one step
+  warps: int
+  stages: int
+
+
+CROSS_ENTROPY_TRITON = {
+    "a100": CrossEntropyTriton(128, 128, 64, 8, 3),
+    "rtx4090": CrossEntropyTriton(128, 128, 32, 8, 3),
+    "h100": CrossEntropyTriton(128, 256, 64, 8, 3),
+    "h200": CrossEntropyTriton(128, 256, 64, 8, 3),
+    "b200": CrossEntropyTriton(128, 256, 64, 8, 3),
+}
+
+
+def cross_entropy_triton(chip: str | None, itemsize: int) -> CrossEntropyTriton:
+  """Tiles for a chip, or the smallest ones; a step is as many bytes deep in every dtype."""
+  blocks = CROSS_ENTROPY_TRITON[chip or "rtx4090"]
+  return blocks if itemsize == 2 else blocks._replace(columns=64, depth=32)
+
+
 # Tiles of tokens that go through all parts of the vocabulary before the next ones do, so that what
 # is read at one time fits in the L2 cache: some parts of the embedding, each for many tokens.
 TOGETHER = 16

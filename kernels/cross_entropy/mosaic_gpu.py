@@ -159,8 +159,9 @@ def _gradient_kernel(x_ref, rows_ref, bounds_ref, targets_ref, table_ref, g_ref,
     def step(logits, column0, carry, masked):
       shape = logits.shape
       fixed, lane = (down(c, shape) for c in tiles.columns(shape[1]))
+      hit = fixed == across(target - column0, shape) - lane
       g = jnp.exp2(logits * (scale * LOG2E) + across(shift, shape)) * across(spread, shape)
-      g = jnp.where(fixed == across(target - column0, shape) - lane, g + across(peak, shape), g)
+      g += jnp.where(hit, across(peak, shape), 0.0)
       if masked:
         ends = jnp.broadcast_to(bounds_ref[0], (WARPGROUP_ROWS,))
         g = jnp.where(_before(plgpu.layout_cast(ends, ROW), column0, shape), g, 0.0)
