@@ -69,15 +69,18 @@ def _call(name, x, rows, others, out_type, *, scale, chip):
   (num_tokens, dim), num_rows = x.shape, rows.shape[0]
   blocks = tuning.cross_entropy_triton(chip, x.dtype.itemsize)
   tiles, columns = -(-num_tokens // blocks.tokens), -(-num_rows // blocks.columns)
-  walk = tuning.walk(tiles, columns, -(-dim // blocks.depth), blocks.stages,
-                     triton_call.CHIPS[chip or "rtx4090"][2])
+  walk, constants = 1, {}
+  if name == "forward":
+    walk = tuning.walk(tiles, columns, -(-dim // blocks.depth), blocks.stages,
+                       triton_call.CHIPS[chip or "rtx4090"][2])
+    constants = dict(WALK=walk)
   splits = -(-columns // walk)
   return triton_call.call(
       getattr(triton_kernels, f"{name}_kernel"), x, rows, *others, num_tokens, num_rows, splits,
       out_types=(out_type(splits),), grid=tiles * splits, num_warps=blocks.warps,
-      num_stages=blocks.stages, chip=chip, D=dim, WALK=walk, SCALE=scale, BLOCK_N=blocks.tokens,
+      num_stages=blocks.stages, chip=chip, D=dim, SCALE=scale, BLOCK_N=blocks.tokens,
       BLOCK_V=blocks.columns, BLOCK_D=blocks.depth, TOGETHER=tuning.TOGETHER,
-      PRECISION="tf32x3" if x.dtype == jnp.float32 else "tf32")[0]
+      PRECISION="tf32x3" if x.dtype == jnp.float32 else "tf32", **constants)[0]
 
 
 def _over_tokens(function):

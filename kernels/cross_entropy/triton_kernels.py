@@ -79,26 +79,25 @@ def forward_kernel(x_ptr, rows_ptr, valid_ptr, N, R, splits, log_z_ptr, D: tl.co
 
 @triton.jit
 def gradient_kernel(x_ptr, rows_ptr, valid_ptr, target_ptr, shift_ptr, spread_ptr, peak_ptr, N, R,
-                    splits, g_ptr, D: tl.constexpr, WALK: tl.constexpr, SCALE: tl.constexpr,
-                    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-                    TOGETHER: tl.constexpr, PRECISION: tl.constexpr):
+                    splits, g_ptr, D: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr,
+                    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr,
+                    PRECISION: tl.constexpr):
   """g [N, R]: exp2(logits + shift) * spread, and peak where the column is the target."""
   tile, split = _place(N, splits, BLOCK_N, TOGETHER)
   token = tile * BLOCK_N
-  valid = tl.load(valid_ptr)
-  at = token + tl.arange(0, BLOCK_N)
-  inside = at < N
-  target = tl.load(target_ptr + at, mask=inside, other=0)
-  shift = tl.load(shift_ptr + at, mask=inside, other=0.0)
-  spread = tl.load(spread_ptr + at, mask=inside, other=0.0)
-  peak = tl.load(peak_ptr + at, mask=inside, other=0.0)
-  first = split * (WALK * BLOCK_V)
-  for column in range(first, tl.minimum(first + WALK * BLOCK_V, R), BLOCK_V):
-    logits = _logits(x_ptr, rows_ptr, token, N, column, R, D, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
-    columns = column + tl.arange(0, BLOCK_V)
-    weights = tl.exp2(tl.fma(logits, SCALE * LOG2E, shift[:, None]))
-    hit = target[:, None] == columns[None, :]
-    g = tl.fma(weights, spread[:, None], tl.where(hit, peak[:, None], 0.0))
-    g = tl.where((columns < valid)[None, :], g, 0.0)
-    tl.store(g_ptr + at.to(tl.int64)[:, None] * R + columns[None, :], g.to(g_ptr.dtype.element_ty),
-             mask=inside[:, None] & (columns < R)[None, :])
+  column = split * BLOCK_V
+  logits = _logits(x_ptr, rows_ptr, token, N, column, R, D, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
+  row = tl.arange(0, BLOCK_N)
+  inside = token + row < N
+  target = tl.load(target_ptr + token + row, mask=inside, other=0) - column
+  shift = tl.load(shift_ptr + token + row, mask=inside, other=0.0)
+  spread = tl.load(spread_ptr + token + row, mask=inside, other=0.0)
+  peak = tl.load(peak_ptr + token + row, mask=inside, other=0.0)
+  here = tl.arange(0, BLOCK_V)
+  weights = tl.exp2(tl.fma(logits, SCALE * LOG2E, shift[:, None]))
+  hit = target[:, None] == here[None, :]
+  g = tl.fma(weights, spread[:, None], tl.where(hit, peak[:, None], 0.0))
+  g = tl.where((here < tl.load(valid_ptr) - column)[None, :], g, 0.0)
+  g_tile = g_ptr + tl.cast(token, tl.int64) * R + column
+  tl.store(g_tile + row.to(tl.int64)[:, None] * R + here[None, :], g.to(g_ptr.dtype.element_ty),
+           mask=inside[:, None] & (here < R - column)[None, :])
