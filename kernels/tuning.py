@@ -4,13 +4,14 @@ import json
 from typing import NamedTuple
 
 
-def unknown(chip: str | None, query, key, value) -> str | None:
+def unknown(chip: str | None, op: str, array) -> str | None:
   """What keeps `auto` from a kernel that could run: a shape of which nothing is known."""
-  del key, value
   if chip is None:
     return "a chip of known block sizes"
-  if query.shape[1] < 128:  # As when decoding: most rows of a tile would be empty.
-    return f"128 queries or more to be chosen unasked; got {query.shape[1]}"
+  number, rows = {"flash_attention": (array.shape[1:2], "queries"),
+                  "linear_cross_entropy": (array.shape[:1], "tokens")}[op]
+  if number[0] < 128:  # As when decoding: most rows of a tile would be empty.
+    return f"128 {rows} or more to be chosen unasked; got {number[0]}"
   return None
 
 
