@@ -30,8 +30,8 @@ def _logits(x_ptr, rows_ptr, token, N, column, R, D: tl.constexpr, BLOCK_N: tl.c
             BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
   """x @ rows.T, float32[BLOCK_N, BLOCK_V]: the main loop. Rows past an end repeat the last."""
   k = tl.arange(0, BLOCK_D)
-  row = tl.minimum(token + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
-  x_tile = x_ptr + row[:, None] * D + k[None, :]
+  row = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - token)
+  x_tile = x_ptr + tl.cast(token, tl.int64) * D + (row[:, None] * D + k[None, :])
   row = tl.minimum(column + tl.arange(0, BLOCK_V), R - 1).to(tl.int64)
   rows_tile = rows_ptr + row[None, :] * D + k[:, None]
   acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
@@ -99,5 +99,5 @@ def gradient_kernel(x_ptr, rows_ptr, valid_ptr, target_ptr, shift_ptr, spread_pt
   g = tl.fma(weights, spread[:, None], tl.where(hit, peak[:, None], 0.0))
   g = tl.where((here < tl.load(valid_ptr) - column)[None, :], g, 0.0)
   g_tile = g_ptr + tl.cast(token, tl.int64) * R + column
-  tl.store(g_tile + row.to(tl.int64)[:, None] * R + here[None, :], g.to(g_ptr.dtype.element_ty),
+  tl.store(g_tile + row[:, None] * R + here[None, :], g.to(g_ptr.dtype.element_ty),
            mask=inside[:, None] & (here < R - column)[None, :])
