@@ -245,7 +245,8 @@ def logit_gradient(x, rows, targets, log_z, dlog_z, dlogit, *, first, scale, num
       functools.partial(_gradient_kernel, scale=scale), "cross_entropy_gradient", x, rows,
       [bounds, jnp.pad(targets - first, (0, padding)), jnp.pad(table, ((0, 0), (0, padding)))],
       jax.ShapeDtypeStruct((num_tokens, pl.cdiv(num_rows, 8) * 8), x.dtype),
-      dict(g_smem=plgpu.SMEM((COMPUTE, 2, WARPGROUP_ROWS, STORE), x.dtype,
-                             transforms=tiles.TRANSFORMS)),
+      dict(g_smem=plgpu.SMEM(
+          (COMPUTE, min(2, config.columns // STORE), WARPGROUP_ROWS, STORE), x.dtype,
+          transforms=tiles.TRANSFORMS)),
       walk=_walk(x, rows, config), config=config)
   return g[:, :num_rows]

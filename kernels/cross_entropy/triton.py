@@ -4,7 +4,6 @@ Two kernels around one main loop. Nothing is added atomically, so the same input
 bits.
 """
 
-import functools
 import math
 
 import jax
@@ -35,13 +34,11 @@ def unsupported(x, embedding, *, chip: str | None) -> str | None:
 
 def forward(x, embedding, targets, *, scale, num_valid, chip):
   """(log_z, logit), both float32[N]; arguments and meaning as in `xla.logits_statistics`."""
-  def log_z(x, embedding, valid):
-    parts = lambda splits: jax.ShapeDtypeStruct((splits, x.shape[0]), jnp.float32)
-    return jax.nn.logsumexp(
-        _call("forward", x, embedding, (valid,), parts, scale=scale, chip=chip), axis=0)
-
   valid = jnp.asarray(num_valid, jnp.int32).reshape(1)
-  return (_over_tokens(log_z)((x,), embedding, valid),
+  parts = _call(
+      "forward", x, embedding, (valid,), lambda splits: (splits, x.shape[0]), jnp.float32,
+      scale=scale, chip=chip)
+  return (jax.nn.logsumexp(parts, axis=0),
           target_logit(x, embedding, targets, scale=scale, num_valid=num_valid))
 
 
@@ -51,54 +48,30 @@ def logit_gradient(x, rows, targets, log_z, dlog_z, dlogit, *, first, scale, num
   It is scale * (exp(logits - log_z) * dlog_z + onehot(targets) * dlogit) in the dtype of x, and 0
   where first + column >= num_valid.
   """
-  def gradient(x, targets, log_z, dlog_z, dlogit, rows, valid):
-    out_type = lambda splits: jax.ShapeDtypeStruct((x.shape[0], rows.shape[0]), x.dtype)
-    return _call(
-        "gradient", x, rows, (valid, targets, -log_z * _LOG2E, scale * dlog_z, scale * dlogit),
-        out_type, scale=scale, chip=chip)
-
   valid = jnp.asarray(num_valid - first, jnp.int32).reshape(1)
-  return _over_tokens(gradient)((x, targets - first, log_z, dlog_z, dlogit), rows, valid)
+  return _call(
+      "gradient", x, rows,
+      (valid, targets - first, -log_z * _LOG2E, scale * dlog_z, scale * dlogit),
+      lambda splits: (x.shape[0], rows.shape[0]), x.dtype, scale=scale, chip=chip)
 
 
-def _call(name, x, rows, others, out_type, *, scale, chip):
-  """Runs a kernel over all tiles; out_type(splits) is the type of its result."""
+def _call(name, x, rows, others, out_shape, dtype, *, scale, chip):
+  """Runs a kernel over all tiles; out_shape(splits) is the shape of its result."""
   triton_call.check()
   from . import triton_kernels  # and with it Triton, which may be absent
 
   (num_tokens, dim), num_rows = x.shape, rows.shape[0]
   blocks = tuning.cross_entropy_triton(chip, x.dtype.itemsize)
   tiles, columns = -(-num_tokens // blocks.tokens), -(-num_rows // blocks.columns)
-  walk, constants = 1, {}
+  walk = 1  # A loop around the gradient's epilogue keeps its addresses in registers: 1212 spilled.
   if name == "forward":
     walk = tuning.walk(tiles, columns, -(-dim // blocks.depth), blocks.stages,
                        triton_call.CHIPS[chip or "rtx4090"][2])
-    constants = dict(WALK=walk)
   splits = -(-columns // walk)
   return triton_call.call(
       getattr(triton_kernels, f"{name}_kernel"), x, rows, *others, num_tokens, num_rows, splits,
-      out_types=(out_type(splits),), grid=tiles * splits, num_warps=blocks.warps,
-      num_stages=blocks.stages, chip=chip, D=dim, SCALE=scale, BLOCK_N=blocks.tokens,
+      out_types=(jax.ShapeDtypeStruct(out_shape(splits), dtype),), grid=tiles * splits,
+      num_warps=blocks.warps, num_stages=blocks.stages, chip=chip, D=dim, SCALE=scale, BLOCK_N=blocks.tokens,
       BLOCK_V=blocks.columns, BLOCK_D=blocks.depth, TOGETHER=tuning.TOGETHER,
-      PRECISION="tf32x3" if x.dtype == jnp.float32 else "tf32", **constants)[0]
-
-
-def _over_tokens(function):
-  """function(*tokens, rows, valid), called with the tokens' arrays in a tuple, under `vmap`.
-
-  jax-triton has no rule of its own. A mapped axis becomes more tokens; where the rows are mapped,
-  one call follows the other.
-  """
-  mapped = jax.custom_batching.custom_vmap(lambda tokens, *rest: function(*tokens, *rest))
-
-  @mapped.def_vmap
-  def over(size, batched, *arguments):
-    many = lambda x, is_batched: x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-    if any(batched[1:]):
-      arguments = jax.tree.map(many, arguments, tuple(batched))
-      return jax.lax.map(lambda each: mapped(*each), arguments), True
-    tokens = jax.tree.map(many, arguments[0], batched[0])
-    result = mapped(tuple(x.reshape(-1, *x.shape[2:]) for x in tokens), *arguments[1:])
-    return result.reshape(size, -1, *result.shape[1:]), True
-
-  return mapped
+      PRECISION="tf32x3" if x.dtype == jnp.float32 else "tf32",
+      **({"WALK": walk} if name == "forward" else {}))[0]
