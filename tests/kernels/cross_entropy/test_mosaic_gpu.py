@@ -31,27 +31,32 @@ class Plan:
   together: int = 1
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "static", "plan", "module"))
-def kernels(arrays, rows, num_valid, first, *, scale, static, plan, module):
+@functools.partial(jax.jit, static_argnames=("scale", "static", "plan", "module", "only"))
+def kernels(arrays, rows, num_valid, first, *, scale, static, plan, module, only):
   """What both kernels return; `static` is (num_valid, first) where these are Python ints."""
   num_valid, first = static or (num_valid, first)
   options = dict(scale=scale, num_valid=num_valid, chip=None,
                  config=tuning.CrossEntropyMosaicGpu(plan.columns, plan.stages))
+  x, embedding, targets = arrays["x"], arrays["embedding"], arrays["targets"]
+  results = {}
   with mock.patch.multiple(tuning, walk=lambda *_: plan.walk, TOGETHER=plan.together):
-    log_z, logit = module.forward(arrays["x"], arrays["embedding"], arrays["targets"], **options)
-    names = ("targets", "log_z", "dlog_z", "dlogit")
-    g = module.logit_gradient(
-        arrays["x"], rows, *(arrays[name] for name in names), first=first, **options)
-  return dict(log_z=log_z, logit=logit, g=g)
+    if only != "g":
+      results["log_z"], results["logit"] = module.forward(x, embedding, targets, **options)
+    if only != "log_z":
+      results["g"] = module.logit_gradient(
+          x, rows, targets, arrays["log_z"], arrays["dlog_z"], arrays["dlogit"], first=first,
+          **options)
+  return results
 
 
-def run(case, plan=Plan(), module=mosaic_gpu):
-  """The case's inputs and the kernels' results on them."""
+def run(case, plan=Plan(), module=mosaic_gpu, only=None):
+  """The case's inputs and the kernels' results on them; of one kernel if `only` is a result."""
   arrays = contract.inputs(case)
   with hopper.interpret():
     return arrays, jax.block_until_ready(kernels(
         arrays, arrays["embedding"][case.block], case.valid, case.first, scale=case.scale,
-        static=None if case.traced else (case.valid, case.first), plan=plan, module=module))
+        static=None if case.traced else (case.valid, case.first), plan=plan, module=module,
+        only=only))
 
 
 def verify(case, *args, **keywords):
@@ -70,6 +75,9 @@ def verify_variants(case, plan, data, variants):
     case = dataclasses.replace(case, **changes)
 
 
+ODD = Case(num_tokens=131, vocabulary=301, dim=192, num_valid=290, first=7, targets="ends")
+TABLE = Plan(256, 4, 2, 16)  # the tiles of the table
+
 plans = st.builds(
     Plan, columns=st.sampled_from([64, 128]), stages=st.integers(2, 4), walk=st.integers(1, 3),
     together=st.integers(1, 2))
@@ -78,29 +86,26 @@ PHASES = (Phase.explicit, Phase.generate)
 
 
 @pytest.mark.timeout(900)
-@settings(max_examples=8, phases=PHASES)
+@settings(max_examples=4, phases=PHASES)
 @given(contract.cases(max_tokens=150, max_vocabulary=200), plans, st.data())
 def test_drawn_cases(case, plan, data):
-  verify_variants(case, plan, data, variants=4)
+  verify_variants(case, plan, data, variants=6)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
 @settings(max_examples=50, phases=PHASES, derandomize=False, suppress_health_check=list(HealthCheck))
 @given(contract.cases(max_tokens=300, max_vocabulary=700),
-       plans | st.just(Plan(256, 4, 2, 16)), st.data())
+       plans | st.just(TABLE), st.data())
 def test_fuzz(case, plan, data):
   """50 programs, 4 inputs for each: 200 cases."""
   verify_variants(case, plan, data, variants=4)
   jax.clear_caches()
 
 
-ODD = Case(num_tokens=131, vocabulary=301, dim=192, num_valid=290, first=7, targets="ends")
-
-
 @pytest.mark.parametrize("case, plan", [
     (Case(num_tokens=1, vocabulary=1), Plan()),
-    (ODD, Plan(256, 4, 2, 16)),  # the tiles of the table
+    (ODD, TABLE),
     (dataclasses.replace(ODD, num_valid=0, traced=True, dtype="float16"), Plan()),
     (Case(vocabulary=130, scale=0.0), Plan()),
 ], ids=str)
@@ -109,7 +114,7 @@ def test_edges(case, plan):
 
 
 def test_same_bits_every_time():
-  first, second = run(ODD)[1], run(ODD)[1]
+  first, second = run(ODD, TABLE)[1], run(ODD, TABLE)[1]
   jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
@@ -151,54 +156,61 @@ def test_gradients_are_typed_under_a_mesh():
 # Mutants: each of these changes of the kernels must be noticed. ---------------------------------
 
 ACC = "plgpu.ACC((WARPGROUP_ROWS, columns), jnp.float32))"
-MUTANTS = {
-    "a slot is read before it is full": {"plgpu.barrier_wait(ready.at[slot])": "pass"},
-    "the last slot of a block is freed before its product": {
+MUTANTS = {  # the result that it spoils, and what it is
+    "a slot is read before it is full": ("log_z", {
+        "plgpu.barrier_wait(ready.at[slot])": "pass"}),
+    "the last slot of a block is freed before its product": ("log_z", {
         "first = (block - lo) * depth\n":
         "first = (block - lo) * depth\n"
         "      plgpu.barrier_arrive(free.at[lax.rem(first + depth - 1, stages)])\n",
-        "plgpu.barrier_arrive(free.at[lax.rem((block - lo + 1) * depth - 1, stages)])": "pass"},
-    "one column too many": {"across(end - column0, shape)": "across(end - column0 + 1, shape)"},
-    "one column too few": {"across(end - column0, shape)": "across(end - column0 - 1, shape)"},
-    "the column beside the target": {
-        "across(target - column0, shape)": "across(target - column0 + 1, shape)"},
-    "the last block's products stay in the accumulator": {
+        "plgpu.barrier_arrive(free.at[lax.rem((block - lo + 1) * depth - 1, stages)])": "pass"}),
+    "one column too many in the sum": ("log_z", {
+        "across(end - column0, shape)": "across(end - column0 + 1, shape)"}),
+    "one column too few in the gradient": ("g", {
+        "across(end - column0, shape)": "across(end - column0 - 1, shape)"}),
+    "a whole block without its guard": ("log_z", {
+        "lax.div(bounds_ref[0], columns)": "lax.div(bounds_ref[0] + columns, columns)"}),
+    "the column beside the target": ("g", {
+        "across(target - column0, shape)": "across(target - column0 + 1, shape)"}),
+    "the last block's products stay in the accumulator": ("log_z", {
         f"pl.run_scoped(\n          functools.partial(logits_of, block), {ACC}":
         "logits_of(block, stale[0])",
         "compute(tile * ROWS + wg * WARPGROUP_ROWS, split, blocks)":
         "stale = []\n    pl.run_scoped(lambda acc: stale.append(acc) or compute(\n"
-        f"        tile * ROWS + wg * WARPGROUP_ROWS, split, blocks), {ACC}"},
-    "the sum stays relative to an old maximum": {
-        "total * across(jnp.exp2(top - new_top), total.shape)": "total"},
-    "a result is copied before it is written": {"    plgpu.commit_smem()": "    pass"},
-    "a result is overwritten before it is copied": {
-        "plgpu.wait_smem_to_gmem(own.shape[0] - 1, wait_read_only=True)": "pass"},
+        f"        tile * ROWS + wg * WARPGROUP_ROWS, split, blocks), {ACC}"}),
+    "the sum stays relative to an old maximum": ("log_z", {
+        "total * across(jnp.exp2(top - new_top), total.shape)": "total"}),
+    "a result is copied before it is written": ("log_z", {"    plgpu.commit_smem()": "    pass"}),
+    "a result is overwritten before it is copied": ("g", {
+        "plgpu.wait_smem_to_gmem(own.shape[0] - 1, wait_read_only=True)": "pass"}),
 }
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_mistake_is_noticed(name):
+  only, changes = MUTANTS[name]
   source = pathlib.Path(mosaic_gpu.__file__).read_text()
-  for old, new in MUTANTS[name].items():
+  for old, new in changes.items():
     assert old in source, old
     source = source.replace(old, new)
   mutant = types.ModuleType("mutant")
   mutant.__package__ = mosaic_gpu.__package__
   exec(compile(source, name, "exec"), mutant.__dict__)
   case, plan = Case(num_tokens=20, vocabulary=150, dim=128, num_valid=145), Plan(walk=3)
-  verify(case, plan)
+  verify(case, plan, only=only)
   with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
-    verify(case, plan, mutant)
+    verify(case, plan, mutant, only=only)
 
 
 def test_mutant_that_refills_slots_in_use(monkeypatch):
+  """The first wait that is traced is that of the copies for a slot to be free."""
   wait, calls = plgpu.barrier_wait, []
   monkeypatch.setattr(
       plgpu, "barrier_wait", lambda *args: calls.append(args) or len(calls) == 1 or wait(*args))
   mutant = types.ModuleType("mutant")  # another key of the cache of programs
-  mutant.__dict__.update(forward=mosaic_gpu.forward, logit_gradient=mosaic_gpu.logit_gradient)
+  mutant.forward = mosaic_gpu.forward
   with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
-    verify(Case(vocabulary=150, dim=128), module=mutant)
+    verify(Case(vocabulary=150, dim=128), module=mutant, only="log_z")
 
 
 # What is refused. -------------------------------------------------------------------------------
@@ -208,13 +220,11 @@ def test_mutant_that_refills_slots_in_use(monkeypatch):
     (128, "bfloat16", "h100", None), (64, "float16", None, None),
     (80, "bfloat16", "h200", "a last dimension that is a multiple of 64; got 80"),
     (64, "float32", "h200", "bfloat16 or float16; got float32"),
-    (64, "bfloat16", "b200", "a Hopper GPU .h100, h200.; got b200"),
+    (64, "bfloat16", "b200", "a Hopper GPU (h100, h200); got b200"),
 ])
 def test_requirements_are_named(dim, dtype, chip, message):
   x, embedding = (jax.ShapeDtypeStruct((n, dim), dtype) for n in (9, 70))
-  problem = mosaic_gpu.unsupported(x, embedding, chip=chip)
-  assert problem is None if message is None else pytest.raises(
-      ValueError, match=message) and problem.startswith(message[:12])
+  assert mosaic_gpu.unsupported(x, embedding, chip=chip) == message
 
 
 # Compiled for a chip that is not here. ----------------------------------------------------------
