@@ -17,7 +17,7 @@ _ATTENTION = ("mosaic_gpu", "mosaic_tpu", "triton")
 KERNELS = {
     "flash_attention": _ATTENTION,
     "parallel_attention_ffn": _ATTENTION,  # of its attention; the projections are XLA's
-    "linear_cross_entropy": (),
+    "linear_cross_entropy": ("mosaic_tpu",),
 }
 
 # Dimensions of an op's first array that its kernels see one by one; those before are one.
