@@ -259,3 +259,27 @@ ATTENTION_MOSAIC_TPU = {
 def attention_mosaic_tpu(chip: str | None, dim_head: int) -> tuple[TpuBlocks, TpuBlocks]:
   """Block sizes of the forward and the backward kernel; those of a v4, the smallest, for None."""
   return ATTENTION_MOSAIC_TPU[chip or "v4", 128 if dim_head <= 128 else 256]
+
+
+class CrossEntropyTpu(NamedTuple):
+  """Block sizes of a cross-entropy kernel for TPUs, before they are fitted to a problem."""
+
+  tokens: int  # held in VMEM while the embedding passes
+  rows: int  # of the embedding in a step
+  tile: int  # tokens in a tile of logits
+  chunk: int  # rows in a tile of logits
+  together: int  # tiles in straight-line code
+
+
+_LOSS = CrossEntropyTpu(tokens=2048, rows=1024, tile=256, chunk=256, together=2)
+_LOSS_V6E = (_LOSS._replace(together=8), _LOSS._replace(chunk=512, together=4))
+
+# Forward, gradient.
+CROSS_ENTROPY_MOSAIC_TPU = {
+    "v4": (_LOSS, _LOSS), "v5e": (_LOSS, _LOSS), "v5p": (_LOSS, _LOSS), "v6e": _LOSS_V6E,
+    "tpu7x": _LOSS_V6E}
+
+
+def cross_entropy_mosaic_tpu(chip: str | None) -> tuple[CrossEntropyTpu, CrossEntropyTpu]:
+  """Block sizes of the forward and the gradient kernel; those of a v4 for None."""
+  return CROSS_ENTROPY_MOSAIC_TPU[chip or "v4"]

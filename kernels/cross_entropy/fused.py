@@ -39,7 +39,7 @@ OP = "linear_cross_entropy"
 BLOCK_BYTES = 2**28  # of g
 MOST_ROWS = 8192  # of the embedding in a block: their copy and their gradient in float32 exist too
 LEAST_ROWS = 2048  # where there would be fewer, the tokens are divided as well
-WHOLE_TILES = 256
+WHOLE_TILES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _forward(options, x, embedding, targets, num_valid):
 
     def one_block(first, size, carry):
       in_block = dataclasses.replace(options, num_valid=None)
-      rows = jax.lax.dynamic_slice_in_dim(embedding, first, size).astype(x.dtype)
+      rows = _slice(embedding, first, size, x.dtype)
       kernel = _folding_vmap(lambda tokens, others: options.backend.forward(
           tokens[0], others[0], tokens[1] - others[2], **in_block.keywords(others[1])))
       log_z, logit = kernel((x, targets), (rows, jnp.clip(valid - first, 0, size), first))
@@ -117,7 +117,7 @@ def _backward(options, residuals, cotangents):
   tokens_of_block = max(1, BLOCK_BYTES // (rows_of_block * x.dtype.itemsize))
 
   def one_block(first, size, carry):
-    rows = jax.lax.dynamic_slice_in_dim(embedding, first, size).astype(x.dtype)
+    rows = _slice(embedding, first, size, x.dtype)
 
     def of_tokens(start, count, carry):
       dx, drows = carry
@@ -142,6 +142,15 @@ def _backward(options, residuals, cotangents):
 
 
 _statistics.defvjp(_forward, _backward)
+
+
+def _slice(embedding, first, size, dtype):
+  rows = jax.lax.dynamic_slice_in_dim(embedding, first, size)
+  if dtype != embedding.dtype:
+    # XLA would cast the whole embedding once, before the loop, and keep that.
+    kind = jnp.finfo(dtype)
+    rows = jax.lax.reduce_precision(rows, kind.nexp, kind.nmant).astype(dtype)
+  return rows
 
 
 def _rows(x, embedding) -> int:
