@@ -11,14 +11,17 @@ from . import mesh, tuning
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton")
 
-_ATTENTION = ("mosaic_gpu", "mosaic_tpu", "triton")
+_EVERY = ("mosaic_gpu", "mosaic_tpu", "triton")
 
 # The backends that an op has kernels for; "xla" is the fallback of every one.
 KERNELS = {
-    "flash_attention": _ATTENTION,
-    "parallel_attention_ffn": _ATTENTION,  # of its attention; the projections are XLA's
-    "linear_cross_entropy": (),
+    "flash_attention": _EVERY,
+    "parallel_attention_ffn": _EVERY,  # of its attention; the projections are XLA's
+    "linear_cross_entropy": _EVERY,
 }
+
+# Dimensions of an op's first array that its kernels see one by one; those before are one.
+_DIMENSIONS = {"flash_attention": 3, "linear_cross_entropy": 1}
 
 # JAX's name of a chip (lower case, by its beginning) and ours.
 _CHIPS = {
@@ -63,14 +66,14 @@ def kernel_module(op: str, implementation: str) -> types.ModuleType:
   return importlib.import_module(f".{folder}.{implementation}", __package__)
 
 
-def explain(op: str, implementation: str = "auto", query=None, key=None, value=None) -> Choice:
+def explain(op: str, implementation: str = "auto", *arrays) -> Choice:
   """The implementation that an op would run, and why.
 
   Args:
     op: the name of a public op, such as "flash_attention".
     implementation: what the caller would pass to it.
-    query, key, value: of the attention, arrays or `jax.ShapeDtypeStruct`; without them the
-      answer leaves out what depends on shapes.
+    arrays: of the op, or `jax.ShapeDtypeStruct`s: query, key, value of attention; x, embedding
+      of the loss. Without them the answer leaves out what depends on shapes.
 
   Raises:
     ValueError: an unknown op or implementation, or a backend asked for by name that cannot
@@ -83,16 +86,16 @@ def explain(op: str, implementation: str = "auto", query=None, key=None, value=N
         f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
   if implementation == "xla":
     return Choice("xla", "asked for by name")
-  on = target(*(x for x in (query, key) if isinstance(x, jax.Array)))
+  on = target(*(x for x in arrays[:2] if isinstance(x, jax.Array)))
   fitting = _fitting(on)
-  arrays = tuple(map(_four_dimensions, (query, key, value)))
+  arrays = tuple(_with_one_batch(x, _DIMENSIONS[op]) for x in arrays)
 
   if implementation == "auto":
     if fitting not in KERNELS[op]:
       return Choice("xla", f"{op} has no fused kernel for {on.chip or on.platform}")
-    if query is not None:
+    if arrays:
       problem = kernel_module(op, fitting).unsupported(*arrays, chip=on.chip)
-      problem = problem or tuning.unknown(on.chip, *arrays)
+      problem = problem or tuning.unknown(on.chip, op, arrays[0])
       if problem:
         return Choice("xla", f"{fitting} needs {problem}")
     return Choice(fitting, f"the fused kernel for {on.chip or on.platform}")
@@ -106,7 +109,7 @@ def explain(op: str, implementation: str = "auto", query=None, key=None, value=N
   if name not in KERNELS[op]:
     raise ValueError(
         f"{op} has no {name} kernel; it runs on {', '.join(('xla', *KERNELS[op]))} (or auto)")
-  if query is not None:
+  if arrays:
     problem = kernel_module(op, name).unsupported(*arrays, chip=chip_for(name, on))
     if problem:
       raise ValueError(f"{op}: {name} needs {problem}")
@@ -122,10 +125,11 @@ def chip_for(implementation: str, on: Target) -> str | None:
   return on.chip if on.platform == own else None
 
 
-def _four_dimensions(array):
+def _with_one_batch(array, dimensions):
   if array is None:
     return None
-  return jax.ShapeDtypeStruct((math.prod(array.shape[:-3]), *array.shape[-3:]), array.dtype)
+  lead, rest = array.shape[:-dimensions], array.shape[-dimensions:]
+  return jax.ShapeDtypeStruct((math.prod(lead), *rest), array.dtype)
 
 
 def _fitting(on: Target) -> str | None:

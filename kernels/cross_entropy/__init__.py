@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec as P
 
-from .. import backend, mesh as meshes
-from . import xla
+from .. import backend, guards, mesh as meshes
+from . import fused, xla
 
 
 def linear_cross_entropy(
@@ -49,24 +49,32 @@ def linear_cross_entropy(
   References:
     PaLM (arXiv:2204.02311, section 5) for the z-loss; Cut Cross-Entropy (arXiv:2411.09009).
   """
-  backend.explain("linear_cross_entropy", implementation)
   _check(x, embedding, targets, weights)
   vocabulary = embedding.shape[0]
   targets = jnp.asarray(targets)
   if weights is not None:
     weights = jnp.asarray(weights, jnp.promote_types(x.dtype, jnp.float32))
     targets = jnp.where(weights == 0, 0, targets)
+  x = x.reshape(-1, x.shape[-1])
+  choice = backend.explain(fused.OP, implementation, x, embedding)
   log_z, logit = _statistics(
-      x.reshape(-1, x.shape[-1]), embedding, targets.reshape(-1).astype(jnp.int32), float(scale))
+      x, embedding, targets.reshape(-1).astype(jnp.int32), float(scale), choice.implementation)
   log_z, logit = log_z.reshape(targets.shape), logit.reshape(targets.shape)
   logit = jnp.where((targets >= 0) & (targets < vocabulary), logit, jnp.nan)
   loss = log_z - logit + z_loss * jnp.square(log_z)
   return (loss if weights is None else weights * loss), log_z
 
 
-def _statistics(x, embedding, targets, scale):
-  """`xla.statistics`, over the mesh that the arrays live on."""
-  local = functools.partial(xla.statistics, scale=scale)
+def _statistics(x, embedding, targets, scale, implementation):
+  """`xla.statistics` or its kernels, over the mesh that the arrays live on."""
+  if implementation == "xla":
+    local = functools.partial(xla.statistics, scale=scale)
+  else:
+    local = functools.partial(
+        fused.statistics, scale=scale, backend=backend.kernel_module(fused.OP, implementation),
+        chip=backend.chip_for(implementation, backend.target(x, embedding)))
+    x = guards.reverse_only(guards.only_on(x, fused.OP, implementation), fused.OP)
+    embedding = guards.reverse_only(embedding, fused.OP)
   vocabulary = embedding.shape[0]
   mesh = meshes.current(x, embedding)
   free = meshes.axes_of_kind(mesh, AxisType.Auto, AxisType.Explicit)

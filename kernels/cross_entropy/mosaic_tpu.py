@@ -1,0 +1,271 @@
+"""The cross-entropy kernels for TPUs, in Pallas Mosaic: products whose logits stay in VMEM.
+
+A block of tokens stays in VMEM while the rows of the embedding pass by. A step multiplies tile
+after tile of the two; in program order the products of the next tile come before what is done to
+this one's logits, so that the matrix units work while the vector units do.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .. import mesh as meshes, tuning
+
+LOG2E = 1.4426950408889634
+LOWEST = -1e30  # below every logit; finite, so that the arithmetic of no valid row stays finite
+LANES, SUBLANES = 128, 8
+
+
+def unsupported(x, embedding, *, chip) -> str | None:
+  """The first requirement that these shapes and dtypes fail, in words; None if they fit.
+
+  Args:
+    x, embedding: arrays or their types, as for `forward`; the embedding in any dtype.
+    chip: "v4", "v5e", "v5p", "v6e" or "tpu7x"; None asks whether any of them could.
+  """
+  if x.dtype not in (jnp.bfloat16, jnp.float32):
+    return f"bfloat16 or float32, for the matrix unit takes no float16; got {x.dtype}"
+  if chip is None:
+    return None
+  if chip not in tuning.VMEM:
+    return f"one of the chips {', '.join(tuning.VMEM)}; got {chip}"
+  dim, itemsize = round_up(x.shape[-1], LANES), x.dtype.itemsize
+  for name, blocks in zip(("forward", "backward"), tuning.cross_entropy_mosaic_tpu(chip)):
+    taken = fit(blocks, chip, x.shape[0], embedding.shape[0], dim, itemsize).vmem_bytes / 2**20
+    if taken > tuning.VMEM[chip]:
+      return (f"tiles of {LANES} tokens within the {tuning.VMEM[chip]} MiB of VMEM of a {chip}; "
+              f"{name} takes {taken:.1f} MiB for a dimension of {dim}")
+  return None
+
+
+def forward(x, embedding, targets, *, scale, num_valid, chip, blocks=None):
+  """log Z and the target's logit of each token; the contract of every backend, in `fused`.
+
+  Logits are held transposed, [rows of the embedding, tokens]: what belongs to a token is one
+  lane, and a running maximum and sum of 8 rows at a time is plain vector arithmetic.
+  """
+  x, embedding = widen(x), widen(embedding)
+  num_tokens, dim = x.shape
+  plan = fit(blocks or tuning.cross_entropy_mosaic_tpu(chip)[0], chip, num_tokens,
+             embedding.shape[0], dim, x.dtype.itemsize)
+  padded = plan.token_blocks * plan.tokens
+  vector = lambda: pl.BlockSpec((1, plan.tokens), lambda i, j, *_: (0, i))
+
+  def kernel(valid, x, rows, targets, log_z, logit, top, total, found):
+    block = pl.program_id(1)
+
+    @pl.when(block == 0)
+    def _():
+      clear(top, total, found)
+
+    def tile(at, chunk):
+      # [rows, tokens]
+      return product(rows[chunk, :], x[at, :])
+
+    def update(logits, at, chunk):
+      first = block * plan.rows + chunk.start
+      logits = logits.reshape(-1, SUBLANES, plan.tile)
+      row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, plan.tile), 0)
+      wanted = targets[:, at] - first - row
+      left = valid[0] - first - row
+      picked = found[:, at]
+      scores = []
+      for i in range(logits.shape[0]):
+        picked = jnp.where(wanted == i * SUBLANES, logits[i], picked)
+        scores.append(jnp.where(left > i * SUBLANES, logits[i] * (scale * LOG2E), -jnp.inf))
+      found[:, at] = picked
+      old = top[:, at]
+      new = functools.reduce(jnp.maximum, scores, old)
+      top[:, at] = new
+      total[:, at] = sum((jnp.exp2(s - new) for s in scores), total[:, at] * jnp.exp2(old - new))
+
+    each_tile(plan, tile, update)
+
+    @pl.when(block == pl.num_programs(1) - 1)
+    def _():
+      largest = top[...].max(axis=0, keepdims=True)
+      s = (total[...] * jnp.exp2(top[...] - largest)).sum(axis=0, keepdims=True)
+      log_z[...] = jnp.where(s > 0, largest + jnp.log2(jnp.where(s > 0, s, 1)), -jnp.inf) / LOG2E
+      logit[...] = scale * found[...].sum(axis=0, keepdims=True)
+
+  here = (targets >= 0) & (targets < num_valid)
+  # The kernel compares with the numbers of rows alone.
+  targets = pad(jnp.where(here, targets, -1), padded)[None]
+  log_z, logit = pl.pallas_call(
+      kernel,
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=1,
+          grid=(plan.token_blocks, plan.row_blocks),
+          in_specs=[pl.BlockSpec((plan.tokens, dim), lambda i, j, *_: (i, 0)),
+                    pl.BlockSpec((plan.rows, dim), lambda i, j, *_: (j, 0)), vector()],
+          out_specs=[vector(), vector()],
+          scratch_shapes=[pltpu.VMEM((SUBLANES, plan.tokens), jnp.float32)] * 3),
+      out_shape=[meshes.out_shape((1, padded), jnp.float32, x, embedding, targets)] * 2,
+      compiler_params=pltpu.CompilerParams(
+          dimension_semantics=("parallel", "arbitrary"),
+          vmem_limit_bytes=plan.vmem_bytes),
+      name="cross_entropy_forward",
+  )(jnp.asarray(num_valid, jnp.int32).reshape(1), x, embedding, targets)
+  return log_z[0, :num_tokens], logit[0, :num_tokens]
+
+
+def logit_gradient(x, rows, targets, log_z, dlog_z, dlogit, *, first, scale, num_valid, chip,
+                   blocks=None):
+  """A block of columns of the gradient of x @ embedding.T; the contract in `fused`."""
+  x, rows = widen(x), widen(rows)
+  (num_tokens, dim), num_rows = x.shape, rows.shape[0]
+  plan = fit(blocks or tuning.cross_entropy_mosaic_tpu(chip)[1], chip, num_tokens, num_rows, dim,
+             x.dtype.itemsize)
+  padded = plan.token_blocks * plan.tokens
+  vector = lambda: pl.BlockSpec((1, plan.tokens), lambda i, j, *_: (0, i))
+  groups = range(0, plan.chunk, LANES)
+
+  def kernel(valid, x, rows, targets, log_z, dlog_z, dlogit, g, *columns):
+    block = pl.program_id(1)
+
+    @pl.when(block == 0)
+    def _():
+      # What belongs to a token is one sublane here: its copies along the lanes, made once.
+      for vector, column in zip((targets, log_z, dlog_z, dlogit), columns, strict=True):
+        for at in range(0, plan.tokens, LANES):
+          part = jnp.broadcast_to(vector[:, at : at + LANES], (LANES, LANES))
+          column[at : at + LANES, :] = part.T
+
+    def tile(at, chunk):
+      # [tokens, rows]
+      return product(x[at, :], rows[chunk, :])
+
+    def update(logits, at, chunk):
+      begin = block * plan.rows + chunk.start
+      target, log_z, dlog_z, dlogit = (column[at, :] for column in columns)
+      lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+      wanted = target - begin - lane
+      for i in groups:
+        score = logits[:, i : i + LANES] * (scale * LOG2E)
+        change = jnp.exp2(score - log_z) * dlog_z + jnp.where(wanted == i, dlogit, 0)
+        change = jnp.where(lane < valid[0] - begin - i, change, 0)
+        g[at, pl.ds(chunk.start + i, LANES)] = change.astype(g.dtype)
+
+    each_tile(plan, tile, update)
+
+  targets = jnp.where((targets >= 0) & (targets < num_valid), targets - first, -1)
+  vectors = [pad(v, padded)[None] for v in
+             (targets, log_z * LOG2E, dlog_z * scale, dlogit * scale)]
+  g = pl.pallas_call(
+      kernel,
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=1,
+          grid=(plan.token_blocks, plan.row_blocks),
+          in_specs=[pl.BlockSpec((plan.tokens, dim), lambda i, j, *_: (i, 0)),
+                    pl.BlockSpec((plan.rows, dim), lambda i, j, *_: (j, 0)),
+                    *(vector() for _ in vectors)],
+          out_specs=pl.BlockSpec((plan.tokens, plan.rows), lambda i, j, *_: (i, j)),
+          scratch_shapes=[pltpu.VMEM((plan.tokens, LANES), v.dtype) for v in vectors]),
+      out_shape=meshes.out_shape((num_tokens, num_rows), x.dtype, x, rows, *vectors),
+      compiler_params=pltpu.CompilerParams(
+          dimension_semantics=("parallel", "arbitrary"),
+          vmem_limit_bytes=plan.vmem_bytes),
+      name="cross_entropy_gradient",
+  )(jnp.asarray(num_valid - first, jnp.int32).reshape(1), x, rows, *vectors)
+  return g
+
+
+class Plan(NamedTuple):
+  """How a kernel divides its problem."""
+
+  tokens: int  # in a block, which stays in VMEM
+  rows: int  # of the embedding in a block
+  tile: int  # tokens in a tile of logits
+  chunk: int  # rows in a tile of logits
+  together: int  # tiles in straight-line code
+  token_blocks: int
+  row_blocks: int
+  vmem_bytes: int
+
+
+def fit(blocks, chip, num_tokens, num_rows, dim, itemsize) -> Plan:
+  """Block sizes no larger than the problem and, if it can be, than a chip's VMEM."""
+  tile = min(blocks.tile, round_up(num_tokens, LANES))
+  chunk = min(blocks.chunk, round_up(num_rows, LANES))
+  tokens = min(blocks.tokens, round_up(num_tokens, tile))
+  rows = min(blocks.rows, round_up(num_rows, chunk))
+
+  def vmem_bytes():
+    # What changes from step to step has two buffers; the gradient's block, four vectors and their
+    # columns count for both kernels. Tiles that wait for their turn are spilled.
+    return (2 * itemsize * (dim * (tokens + rows) + tokens * rows)
+            + 4 * 4 * (LANES + 2 * SUBLANES) * tokens
+            + 4 * tile * chunk * (blocks.together + 2) + 2**20)
+
+  while vmem_bytes() > tuning.VMEM[chip or "v4"] * 2**20:
+    # More tokens are fewer passes over the embedding, so they are the last to go.
+    if rows > chunk:
+      rows = round_up(rows // 2, chunk)
+    elif tokens > tile:
+      tokens = round_up(tokens // 2, tile)
+    elif max(chunk, tile) > LANES:
+      chunk, tile = (round_up(max(LANES, n // 2), LANES) for n in (chunk, tile))
+      rows, tokens = chunk, tile
+    else:
+      break
+  tiles = (tokens // tile) * (rows // chunk)
+  return Plan(tokens, rows, tile, chunk, min(blocks.together, tiles),
+              -(-num_tokens // tokens), -(-num_rows // rows), vmem_bytes())
+
+
+def each_tile(plan, tile, update):
+  """Calls update(tile(at, chunk), at, chunk) for each tile of a step; both are slices."""
+  chunks = plan.rows // plan.chunk
+  tiles = chunks * (plan.tokens // plan.tile)
+
+  def place(n):
+    at = pl.ds(pl.multiple_of(n // chunks * plan.tile, plan.tile), plan.tile)
+    return at, pl.ds(pl.multiple_of(n % chunks * plan.chunk, plan.chunk), plan.chunk)
+
+  def group(first, number):
+    places = [place(first + i) for i in range(number)]
+    ready = tile(*places[0])
+    for i, here in enumerate(places):
+      logits, ready = ready, tile(*places[i + 1]) if i + 1 < number else None
+      update(logits, *here)
+
+  whole, rest = divmod(tiles, plan.together)
+  if whole == 1:
+    group(0, plan.together)
+  else:
+    jax.lax.fori_loop(0, whole, lambda i, _: group(i * plan.together, plan.together), None)
+  if rest:
+    group(whole * plan.together, rest)
+
+
+def clear(*refs):
+  top, *sums = refs
+  top[...] = jnp.full_like(top, LOWEST)
+  for ref in sums:
+    ref[...] = jnp.zeros_like(ref)
+
+
+def product(a, b):
+  """a @ b.T in float32."""
+  return jax.lax.dot_general(
+      a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32,
+      precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
+
+
+def round_up(n: int, multiple: int) -> int:
+  return -(-n // multiple) * multiple
+
+
+def widen(x: jax.Array) -> jax.Array:
+  """[..., D] with zeros up to whole lanes."""
+  missing = -x.shape[-1] % LANES
+  return jnp.pad(x, ((0, 0), (0, missing))) if missing else x
+
+
+def pad(vector: jax.Array, size: int) -> jax.Array:
+  missing = size - vector.shape[0]
+  return jnp.pad(vector, (0, missing)) if missing else vector

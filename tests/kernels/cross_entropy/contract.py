@@ -1,0 +1,187 @@
+"""What every cross-entropy kernel must satisfy: drawn cases, the oracle in float64, the bound.
+
+A backend's test draws `cases(...)`, computes `inputs(case)`, runs its `forward` and its
+`logit_gradient` on them (`run` does both), and calls `check(case, arrays, results)`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from palm_haiku.kernels.cross_entropy import fused, xla
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One loss, and one block of the gradient of its logits."""
+
+  num_tokens: int = 33
+  vocabulary: int = 70
+  dim: int = 64
+  dtype: str = "bfloat16"
+  num_valid: int | None = None  # None for the whole vocabulary
+  traced: bool = False  # num_valid and first are arrays
+  first: int = 0  # of the block of rows
+  rows: int | None = None  # in the block; None for all from `first` on
+  scale: float = 0.125
+  targets: str = "any"  # "any" | "ends": the first or the last valid one | "elsewhere": mostly none
+  weights: str = "any"  # "any" | "zero": no token counts
+  spread: float = 1.0  # of x: with a large one, single tokens have nearly all the weight
+  seed: int = 0
+
+  @property
+  def valid(self) -> int:
+    return self.vocabulary if self.num_valid is None else self.num_valid
+
+  @property
+  def block(self) -> slice:
+    rows = self.vocabulary - self.first if self.rows is None else self.rows
+    return slice(self.first, self.first + rows)
+
+
+@st.composite
+def cases(draw, *, dims=(64, 128, 192), dtypes=("bfloat16", "float16"), max_tokens=150,
+          max_vocabulary=300):
+  """Cases as varied as the contract."""
+  size = lambda most: st.one_of(
+      st.integers(1, most), st.sampled_from([n for n in (1, 63, 64, 65, 127, 128, 129, 256)
+                                             if n <= most]))
+  vocabulary = draw(size(max_vocabulary))
+  first = draw(st.one_of(st.just(0), st.integers(0, vocabulary - 1)))
+  return Case(
+      num_tokens=draw(size(max_tokens)), vocabulary=vocabulary, dim=draw(st.sampled_from(dims)),
+      dtype=draw(st.sampled_from(dtypes)),
+      num_valid=draw(st.one_of(st.none(), st.integers(0, vocabulary))), traced=draw(st.booleans()),
+      first=first, rows=draw(st.one_of(st.none(), st.integers(1, vocabulary - first))),
+      scale=draw(st.sampled_from([0.125, 0.3, -0.1])),
+      targets=draw(st.sampled_from(["any", "ends", "elsewhere"])),
+      weights=draw(st.sampled_from(["any", "any", "zero"])),
+      spread=draw(st.sampled_from([1.0, 10.0])), seed=draw(st.integers(0, 10**6)))
+
+
+def inputs(case: Case) -> dict:
+  """Random arrays of a case, in the names of a backend's arguments.
+
+  Values are rounded to the case's dtype: the oracle computes with the same numbers. `log_z` is
+  the exact one, in float32, so that `logit_gradient` is judged by itself.
+  """
+  rng = np.random.default_rng(case.seed)
+  x = jnp.asarray(case.spread * rng.normal(size=(case.num_tokens, case.dim)), case.dtype)
+  embedding = jnp.asarray(rng.normal(size=(case.vocabulary, case.dim)), case.dtype)
+  last = max(0, case.valid - 1)
+  targets = {"any": rng.integers(0, last + 1, case.num_tokens),
+             "ends": rng.choice([0, last], case.num_tokens),
+             "elsewhere": rng.integers(-2 * case.vocabulary, 3 * case.vocabulary, case.num_tokens),
+             }[case.targets]
+  counts = 0.0 if case.weights == "zero" else 1.0
+  arrays = dict(
+      x=x, embedding=embedding, targets=jnp.asarray(targets, jnp.int32),
+      dlog_z=jnp.asarray(counts * rng.uniform(0.5, 1.5, case.num_tokens), jnp.float32),
+      dlogit=jnp.asarray(-counts * rng.uniform(0, 2, case.num_tokens), jnp.float32))
+  return arrays | dict(log_z=jnp.asarray(exact(case, arrays)["log_z"], jnp.float32))
+
+
+def options(case: Case) -> dict:
+  """`scale` and `num_valid` as a backend's functions take them."""
+  return dict(scale=case.scale,
+              num_valid=jnp.asarray(case.valid, jnp.int32) if case.traced else case.valid)
+
+
+def run(backend, case: Case, arrays: dict, **keywords) -> dict:
+  """{"log_z", "logit", "g"} of a backend's module; keywords such as chip go to both functions."""
+  a, keywords = arrays, keywords | options(case)
+  log_z, logit = backend.forward(a["x"], a["embedding"], a["targets"], **keywords)
+  first = jnp.asarray(case.first, jnp.int32) if case.traced else case.first
+  g = backend.logit_gradient(
+      a["x"], a["embedding"][case.block], a["targets"], a["log_z"], a["dlog_z"], a["dlogit"],
+      first=first, **keywords)
+  return dict(log_z=log_z, logit=logit, g=g)
+
+
+def run_differentiated(backend, case: Case, arrays: dict, chip=None) -> dict:
+  """{"log_z", "logit", "dx", "dembedding"}: the kernels within `fused`'s derivative."""
+  def f(x, embedding):
+    return fused.statistics(x, embedding, arrays["targets"], backend=backend, chip=chip,
+                            **options(case))
+
+  (log_z, logit), pull = jax.vjp(f, arrays["x"], arrays["embedding"])
+  dx, dembedding = pull((arrays["dlog_z"], arrays["dlogit"]))
+  return dict(log_z=log_z, logit=logit, dx=dx, dembedding=dembedding)
+
+
+def exact(case: Case, arrays: dict) -> dict:
+  """All results in float64, by numpy, from the formula."""
+  x, embedding = (np.asarray(arrays[n], np.float64) for n in ("x", "embedding"))
+  dlog_z, dlogit = (np.asarray(arrays[n], np.float64)[:, None] for n in ("dlog_z", "dlogit"))
+  targets, valid = np.asarray(arrays["targets"]), case.valid
+  logits = case.scale * x @ embedding[:valid].T
+  top = logits.max(-1, initial=-np.inf, keepdims=True)
+  top = np.where(np.isfinite(top), top, 0)
+  with np.errstate(divide="ignore"):
+    log_z = np.log(np.exp(logits - top).sum(-1, keepdims=True)) + top
+  onehot = targets[:, None] == np.arange(case.vocabulary)
+  onehot[:, valid:] = False
+  probability = np.zeros(onehot.shape)
+  probability[:, :valid] = np.exp(logits - np.where(valid, log_z, 0))
+  g = case.scale * (probability * dlog_z + onehot * dlogit)
+  return dict(log_z=log_z[:, 0], logit=(onehot[:, :valid] * logits).sum(-1), g=g[:, case.block],
+              dx=g @ embedding, dembedding=g.T @ x)
+
+
+def rough(case: Case, arrays: dict) -> dict:
+  """All results by the XLA path, and g from the formula, in the case's dtype."""
+  x, embedding, targets = (arrays[n] for n in ("x", "embedding", "targets"))
+
+  def f(x, embedding):
+    return xla.logits_statistics(x, embedding, targets, scale=case.scale, num_valid=case.valid)
+
+  (log_z, logit), pull = jax.vjp(f, x, embedding)
+  dx, dembedding = pull((arrays["dlog_z"], arrays["dlogit"]))
+  columns = jnp.arange(case.vocabulary)[case.block]
+  logits = case.scale * jnp.einsum(
+      "nd,vd->nv", x, embedding[case.block], preferred_element_type=jnp.float32)
+  probability = jnp.exp(logits - arrays["log_z"][:, None]) * arrays["dlog_z"][:, None]
+  g = case.scale * (
+      probability + (targets[:, None] == columns) * arrays["dlogit"][:, None])
+  g = jnp.where(columns < case.valid, g, 0).astype(case.dtype)
+  return dict(log_z=log_z, logit=logit, g=g, dx=dx, dembedding=dembedding)
+
+
+def check(case: Case, arrays: dict, results: dict) -> None:
+  """Asserts that results are at most twice as far from float64 as the XLA path is.
+
+  Args:
+    case: what was computed.
+    arrays: its `inputs`.
+    results: any of "log_z", "logit", "g", "dx", "dembedding", as the backend returned them.
+  """
+  want, compare = exact(case, arrays), rough(case, arrays)
+  scores = np.abs(case.scale * np.asarray(arrays["x"], np.float64)
+                  @ np.asarray(arrays["embedding"], np.float64).T).max()
+  for name, got in results.items():
+    dtype = "float32" if name in ("log_z", "logit") else case.dtype
+    assert got.shape == want[name].shape and got.dtype == jnp.dtype(dtype), name
+    expected, got = want[name], np.asarray(got, np.float64)
+    there = np.isfinite(expected)  # log_z is -inf where no row is valid
+    np.testing.assert_array_equal(got[~there], expected[~there])
+    assert np.all(np.isfinite(got[there])), f"{name} is not finite"
+    if not there.any():
+      continue
+    difference = np.where(there, got, 0) - np.where(there, expected, 0)
+    baseline = np.where(there, np.asarray(compare[name], np.float64), 0) - np.where(
+        there, expected, 0)
+    # A few roundings of the largest value: where the XLA path happens to be exact, or nearly so.
+    # Those of float32 grow with the logits, which the exponent turns into relative errors.
+    largest = np.abs(expected[there]).max()
+    floor = (2 * float(jnp.finfo(dtype).eps) * largest
+             + (4 + 2 * scores) * float(jnp.finfo(jnp.float32).eps) * max(largest, 1e-30))
+    if name in ("log_z", "logit"):
+      floor += 4 * float(jnp.finfo(jnp.float32).eps) * scores
+    for norm, least, measure in (("largest", floor, lambda x: np.abs(x).max()),
+                                 ("mean square", floor / 2, lambda x: np.sqrt(np.mean(x**2)))):
+      error, allowed = measure(difference), max(least, 2 * measure(baseline))
+      assert error <= allowed, (
+          f"{name}: {norm} error {error:.3g}, allowed {allowed:.3g}, for {case}")

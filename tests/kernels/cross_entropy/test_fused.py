@@ -1,0 +1,237 @@
+"""Derivatives, blocks, residuals and meshes of the kernels, with a kernel written in plain JAX."""
+
+import functools
+import types
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from palm_haiku.kernels import backend, linear_cross_entropy
+from palm_haiku.kernels.cross_entropy import fused, xla
+from tests.kernels.cross_entropy import contract
+
+
+class PlainBackend(types.ModuleType):
+  """The functions of a backend, in plain JAX."""
+
+  def __init__(self):
+    super().__init__("plain")
+
+  def unsupported(self, x, embedding, *, chip):
+    return None if x.shape[-1] % 2 == 0 else f"an even dimension; got {x.shape[-1]}"
+
+  def forward(self, x, embedding, targets, *, scale, num_valid, chip):
+    assert x.dtype == embedding.dtype
+    return xla.logits_statistics(x, embedding, targets, scale=scale, num_valid=num_valid)
+
+  def logit_gradient(self, x, rows, targets, log_z, dlog_z, dlogit, *, first, scale, num_valid,
+                     chip):
+    assert x.dtype == rows.dtype
+    logits = scale * jnp.einsum("nd,vd->nv", x, rows, preferred_element_type=jnp.float32)
+    column = first + jnp.arange(rows.shape[0])
+    probability = jnp.exp(logits - log_z[:, None]) * dlog_z[:, None]
+    g = scale * (probability + (targets[:, None] == column) * dlogit[:, None])
+    return jnp.where(column < num_valid, g, 0).astype(x.dtype)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+  module = PlainBackend()
+  monkeypatch.setitem(backend.KERNELS, "linear_cross_entropy", ("mosaic_gpu",))
+  monkeypatch.setattr(backend, "kernel_module", lambda op, name: module)
+  monkeypatch.setattr("palm_haiku.kernels.guards._PLATFORMS", {"mosaic_gpu": ("cpu",)})
+  return module
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+  """So that little has several blocks of the vocabulary, and of tokens, none of which divides."""
+  blocks(monkeypatch)
+
+
+def blocks(monkeypatch, block_bytes=1000, most=16, least=8, tiles=4):
+  for name, value in dict(BLOCK_BYTES=block_bytes, MOST_ROWS=most, LEAST_ROWS=least,
+                          WHOLE_TILES=tiles).items():
+    monkeypatch.setattr(fused, name, value)
+
+
+def problem(lead=(8, 6), vocabulary=50, dim=16, dtype=jnp.float32):
+  keys = jax.random.split(jax.random.key(0), 3)
+  return (jax.random.normal(keys[0], (*lead, dim), dtype),
+          jax.random.normal(keys[1], (vocabulary, dim)),
+          jax.random.randint(keys[2], lead, 0, vocabulary))
+
+
+def total(x, embedding, targets, implementation="mosaic_gpu", wrap=lambda f: f, **options):
+  f = wrap(functools.partial(linear_cross_entropy, z_loss=1e-2, scale=0.25,
+                             implementation=implementation, **options))
+  loss, log_z = f(x, embedding, targets)
+  return (loss * jnp.cos(jnp.arange(loss.size).reshape(loss.shape))).sum() + log_z.sum()
+
+
+def gradients(**options):
+  return jax.value_and_grad(functools.partial(total, **options), argnums=(0, 1))
+
+
+@settings(max_examples=12)
+@given(case=contract.cases(dims=(4, 6), dtypes=("bfloat16", "float32"), max_tokens=30,
+                           max_vocabulary=50),
+       block_bytes=st.sampled_from([200, 1000, 2**28]))
+def test_the_contract_holds_for_plain_jax(case, block_bytes):
+  arrays = contract.inputs(case)
+  contract.check(case, arrays, contract.run(PlainBackend(), case, arrays, chip=None))
+  with pytest.MonkeyPatch.context() as patch:
+    blocks(patch, block_bytes)
+    contract.check(case, arrays, contract.run_differentiated(PlainBackend(), case, arrays))
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda f: f, jax.jit, jax.checkpoint, jax.vmap,
+    lambda f: jax.vmap(f, in_axes=(0, None, 0)),
+    lambda f: lambda *x: jax.lax.scan(lambda c, _: (c, f(*x)), 0, None, length=2)[1][0],
+], ids=["eager", "jit", "remat", "vmap of all", "vmap", "scan"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_value_and_gradients_equal_the_xla_path(plain, small_blocks, wrap, dtype):
+  x, embedding, targets = problem(dtype=dtype)
+  if wrap is jax.vmap:
+    embedding = embedding + jnp.arange(8.0)[:, None, None]
+  got = gradients(wrap=wrap)(x, embedding, targets)
+  want = gradients(wrap=wrap, implementation="xla")(x, embedding, targets)
+  assert got[1][0].dtype == dtype and got[1][1].dtype == jnp.float32
+  tolerance = 1e-5 if dtype == "float32" else 2e-2
+  chex.assert_trees_all_close(got, want, atol=tolerance, rtol=tolerance)
+
+
+def calls(plain, monkeypatch, name):
+  """A list that grows with each call of a backend's function that is run."""
+  runs, function = [], getattr(plain, name)
+
+  def counted(*arrays, **options):
+    results = function(*arrays, **options)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), results)
+    # Unlike an effect, a pure callback is left out where its results are not needed.
+    leaves, tree = jax.tree.flatten(results)
+    return jax.pure_callback(
+        lambda *x: runs.append(x[0].shape) or tree.unflatten(x), shapes, *leaves)
+
+  monkeypatch.setattr(plain, name, counted)
+  return runs
+
+
+def test_blocks_cover_tokens_and_vocabulary_once(plain, monkeypatch):
+  x, embedding, targets = problem()
+  run = lambda: jax.block_until_ready(jax.jit(gradients())(x, embedding, targets))
+  blocks(monkeypatch, 1000)  # 8 rows of the embedding and 31 tokens in float32
+  runs = calls(plain, monkeypatch, "logit_gradient")
+  run()
+  assert sorted(runs) == sorted([(31, 8), (17, 8)] * 6 + [(31, 2), (17, 2)])
+  runs.clear()
+  blocks(monkeypatch, 10**6, most=48)
+  run()
+  assert runs == [(48, 48), (48, 2)]
+  runs.clear()
+  jax.clear_caches()
+  blocks(monkeypatch, 10**6, most=32, tiles=1)
+  run()
+  assert runs == [(48, 25)] * 2  # a divisor, if there is one
+
+
+def test_an_embedding_of_another_dtype_is_never_copied_whole(plain):
+  shapes = (jax.ShapeDtypeStruct((64, 64), jnp.bfloat16),
+            jax.ShapeDtypeStruct((100_000, 64), jnp.float32),
+            jax.ShapeDtypeStruct((64,), jnp.int32))
+  compiled = jax.jit(gradients()).lower(*shapes).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 100_000 * 64 * 2
+
+
+def test_logits_do_not_exist(plain, monkeypatch):
+  blocks(monkeypatch, 2**18, most=512, least=128, tiles=128)
+  shapes = (jax.ShapeDtypeStruct((4096, 16), jnp.bfloat16),
+            jax.ShapeDtypeStruct((8000, 16), jnp.bfloat16),
+            jax.ShapeDtypeStruct((4096,), jnp.int32))
+  monkeypatch.setattr(plain, "forward", lambda x, embedding, *_, **__: (
+      x[:, 0].astype(jnp.float32), x[:, 1].astype(jnp.float32)))
+  compiled = jax.jit(gradients()).lower(*shapes).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 8000 / 5
+
+
+def test_a_policy_that_keeps_the_residuals_does_not_rerun_the_kernel(plain, monkeypatch):
+  runs = calls(plain, monkeypatch, "forward")
+  x, embedding, targets = problem()
+  embedding = embedding.astype(x.dtype)
+
+  def number_of_runs(*names):
+    runs.clear()
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    wrap = lambda f: jax.checkpoint(f, policy=policy)
+    jax.block_until_ready(jax.jit(gradients(wrap=wrap))(x, embedding, targets))
+    return len(runs)
+
+  assert number_of_runs("loss_log_z", "loss_logit") == 1
+  assert number_of_runs("loss_logit") == 2
+  assert number_of_runs() == 2
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_other_derivatives_name_the_xla_path(plain, jit):
+  x, embedding, targets = problem()
+  f = lambda x, embedding: total(x, embedding, targets)
+  f = jax.jit(f) if jit else f
+  push = lambda x, e: jax.jvp(f, (x, e), (x, e))
+  with pytest.raises(ValueError, match="no forward-mode derivative.*implementation='xla'"):
+    (jax.jit(push) if jit else push)(x, embedding)
+  with pytest.raises(ValueError, match="no second derivative.*implementation='xla'"):
+    jax.grad(lambda x: jax.grad(f)(x, embedding).sum())(x)
+  with pytest.raises(ValueError, match="no second derivative.*implementation='xla'"):
+    jax.grad(lambda e: jax.grad(f)(x, e).sum())(embedding)
+  twice = jax.grad(lambda e: jax.grad(
+      lambda x: total(x, e, targets, implementation="xla"))(x).sum())(embedding)
+  assert np.all(np.isfinite(twice))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("vocabulary", [50, 48, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mesh_divides_tokens_and_vocabulary(plain, small_blocks, kind, vocabulary, dtype):
+  x, embedding, targets = problem(vocabulary=vocabulary, dtype=dtype)
+  mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+  place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+  sharded = place(x, "data"), place(embedding), place(targets, "data")
+  want = jax.jit(gradients(implementation="xla"))(x, embedding, targets)
+  tolerance = 1e-5 if dtype == "float32" else 2e-2
+  chex.assert_trees_all_close(
+      jax.jit(gradients())(*sharded), want, rtol=tolerance, atol=tolerance)
+
+
+def test_inside_a_shard_map_of_the_caller(plain, small_blocks):
+  x, embedding, targets = problem()
+  mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+  def losses(x, embedding, targets, **options):
+    return linear_cross_entropy(x, embedding, targets, scale=0.25, **options)[0]
+
+  f = jax.shard_map(functools.partial(losses, implementation="mosaic_gpu"), mesh=mesh,
+                    in_specs=(P("data"), P(), P("data")), out_specs=P("data"))
+  both = lambda f: jax.value_and_grad(lambda *a: f(*a).sum(), argnums=(0, 1))(
+      x, embedding, targets)
+  chex.assert_trees_all_close(both(f), both(losses), atol=1e-5, rtol=1e-5)
+
+
+def test_the_same_bits_on_every_run(plain, small_blocks):
+  arrays = problem(dtype=jnp.bfloat16)
+  first, second = (jax.jit(gradients())(*arrays) for _ in range(2))
+  chex.assert_trees_all_equal(first, second)
+
+
+def test_a_named_backend_says_what_it_lacks_before_anything_compiles(plain, monkeypatch):
+  x, embedding, targets = problem(dim=5)
+  with pytest.raises(ValueError, match="mosaic_gpu needs an even dimension; got 5"):
+    total(x, embedding, targets)
+  monkeypatch.setattr("palm_haiku.kernels.guards._PLATFORMS", {"mosaic_gpu": ("cuda",)})
+  with pytest.raises(ValueError, match="mosaic_gpu needs a device of cuda; got cpu"):
+    total(*problem())
