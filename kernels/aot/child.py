@@ -65,16 +65,19 @@ def _report(job, folder) -> Report:
 
   memory = compiled.memory_analysis()
   text = compiled.as_text()
+  loops = " while(" in text
   if cuda:
     kernels = _gpu_kernels(compiled, folder, targets.chip(job.target))
   else:
-    kernels = _tpu_kernels(job, folder, targets.chip(job.target))
+    calls, known = hlo.calls(text)
+    loops = not known
+    kernels = _tpu_kernels(job, folder, targets.chip(job.target), calls, hlo.product_steps(text))
   found = hlo.square(hlo.buffers(text), *job.square) if job.square else ()
   return Report(
       target=job.target, versions=_versions(cuda), kernels=tuple(kernels),
       memory={kind: getattr(memory, f"{kind}_size_in_bytes") for kind in
               ("temp", "argument", "output")},
-      square=tuple(found), flops=job.flops, loops=" while(" in text)
+      square=tuple(found), flops=job.flops, loops=loops)
 
 
 def _versions(cuda):
@@ -85,13 +88,15 @@ def _versions(cuda):
   return found | {"libtpu": importlib.metadata.version("libtpu")}
 
 
-def _tpu_kernels(job, folder, chip):
+def _tpu_kernels(job, folder, chip, calls, product_steps):
   kernels = []
   for schedule in llo.read(folder / "llo", chip):
-    steps = next((s for pattern, s in job.steps.items() if re.search(pattern, schedule.name)),
-                 llo.Steps())
+    # XLA says itself how often its own products finish a tile of their result.
+    steps = llo.Steps(edge=1 / product_steps.get(schedule.name, 1))
+    steps = next((s for pattern, s in job.steps.items() if re.search(pattern, schedule.name)
+                  and s != llo.Steps()), steps)
     schedule.set_runs(steps)
-    kernels.append(TpuKernel(schedule.name, schedule))
+    kernels.append(TpuKernel(schedule.name, schedule, calls.get(schedule.name, 1)))
   return kernels
 
 

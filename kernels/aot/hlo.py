@@ -1,4 +1,4 @@
-"""What a compiled program keeps in memory, from its HLO text."""
+"""What a compiled program keeps in memory and how often it runs its parts, from its HLO text."""
 
 import dataclasses
 import math
@@ -89,3 +89,67 @@ def square(found: list[Buffer], rows: int, columns: int) -> list[Buffer]:
     if is_square(buffer.shape):
       unique.setdefault((buffer.dtype, buffer.shape), buffer)
   return list(unique.values())
+
+
+_CALLED = re.compile(r"(?:calls|body|to_apply)=%?([\w.<>\-]+)")
+_EXIT = re.compile(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
+
+
+def calls(text: str) -> tuple[dict[str, int], bool]:
+  """How often each instruction runs, by name, and whether all loops around them are known.
+
+  A loop is known if it counts from 0 to a constant, as JAX's do; another one counts once.
+  """
+  computations, inside, entry = {}, None, None
+  for line in text.splitlines():
+    if inside is None:
+      if start := _COMPUTATION.match(line):
+        inside = start[2]
+        computations[inside] = {}
+        entry = inside if start[1] else entry
+    elif line.startswith("}"):
+      inside = None
+    elif instruction := _INSTRUCTION.match(line):
+      computations[inside][instruction[1]] = line.strip()
+  counts, known = {}, True
+
+  def visit(computation, times):
+    nonlocal known
+    for name, line in computations.get(computation, {}).items():
+      counts[name] = counts.get(name, 0) + times
+      trips = 1
+      if " while(" in line:
+        trips = _trips(computations, computations[computation], line)
+        known, trips = known and trips is not None, trips or 1
+      for called in _CALLED.findall(line):
+        visit(called, times * trips)
+
+  visit(entry, 1)
+  return counts, known
+
+
+def _trips(computations, around, line) -> int | None:
+  condition = computations.get(re.search(r"condition=%?([\w.<>\-]+)", line)[1], {})
+  exits = [found for found in map(_EXIT.search, condition.values()) if found]
+  if len(exits) != 1:
+    return None
+  counter, limit = (condition.get(name, "") for name in exits[0].groups())
+  index, limit = re.search(r"index=(\d+)", counter), re.search(r" constant\((\d+)\)", limit)
+  start = around.get(re.search(r" while\(%?([\w.\-]+)\)", line)[1], "")
+  operands = re.search(r" tuple\((.*?)\)", re.sub(r"/\*.*?\*/", "", start))
+  if not (index and limit and operands):
+    return None
+  first = around.get(operands[1].split(",")[int(index[1])].strip().lstrip("%"), "")
+  while copied := re.search(r" copy\(%?([\w.\-]+)\)", first):
+    first = around.get(copied[1], "")
+  return int(limit[1]) if " constant(0)" in first else None
+
+
+def product_steps(text: str) -> dict[str, int]:
+  """TPU: how many steps XLA's own matrix products make for a tile of their result, by name."""
+  found = {}
+  for line in text.splitlines():
+    bounds = re.search(r'"kernel_window_bounds":\["\d.*?"iteration_bounds":\[(.*?)\]', line)
+    if bounds and (instruction := _INSTRUCTION.match(line)):
+      found[instruction[1]] = int(bounds[1].split(",")[-1].strip('"'))
+  return found

@@ -48,10 +48,14 @@ class GpuKernel:
 
 @dataclasses.dataclass(frozen=True)
 class TpuKernel:
-  """A kernel's schedule, with how often its parts run as far as it is known."""
+  """A kernel's schedule, with how often its parts run as far as it is known.
+
+  `cycles` are those of one call; the program makes `calls`.
+  """
 
   name: str
   schedule: llo.Schedule
+  calls: int = 1
 
   @property
   def cycles(self) -> float:
@@ -68,7 +72,8 @@ class TpuKernel:
 
   def __str__(self):
     s = self.schedule
-    lines = [f"{self.name} {s.root.end} bundles, {'at least ' if s.unknown else ''}"
+    lines = [f"{self.name} {f'{self.calls} times, ' if self.calls > 1 else ''}"
+             f"{s.root.end} bundles, {'at least ' if s.unknown else ''}"
              f"{s.cycles:.0f} cycles, busy: "
              + " ".join(f"{slot} {100 * s.busy(slot):.1f}%" for slot in
                         ("MATMUL", "VALU", "EUP", "XLU", "VLOAD", "VSTORE"))]
@@ -102,7 +107,8 @@ class Report:
     memory: bytes per device: "temp", "argument", "output".
     square: buffers of the size T x S, if that was asked for.
     flops: useful FLOPs of one call, if they were given.
-    loops: whether the program has loops around its kernels. Each kernel is counted once.
+    loops: whether the program has loops around its kernels of which it is not known how often
+      they run: they are counted once. On a GPU, whether it has any.
   """
 
   target: str
@@ -135,7 +141,7 @@ class Report:
     kernels = self.kernels_named(part)
     if not isinstance(self.chip, Tpu) or any(k.schedule.unknown for k in kernels):
       return None
-    return sum(k.cycles for k in kernels) / self.chip.clock
+    return sum(k.cycles * k.calls for k in kernels) / self.chip.clock
 
   def utilization(self, part: str = "") -> float | None:
     """TPU: `flops` over what the whole chip could do in `seconds`."""
@@ -155,7 +161,7 @@ class Report:
       if not seconds:
         text += ": say how often the loops marked above run (Steps)"
       elif self.loops:
-        text += " for each kernel once, and the program has loops"
+        text += " with loops counted once that the program does not count itself"
       lines.append(text + " (issue cycles only: no wait for memory is in it)" * bool(seconds))
     lines += [f"PROBLEM: {problem}" for problem in self.problems]
     return "\n".join(lines)
