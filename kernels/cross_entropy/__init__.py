@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec as P
+from jax.sharding import PartitionSpec as P
 
 from .. import backend, guards, mesh as meshes
 from . import fused, xla
@@ -55,10 +55,14 @@ def linear_cross_entropy(
   if weights is not None:
     weights = jnp.asarray(weights, jnp.promote_types(x.dtype, jnp.float32))
     targets = jnp.where(weights == 0, 0, targets)
-  x = x.reshape(-1, x.shape[-1])
-  choice = backend.explain(fused.OP, implementation, x, embedding)
+  # [sequences, T, D]: either may be divided over mesh axes of its own, so they stay apart.
+  rows = x.shape[-2] if x.ndim > 2 else 1
+  x = x.reshape(-1, rows, x.shape[-1])
+  flat = jax.ShapeDtypeStruct((x.shape[0] * x.shape[1], x.shape[2]), x.dtype)
+  choice = backend.explain(fused.OP, implementation, flat, embedding)
   log_z, logit = _statistics(
-      x, embedding, targets.reshape(-1).astype(jnp.int32), float(scale), choice.implementation)
+      x, embedding, targets.reshape(-1, rows).astype(jnp.int32), float(scale),
+      choice.implementation)
   log_z, logit = log_z.reshape(targets.shape), logit.reshape(targets.shape)
   logit = jnp.where((targets >= 0) & (targets < vocabulary), logit, jnp.nan)
   loss = log_z - logit + z_loss * jnp.square(log_z)
@@ -76,33 +80,39 @@ def _statistics(x, embedding, targets, scale, implementation):
     x = guards.reverse_only(guards.only_on(x, fused.OP, implementation), fused.OP)
     embedding = guards.reverse_only(embedding, fused.OP)
   vocabulary = embedding.shape[0]
+
+  def flat(x, embedding, targets, num_valid):
+    results = local(x.reshape(-1, x.shape[-1]), embedding, targets.reshape(-1),
+                    num_valid=num_valid)
+    return jax.tree.map(lambda y: y.reshape(targets.shape), results)
+
   mesh = meshes.current(x, embedding)
-  free = meshes.axes_of_kind(mesh, AxisType.Auto, AxisType.Explicit)
+  free = meshes.to_take_over(mesh)
   if not free:
     x, embedding, targets = meshes.varying_together(x, embedding, targets)
-    return local(x, embedding, targets, num_valid=vocabulary)
+    return flat(x, embedding, targets, vocabulary)
 
-  tokens = meshes.partition(x, 0, meshes.BATCH_AXES, mesh)
-  axis = meshes.HEAD_AXIS if meshes.HEAD_AXIS in free else None
-  shards = mesh.shape[axis] if axis else 1
+  tokens = P(meshes.partition(x, 0, meshes.BATCH_AXES, mesh) or None,
+             meshes.partition(x, 1, (meshes.SEQUENCE_AXIS,), mesh) or None)
+  shards = mesh.shape[meshes.HEAD_AXIS] if meshes.HEAD_AXIS in free else 1
+  axis = meshes.HEAD_AXIS if shards > 1 else None
   rows = -(-vocabulary // shards)
-  specs = P(tokens or None, None), P(axis, None), P(tokens or None)
+  specs = P(*tokens, None), P(axis, None), tokens
   embedding = jnp.pad(embedding, ((0, rows * shards - vocabulary), (0, 0)))
 
   def shard(x, embedding, targets):
     x, embedding, targets = meshes.varying_together(x, embedding, targets)
     if axis is None:
-      return local(x, embedding, targets, num_valid=vocabulary)
+      return flat(x, embedding, targets, vocabulary)
     first = jax.lax.axis_index(axis) * rows
-    log_z, logit = local(
-        x, embedding, targets - first, num_valid=jnp.clip(vocabulary - first, 0, rows))
+    log_z, logit = flat(x, embedding, targets - first, jnp.clip(vocabulary - first, 0, rows))
     top = jax.lax.pmax(jax.lax.stop_gradient(log_z), axis)
     total, logit = jax.lax.psum((jnp.exp(log_z - top), logit), axis)
     return top + jnp.log(total), logit
 
   arrays = jax.tree.map(
       lambda array, spec: meshes.reshard(array, spec, mesh), (x, embedding, targets), specs)
-  return jax.shard_map(shard, mesh=mesh, axis_names=set(free), in_specs=specs,
+  return jax.shard_map(shard, mesh=mesh, axis_names=free, in_specs=specs,
                        out_specs=(specs[2],) * 2)(*arrays)
 
 
