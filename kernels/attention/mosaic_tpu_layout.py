@@ -253,7 +253,8 @@ def vmem_bytes(plan: Plan, *, dim, itemsize, shared, backward) -> int:
   tile = 4 * plan.lanes * max(plan.chunk, edge)
   vectors = 2 * 8 * 4 * plan.block_rows + 4 * 128 * max(plan.chunk, edge)
   if backward:
-    dquery = 2 * (itemsize if plan.padded_keys == plan.major else 4) + 4
+    # Accumulator and result; where several blocks of keys add to it, what there was before.
+    dquery = 4 + (2 * itemsize if plan.padded_keys == plan.major else 3 * 4)
     return (row * (4 * itemsize + dquery) + (1 if shared else 2) * key * (itemsize + 4)
             + 2 * (plan.ahead + 3) * tile + vectors)
   return (row * (4 * itemsize + 4) + 16 * 4 * plan.block_rows
