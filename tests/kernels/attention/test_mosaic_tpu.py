@@ -108,7 +108,7 @@ def test_right_on_drawn_cases(structure, data):
 @pytest.mark.slow
 @pytest.mark.timeout(6 * 3600)
 @settings(max_examples=100)
-@given(case=contract.cases(dtypes=("bfloat16", "float32"), max_queries=80, max_keys=120),
+@given(case=contract.cases(dtypes=("bfloat16", "float32"), max_queries=48, max_keys=80),
        blocks=st.sampled_from(BLOCKS), data=st.data())
 def test_right_on_many_drawn_cases(case, blocks, data):
   """100 programs of any shape and mask, 7 inputs for each: 700 cases."""
