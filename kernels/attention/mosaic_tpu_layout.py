@@ -305,7 +305,8 @@ def find_edges(plan, *, length, num_keys, query_offset, is_causal, window) -> tu
 def fit(blocks, *, length, group, num_keys, itemsize) -> Plan:
   """Block sizes for this problem."""
   if itemsize > 2:  # float32: half as many rows and keys in the same memory
-    blocks = blocks._replace(area=blocks.area // 4, major=max(blocks.major // 2, blocks.chunk))
+    blocks = blocks._replace(area=blocks.area // 4, rows=max(blocks.rows // 2, blocks.lanes),
+                             major=max(blocks.major // 2, blocks.chunk))
   unit = min(128, blocks.lanes)
   lanes = min(blocks.lanes, round_up(length * group, unit))
   positions = 1

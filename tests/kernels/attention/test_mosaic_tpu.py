@@ -262,9 +262,10 @@ def test_what_a_chip_cannot_do_is_said(monkeypatch, change, chip, message):
 @pytest.mark.parametrize("chip", tuning.VMEM)
 @pytest.mark.parametrize("dim_head", [64, 128, 256])
 @pytest.mark.parametrize("heads, kv_heads", [(16, 1), (16, 16), (12, 4), (71, 1)])
-def test_the_table_fits_the_chip(chip, dim_head, heads, kv_heads):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_table_fits_the_chip(chip, dim_head, heads, kv_heads, dtype):
   for length in (1, 700, 2048, 65536):
-    query, key = (jax.ShapeDtypeStruct((1, length, n, dim_head), jnp.bfloat16)
+    query, key = (jax.ShapeDtypeStruct((1, length, n, dim_head), jnp.dtype(dtype))
                   for n in (heads, kv_heads))
     assert mosaic_tpu.unsupported(query, key, key, chip=chip) is None
 
