@@ -196,7 +196,18 @@ def own_steps(name, shape, target, dtype, backward) -> dict[str, aot.Steps]:
   # the keys are several blocks, it meets each in turn.
   turns = plan.padded_keys // plan.major
   large = (plan.num_blocks - 1) / 2 * positions / plan.chunk / turns
-  return {"": aot.Steps(active=(1 / turns, 1, 1), edge=1 / plan.num_blocks, inner=(large, 0))}
+  first = 1 / plan.num_blocks  # that block of rows sees its diagonal alone
+  if backward:
+    # To begin with: gradients of keys and values, of rows whose diagonal is in other keys; at the
+    # end of rows that see the keys, and of those that see none of them.
+    seen = (1 + turns) / 2 / turns
+    begin_end = (plan.cores / plan.num_blocks, seen - 1 / turns, seen, 0)
+    active = (1 / turns, 1, 1)
+  else:
+    # Rows without a diagonal, the end of all but the first rows.
+    begin_end = (0, (1 - first) / turns)
+    active = ((1 - first) / turns, first / turns, 1, 1)
+  return {"": aot.Steps(active=active, edge=begin_end, inner=(large, 0))}
 
 
 # ---- the table
