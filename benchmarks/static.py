@@ -196,7 +196,18 @@ def own_steps(name, shape, target, dtype, backward) -> dict[str, aot.Steps]:
   # the keys are several blocks, it meets each in turn.
   turns = plan.padded_keys // plan.major
   large = (plan.num_blocks - 1) / 2 * positions / plan.chunk / turns
-  return {"": aot.Steps(active=(1 / turns, 1, 1), edge=1 / plan.num_blocks, inner=(large, 0))}
+  first = 1 / plan.num_blocks  # that block of rows sees its diagonal alone
+  if backward:
+    # To begin with: gradients of keys and values, of rows whose diagonal is in other keys; at the
+    # end of rows that see the keys, and of those that see none of them.
+    seen = (1 + turns) / 2 / turns
+    begin_end = (plan.cores / plan.num_blocks, seen - 1 / turns, seen, 0)
+    active = (1 / turns, 1, 1)
+  else:
+    # Rows without a diagonal, the end of all but the first rows.
+    begin_end = (0, (1 - first) / turns)
+    active = ((1 - first) / turns, first / turns, 1, 1)
+  return {"": aot.Steps(active=active, edge=begin_end, inner=(large, 0))}
 
 
 # ---- the table
@@ -250,16 +261,12 @@ def _tpu_figures(report, kernels):
       "useful": percent(report.flops / (seconds * report.chip.tflops * 1e12))}
 
 
-def _peers_of_today(result, measured, out):
-  """Earlier rows of peers that are not compiled now: they depend on the compilers alone."""
-  try:
-    earlier = json.loads(results.path(result, out).read_text())
-  except (OSError, json.JSONDecodeError):
-    return []
-  if earlier["versions"] != result["versions"]:
-    return []
-  return [row for row in earlier["rows"]
-          if row["implementation"] in peers.PEERS.keys() - measured]
+def _earlier_peers(result, measured, out):
+  """The last rows of peers that are not compiled now: they depend on the compilers alone."""
+  found = [earlier for earlier in results.load(out) if earlier["benchmark"] == "static"
+           and all(earlier[key] == result[key] for key in ("device", "versions"))]
+  return [row for row in found[-1]["rows"]
+          if row["implementation"] in peers.PEERS.keys() - measured] if found else []
 
 
 def _once(rows):
@@ -308,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
 def table_of(target, jobs, args) -> int:
   """Compiles the jobs, prints and saves their table; how many did not compile."""
   result = results.document("static", device=target)
-  kept = _peers_of_today(result, {about["implementation"] for about, _ in jobs}, args.out)
+  kept = _earlier_peers(result, {about["implementation"] for about, _ in jobs}, args.out)
   about_of = {id(job): (order, about) for order, (about, job) in enumerate(jobs)}
   rows, failed = {}, 0
   for done, report in aot.run_all((job for _, job in jobs), timeout=args.timeout):

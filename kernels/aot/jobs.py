@@ -134,7 +134,9 @@ def _environment(job, folder):
     (folder / "llo").mkdir()
     wanted["LIBTPU_INIT_ARGS"] = " ".join(filter(None, (
         os.environ.get("LIBTPU_INIT_ARGS"), f"--xla_jf_dump_to={folder / 'llo'}",
-        "--xla_jf_dump_llo_text=true", "--xla_jf_emit_annotations=true")))
+        "--xla_jf_dump_llo_text=true", "--xla_jf_emit_annotations=true",
+        # All passes are some hundred MB of text, and half of a compilation's time.
+        "--xla_jf_dump_llo_pass_label_regex=.*(packed-bundles-post-ra|pre-delay).*")))
     return wanted
   for name in ("mosaic", "triton"):
     (folder / name).mkdir()

@@ -29,7 +29,7 @@ _EXIT = re.compile(r"scmp\.ge\.s32\.totalorder (%\w+), (\d+) /\* loop exit test"
 _DEFINITION = re.compile(r"(%s\w+) = (smov\.u32|sadd\.s32|sphi|sld) ([^;}/]*)")
 _STORE = re.compile(r"= sst (\[smem:\[#\w+_spill\]\]) (%s\w+)")  # registers may be spilled between
 # A guard this short only bumps a counter or skips a copy.
-_SMALL = 6
+_SMALL, _LARGE = 6, 64
 
 
 @dataclasses.dataclass
@@ -65,14 +65,14 @@ class Steps:
     active: the fraction of the steps in which a guard that holds matrix work runs; several
       guards, several fractions, in the order of their addresses.
     edge: the fraction of the steps that begin or end an output block: of guards without matrix
-      work.
+      work; several fractions are those of the guards of more than 128 bundles, likewise.
     inner: trips of those loops inside the grid's loop whose counters do not say them, in the order
       of their addresses; a mean where they differ from step to step.
   """
 
   grid: int | None = None
   active: float | Sequence[float] = 1.0
-  edge: float = 1.0
+  edge: float | Sequence[float] = 1.0
   inner: float | Sequence[float] | None = None
 
 
@@ -279,8 +279,14 @@ def _set_runs(root, steps):
   """
   active = list(steps.active) if isinstance(steps.active, Sequence) else None
   inner = list(steps.inner) if isinstance(steps.inner, Sequence) else None
+  edges = list(steps.edge) if isinstance(steps.edge, Sequence) else None
   matrix = lambda region: region.total(_MATMUL) > 0
   any_matrix = matrix(root)
+
+  def edge(size):
+    if edges is None:
+      return steps.edge
+    return edges.pop(0) if edges and size > 2 * _LARGE else 1.0
 
   def visit(region, grid, in_body, drained):
     for part in region.parts:
@@ -296,11 +302,11 @@ def _set_runs(root, steps):
           trips = inner.pop(0) if inner else steps.inner if inner is None else None
         part.runs, part.known = 1.0 if trips is None else float(trips), trips is not None
       elif in_body:
-        if not matrix(part) and size > 64:  # an initialisation inside the main body
-          part.runs = steps.edge
+        if not matrix(part) and size > _LARGE:  # an initialisation inside the main body
+          part.runs = edge(size)
       elif grid is not None and (matrix(part) or size > _SMALL):
         if not matrix(part):
-          part.runs = steps.edge if any_matrix else 1.0
+          part.runs = edge(size) if any_matrix else 1.0
         elif not any(r.kind == "if" and matrix(r) for r in part if r is not part):
           part.runs = active.pop(0) if active else steps.active if active is None else 1.0
           body_of = True

@@ -58,10 +58,11 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   delta = layout.pack_vector(delta, kv_heads, plan.num_rows, 0)
 
   # Grid: core, batch and key/value head, block of rows.
-  at = lambda s, i: i * plan.cores + s
+  at = plan.dealt
 
   def rows_at(s, b, i, scalars):
-    # A block of rows that sees none of these keys repeats another's index and is not fetched.
+    # A block of rows that sees none of these keys repeats another's index: it is not fetched,
+    # and of several blocks of keys its query gradient is left as it was.
     row = ranges.batch(b) * 2
     return at(s, jnp.clip(i, scalars[3][row], scalars[3][row + 1]))
 
@@ -80,13 +81,20 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
       plan, kv_heads, length, alibi_slopes, segment_ids, query_offset, row_spec,
       pl.BlockSpec((None, 1, plan.major), lambda s, b, i, *r: (b // kv_heads, 0, r[2][0])))
 
-  # One block of keys gives the query gradient as it is returned, several give parts of it.
-  dquery_type = query.dtype if num_key_blocks == 1 else jnp.float32
+  # One block of keys gives the query gradient as it is returned; several add to it in turn, in
+  # place.
+  several = num_key_blocks > 1
   gradients = ("dkey",) if value is None else ("dkey", "dvalue")
   arrays = (query, key, value, dout)
-  outputs = dict(
-      dquery=(meshes.out_shape((batch * kv_heads, plan.num_rows, dim), dquery_type, *arrays),
-              pl.BlockSpec((None, plan.block_rows, dim), lambda s, b, i, *r: (b, at(s, i), 0))))
+  outputs = dict(dquery=(
+      meshes.out_shape(q.shape, jnp.float32 if several else query.dtype, *arrays),
+      rows_spec if several else pl.BlockSpec(
+          (None, plan.block_rows, dim), lambda s, b, i, *r: (b, at(s, i), 0))))
+  carry = {}
+  if several:
+    carry["sofar"] = pl.BlockSpec(
+        (None, plan.block_rows, dim), lambda s, b, i, *r: (b, rows_at(s, b, i, r), 0),
+        pipeline_mode=once)
   for name in gradients:
     outputs[name] = (
         meshes.out_shape((plan.cores, batch * kv_heads, plan.major, dim), jnp.float32, *arrays),
@@ -95,7 +103,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   scratch = dict(accum=pltpu.VMEM((dim, plan.block_rows), jnp.float32))
   if alibi_slopes is not None:
     scratch["bias"] = layout.bias_scratch(plan, edges)
-  names = ("chunks", "blocks", "key_block", "row_blocks", *operands, *outputs, *scratch)
+  names = ("chunks", "blocks", "key_block", "row_blocks", *carry, *operands, *outputs, *scratch)
 
   def kernel(*refs):
     refs = dict(zip(names, refs, strict=True))
@@ -106,10 +114,11 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=4,
           grid=(plan.cores, batch * kv_heads, plan.num_blocks // plan.cores),
-          in_specs=[spec for _, spec in operands.values()],
+          in_specs=[*carry.values(), *(spec for _, spec in operands.values())],
           out_specs=[spec for _, spec in outputs.values()],
           scratch_shapes=list(scratch.values())),
       out_shape=[shape for shape, _ in outputs.values()],
+      input_output_aliases={4: 0} if several else {},  # after the four scalar operands
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary", "arbitrary"),
           vmem_limit_bytes=layout.vmem_bytes(
@@ -117,24 +126,22 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
               backward=True)),
       name="alibi_attention_backward")
 
-  def of_key_block(n):
+  def of_key_block(n, *sofar):
     dquery, *rest = call(
         *ranges.operands, jnp.reshape(n, (1,)),
-        ranges.row_blocks(n, plan.cores).reshape(-1), *(x for x, _ in operands.values()))
+        ranges.row_blocks(n, plan.cores).reshape(-1), *sofar, *(x for x, _ in operands.values()))
     # The cores' parts, in one order.
     factors = (1.0,) if value is None else (scale, 1.0)
     return dquery, [(x.sum(0) * c).astype(key.dtype) for x, c in zip(rest, factors)]
 
-  if num_key_blocks == 1:
-    dquery, parts = of_key_block(jnp.int32(0))
-  else:
-    def body(sofar, n):
-      dquery, parts = of_key_block(n)
-      return sofar + dquery, parts
-    start = meshes.varying_together(jnp.zeros(q.shape, jnp.float32), q)[0]
-    dquery, parts = jax.lax.scan(body, start, jnp.arange(num_key_blocks, dtype=jnp.int32))
+  if several:
+    start = meshes.varying_together(jnp.zeros(q.shape, jnp.float32), *arrays)[0]
+    dquery, parts = jax.lax.scan(lambda sofar, n: of_key_block(n, sofar), start,
+                                 jnp.arange(num_key_blocks, dtype=jnp.int32))
     # [key blocks, B * kv_heads, major, D]
     parts = [x.swapaxes(0, 1).reshape(batch * kv_heads, plan.padded_keys, dim) for x in parts]
+  else:
+    dquery, parts = of_key_block(jnp.int32(0))
   dquery = layout.unpack(dquery.astype(query.dtype), batch, length, heads)
   gradients = dquery, *(layout.unpack(x, batch, num_keys, kv_heads) for x in parts)
   return (*(x[..., :given_dim] for x in gradients), None)[:3]
@@ -143,7 +150,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
 def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_causal, window):
   """One block of rows against what it sees of one block of keys; refs by name."""
   core, head, row_block = (pl.program_id(axis) for axis in range(3))
-  block = row_block * plan.cores + core
+  block = plan.dealt(core, row_block)
   key_block = refs["key_block"][0]
   query, dout, key, accum, dkey = (refs[n] for n in ("query", "dout", "key", "accum", "dkey"))
   shared = "value" not in refs
@@ -162,20 +169,23 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
       layout.fill_bias(refs, plan)
 
   first_position = block * (plan.block_rows // plan.group) + query_offset if edges else None
-  starts_fresh = False
+  diagonal = jnp.int32(0)  # how the diagonal is visited, if it lies in these keys
   if edges:
-    diagonal = first_position // plan.major
-    starts_fresh = (ranges.of_edge(refs, head, block, 0) > 0) & (diagonal == key_block)
+    diagonal = jnp.where(first_position // plan.major == key_block,
+                         ranges.of_edge(refs, head, block, 0), 0)
 
   low, high = ranges.key_blocks((refs["chunks"], refs["blocks"]), head, block)
   visits = (low <= key_block) & (key_block <= high)
 
-  @pl.when(visits & jnp.logical_not(starts_fresh))
+  @pl.when(visits & (diagonal == 0))
   def _():
     layout.clear(accum)
 
+  def finish(at, dquery):
+    dquery = (dquery * scale).astype(refs["dquery"].dtype).T
+    refs["dquery"][at, :] = refs["sofar"][at, :] + dquery if "sofar" in refs else dquery
+
   def step(first_row, first_key, tiles, size, masked, ids, fresh, whole):
-    del whole  # The query gradient of one step is turned and written like that of many.
     first_key = pl.multiple_of(first_key, plan.fine)
     keys = pl.ds(first_key, size)
     k, v = key[keys, :], value[keys, :]
@@ -213,16 +223,30 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
         refs["dvalue"][span, :] += dvalue_part
         dkey[span, :] += dkey_part
       dquery = dot(k_turned[:, slice(*tile.keys)], dscores, nn)
-      accum[:, at] = dquery if fresh else accum[:, at] + dquery
+      if whole:
+        finish(at, dquery)
+      else:
+        accum[:, at] = dquery if fresh else accum[:, at] + dquery
 
     layout.interleave(plan, tiles, products, update)
 
-  layout.traverse(ranges, refs, head, block, key_block, first_position, plan, edges, step)
+  # Short documents are diagonals and little else; the first block alone would not pay.
+  layout.traverse(ranges, refs, head, block, key_block, first_position, plan, edges, step,
+                  whole=ranges.has_ids)
 
-  @pl.when(visits)
+  @pl.when(visits & ((diagonal != 3) | (not ranges.has_ids)))
   def _():
-    refs["dquery"][...] = (accum[...] * scale).astype(refs["dquery"].dtype).T
+    finish(slice(None), accum[...])
 
-  @pl.when(jnp.logical_not(visits))
+  # Blocks of rows on both sides of those that see these keys are left alone where there is a sum.
+  idle = jnp.logical_not(visits)
+  if "sofar" in refs:
+    first, last = (refs["row_blocks"][ranges.batch(head) * 2 + k] for k in range(2))
+    idle &= (first <= row_block) & (row_block <= last)
+
+  @pl.when(idle)
   def _():
-    layout.clear(refs["dquery"])
+    if "sofar" in refs:
+      refs["dquery"][...] = refs["sofar"][...]
+    else:
+      layout.clear(refs["dquery"])

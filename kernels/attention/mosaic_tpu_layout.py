@@ -235,6 +235,13 @@ class Plan(NamedTuple):
     """Steps of `rows` in a block of rows."""
     return self.block_rows // self.rows
 
+  def dealt(self, core, n):
+    """The n-th block of rows of a core: 0, 3, 4, 7, ... or 1, 2, 5, 6, ... of two cores.
+
+    The causal triangle and short documents split evenly.
+    """
+    return n * self.cores + (core + n) % self.cores if self.cores > 1 else n
+
   @property
   def period(self) -> int | None:
     """Rows after which the slopes repeat within a tile, if they do."""
@@ -253,7 +260,8 @@ def vmem_bytes(plan: Plan, *, dim, itemsize, shared, backward) -> int:
   tile = 4 * plan.lanes * max(plan.chunk, edge)
   vectors = 2 * 8 * 4 * plan.block_rows + 4 * 128 * max(plan.chunk, edge)
   if backward:
-    dquery = 2 * (itemsize if plan.padded_keys == plan.major else 4) + 4
+    # Accumulator and result; where several blocks of keys add to it, what there was before.
+    dquery = 4 + (2 * itemsize if plan.padded_keys == plan.major else 3 * 4)
     return (row * (4 * itemsize + dquery) + (1 if shared else 2) * key * (itemsize + 4)
             + 2 * (plan.ahead + 3) * tile + vectors)
   return (row * (4 * itemsize + 4) + 16 * 4 * plan.block_rows
@@ -304,7 +312,8 @@ def find_edges(plan, *, length, num_keys, query_offset, is_causal, window) -> tu
 def fit(blocks, *, length, group, num_keys, itemsize) -> Plan:
   """Block sizes for this problem."""
   if itemsize > 2:  # float32: half as many rows and keys in the same memory
-    blocks = blocks._replace(area=blocks.area // 4, major=max(blocks.major // 2, blocks.chunk))
+    blocks = blocks._replace(area=blocks.area // 4, rows=max(blocks.rows // 2, blocks.lanes),
+                             major=max(blocks.major // 2, blocks.chunk))
   unit = min(128, blocks.lanes)
   lanes = min(blocks.lanes, round_up(length * group, unit))
   positions = 1

@@ -145,6 +145,23 @@ def test_steps_that_are_given_count():
   assert cycles(llo.Steps(inner=[0]), dynamic)[0] < everything / 10
 
 
+def test_each_guard_without_matrix_work_may_have_its_own_fraction():
+  def region(kind, first, end, *parts, matrix=0, trips=None):
+    slots = [0] * len(llo.SLOTS)
+    slots[llo.SLOTS.index("MATMUL")] = matrix
+    return llo.Region(kind, first, end, list(parts), end - first, tuple(slots), trips)
+
+  begin, short, end = (region("if", first, first + size)
+                       for first, size in ((0, 200), (200, 50), (300, 300)))
+  work = region("if", 600, 900, matrix=1)
+  root = region("kernel", 0, 1000, region("loop", 0, 1000, begin, short, end, work, trips=12))
+  schedule = llo.Schedule("guards", root, (1,) * len(llo.SLOTS))
+  for edge, want in ((0.5, [0.5, 0.5, 0.5]), ([0, 0.25], [0, 1, 0.25]), ([0.5], [0.5, 1, 1])):
+    schedule.set_runs(llo.Steps(edge=edge))
+    assert [r.runs for r in (begin, short, end)] == pytest.approx([w * 10 / 12 for w in want])
+    assert work.runs == pytest.approx(10 / 12)
+
+
 @pytest.mark.parametrize("change, trips", [
     (lambda text: re.sub(r"%s209_s17 = sadd.s32 1, ", "%s209_s17 = sadd.s32 2, ", text), 34),
     (lambda text: re.sub(r"%s209_s17 = sadd.s32 1, ", "%s209_s17 = sadd.s32 %s7, ", text), None),
