@@ -67,13 +67,6 @@ def test_parts_of_a_batch_on_a_mesh():
   assert_trains_as_one_device("palm-lite", "fsdp=4,model=2", True, accumulate=2, remat="full")
 
 
-def test_a_wrong_rule_is_noticed():
-  """The comparison above can fail: with slopes of the wrong heads it does."""
-  got, _ = losses_and_params(dataclasses.replace(
-      config("palm-lite"), model=dataclasses.replace(config("palm-lite").model, heads=2)), steps=1)
-  assert abs(got[0] - one_device("palm-lite")[0][0]).max() > 1e-4
-
-
 def test_no_device_ever_holds_all_parameters():
   """Neither between steps nor while they are made; nor is an optimizer's state whole anywhere."""
   mesh = sharding.make_mesh("fsdp-tensor")

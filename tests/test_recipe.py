@@ -1,0 +1,122 @@
+import dataclasses
+import io
+
+import jax
+import numpy as np
+import pytest
+import rich.console
+
+from palm_haiku import PaLMConfig, checkpoint, configs, recipe, runlog, train, train_step
+from palm_haiku.recipe import TrainConfig
+
+MODEL = PaLMConfig(128, 16, 1, 2, 8)
+TEXT = "".join(f"{n} times {m} is {n * m}.\n" for n in range(1, 30) for m in range(1, 30))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+  path = tmp_path_factory.mktemp("data") / "text"
+  path.write_text(TEXT)
+  return TrainConfig(model=MODEL, data=str(path), steps=24, batch_size=4, seq_len=16, log_every=1,
+                     eval_every=1000, checkpoint_every=4)
+
+
+def run(config, out, **options):
+  console = rich.console.Console(file=io.StringIO(), width=200)
+  result = train.train(config, out, console=console, **options)
+  return result, console.file.getvalue()
+
+
+def params(out, step):
+  run = checkpoint.Checkpoints(out / "checkpoints")
+  like = jax.eval_shape(lambda: train_step.init(recipe.load_config(run.metadata(step))))
+  return run.restore(step, {"params": like.params})["params"]
+
+
+def test_every_sequence_is_read_once_through_a_ramp():
+  c = TrainConfig(model=MODEL, batch_size=4, batch_ramp="3:8,5:16")
+  sizes = [len(c.sequences_of(batch)) for batch in range(7)]
+  assert sizes == [4, 4, 4, 8, 8, 16, 16]
+  assert [n for batch in range(7) for n in c.sequences_of(batch)] == list(range(sum(sizes)))
+
+
+def test_skipped_batches():
+  c = TrainConfig(model=MODEL, skip_batches="9:12,3:5,4:6")
+  assert c.skipped == ((3, 6), (9, 12))
+  assert [c.batch_of(step) for step in range(10)] == [0, 1, 2, 6, 7, 8, 12, 13, 14, 15]
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(batch_ramp="50000"), "batch_ramp must be written BATCH:SIZE, such as .*got '50000'"),
+    (dict(batch_ramp="9:8,5:16"), "growing batches"),
+    (dict(batch_ramp="5:6", accumulate=4), "accumulate must divide batch_size; got 4 and 6"),
+    (dict(skip_batches="7:7"), "FIRST < END; got 7:7"),
+    (dict(skip_batches="a:b"), "skip_batches must be written FIRST:END"),
+    (dict(spike=-1.0), "spike must not be negative; got -1"),
+])
+def test_bad_settings_are_named(change, message):
+  with pytest.raises(ValueError, match=message):
+    TrainConfig(model=MODEL, **change)
+
+
+def test_a_ramp_survives_an_interruption(config, tmp_path):
+  config = dataclasses.replace(config, steps=8, batch_ramp="3:8")
+  run(config, tmp_path / "whole")
+  run(config, tmp_path / "parts")
+  # As if it had died after the checkpoint before.
+  checkpoint.Checkpoints(tmp_path / "parts" / "checkpoints").forget_after(4)
+  run(config, tmp_path / "parts", resume=True)
+  jax.tree.map(np.testing.assert_array_equal,
+               params(tmp_path / "parts", 8), params(tmp_path / "whole", 8))
+
+
+def test_a_spike_goes_back_and_leaves_batches_out(config, tmp_path, monkeypatch):
+  monkeypatch.setattr(train, "GO_BACK", 6)
+  monkeypatch.setattr(train, "SKIP", 9)
+  monkeypatch.setattr(train, "RECENT", 5)
+  seen, windows = [], train.data.windows
+
+  class Spiking:
+    """The data; the sequences of batch 15 are no text."""
+
+    def __init__(self, inner):
+      self.inner = inner
+
+    def __getitem__(self, number):
+      seen.append(number // 4)
+      row = self.inner[number]
+      return row if number // 4 != 15 else {
+          name: np.arange(x.size, dtype=x.dtype) * 37 % 128 for name, x in row.items()}
+
+  monkeypatch.setattr(train.data, "windows", lambda *a, **k: Spiking(windows(*a, **k)))
+  config = dataclasses.replace(config, spike=0.6)
+  out = tmp_path / "out"
+  result, text = run(config, out)
+  assert result.step == 24 and result.interrupted_by is None
+  # The spike is at step 16; the newest checkpoint 6 steps before it is 8, which has read 0..7.
+  assert "at step 16 is a spike: going back to step 8 and leaving out batches 8 to 16" in text, text
+  assert seen[::4] == [*range(16), *range(17, 33)]
+  assert [row["step"] for row in runlog.read_metrics(out / "metrics.jsonl")] == list(range(1, 25))
+
+  # With those batches left out from the beginning: the same weights.
+  by_hand = tmp_path / "by hand"
+  run(dataclasses.replace(config, steps=24, spike=0.0, skip_batches="8:17"), by_hand)
+  jax.tree.map(np.testing.assert_array_equal, params(out, 24), params(by_hand, 24))
+
+
+def test_batches_that_were_trained_on_cannot_be_skipped(config, tmp_path):
+  run(dataclasses.replace(config, steps=8), tmp_path / "out")
+  more = dataclasses.replace(config, steps=12)
+  with pytest.raises(ValueError, match="batches up to 7 were trained on already; skip later ones"):
+    run(dataclasses.replace(more, skip_batches="5:6"), tmp_path / "out", resume=True)
+  result, _ = run(dataclasses.replace(more, skip_batches="8:10"), tmp_path / "out", resume=True)
+  assert result.step == 12
+
+
+def test_flops_of_recomputation():
+  """Appendix B of the paper: 0.0550, 0.388 and 3.28 TFLOP a token; hardware does more."""
+  for name, flops in (("palm-8b", 0.0550e12), ("palm-62b", 0.388e12), ("palm-540b", 3.28e12)):
+    c = configs[name]
+    assert c.train_flops_per_token(2048) == pytest.approx(flops, rel=0.02)
+    assert (c.train_flops_per_token(2048) < c.train_flops_per_token(2048, "attention")
+            < c.train_flops_per_token(2048, "full") < 8 / 6 * c.train_flops_per_token(2048))
