@@ -172,7 +172,10 @@ def check(case: Case, arrays: dict, results: dict) -> None:
     # Those grow with lse, a float32 that weights are recomputed from.
     roundings = 8 + 2 * largest_lse if case.dtype == "float32" else 2
     floor = roundings * float(jnp.finfo(case.dtype).eps) * np.abs(want).max(initial=0)
-    floor += 16 * np.finfo(np.float32).eps * _cancelled(name, arrays)
+    # The kernels keep `out` rounded to this dtype. Over many keys that is less than what the XLA
+    # path rounds, 0.9 of its error from 4 keys on; over 2 keys it was up to 2.2 times that.
+    kept = float(jnp.finfo(case.dtype).eps) / case.num_keys
+    floor += max(16 * float(np.finfo(np.float32).eps), kept) * _cancelled(name, arrays)
     for norm, least, measure in (
         ("largest", floor, lambda x: np.abs(x).max(initial=0)),
         ("mean square", floor / 2, lambda x: np.sqrt(np.square(x).mean()))):
