@@ -11,13 +11,13 @@ from . import mesh, tuning
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton")
 
-_ATTENTION = ("mosaic_gpu", "mosaic_tpu", "triton")
+_EVERY = ("mosaic_gpu", "mosaic_tpu", "triton")
 
 # The backends that an op has kernels for; "xla" is the fallback of every one.
 KERNELS = {
-    "flash_attention": _ATTENTION,
-    "parallel_attention_ffn": _ATTENTION,  # of its attention; the projections are XLA's
-    "linear_cross_entropy": ("mosaic_tpu",),
+    "flash_attention": _EVERY,
+    "parallel_attention_ffn": _EVERY,  # of its attention; the projections are XLA's
+    "linear_cross_entropy": _EVERY,
 }
 
 # Dimensions of an op's first array that its kernels see one by one; those before are one.

@@ -136,6 +136,81 @@ def splits(blocks: int, group: int) -> int:
   return parts
 
 
+class CrossEntropyMosaicGpu(NamedTuple):
+  """Tiles of the Hopper cross-entropy kernels: 128 tokens, 64 to a compute warpgroup, always."""
+
+  columns: int  # rows of the embedding in a tile
+  stages: int  # slots of 64 of the contraction in flight
+
+
+# The largest tile that fits: 256 columns leave 128 of 240 registers to the epilogue, and 4 slots 3
+# KiB of shared memory to the barriers. 59 instructions, 4 of them HGMMA, in the main loop, where 128
+# columns have 56 for half the product (ptxas 13.0). No time has been measured.
+_CROSS_ENTROPY_HOPPER = CrossEntropyMosaicGpu(columns=256, stages=4)
+CROSS_ENTROPY_MOSAIC_GPU = {chip: _CROSS_ENTROPY_HOPPER for chip in ("h100", "h200")}
+
+
+def cross_entropy_mosaic_gpu(chip: str | None) -> CrossEntropyMosaicGpu:
+  """Tiles for a chip; those of an h200 where it is not known."""
+  return CROSS_ENTROPY_MOSAIC_GPU[chip or "h200"]
+
+
+class CrossEntropyTriton(NamedTuple):
+  """Tile sizes and launch of the Triton cross-entropy kernels."""
+
+  tokens: int
+  columns: int  # rows of the embedding in a tile
+  depth: int  # of the contraction in one step
+  warps: int
+  stages: int
+
+
+# Of the tiles in which neither kernel spills, those with the fewest instructions in the main loop
+# for what they multiply; beside each, those that a warp issues there for 64 tokens, 64 columns and
+# 64 of the contraction, forward / gradient, and of the next best (triton 3.9, ptxas 13.0,
+# bfloat16). Nothing was timed. Triton 3.6 does not spill in these either.
+_WGMMA = CrossEntropyTriton(128, 256, 64, 8, 4)  # 12 / 12; (128, 128, 64, 8, 4) 21 / 21
+_HMMA = CrossEntropyTriton(128, 256, 32, 8, 4)  # 37 / 32; 64 deep 28 gradient, forward spills 100
+CROSS_ENTROPY_TRITON = {
+    "a100": _HMMA, "rtx4090": _HMMA,  # 72 KiB of shared memory
+    "h100": _WGMMA, "h200": _WGMMA,
+    "b200": _WGMMA,  # 15 / 15; (256, 128, 64, 8, 4) 18 / 18, forward spills 52
+}
+
+
+def cross_entropy_triton(chip: str | None, itemsize: int) -> CrossEntropyTriton:
+  """Tiles for a chip, or the smallest ones; a step is as many bytes deep in every dtype."""
+  blocks = CROSS_ENTROPY_TRITON[chip or "rtx4090"]
+  return blocks if itemsize == 2 else blocks._replace(columns=64, depth=32)
+
+
+# Tiles of tokens that go through all parts of the vocabulary before the next ones do. What is read
+# at one time then fits in the L2 cache: for 128 x 256 tiles of 16 bits at dim 4096, 16 MiB of
+# tokens, and 9 blocks of 2 MiB of the embedding on the 132 multiprocessors of a Hopper GPU.
+TOGETHER = 16
+
+
+def walk(tiles: int, blocks: int, depth: int, start: int, processors: int = 132) -> int:
+  """Blocks of the vocabulary that one block of the grid walks: such that the last wave is full.
+
+  Args:
+    tiles: of tokens.
+    blocks: of the vocabulary.
+    depth: steps of the main loop for one tile.
+    start: steps' worth of time that a block of the grid takes to start.
+    processors: streaming multiprocessors.
+  """
+  most = blocks
+  if tiles > TOGETHER:  # No more tiles of tokens at one time than those.
+    most = max(1, blocks // -(-processors // TOGETHER))
+
+  def time(walk):
+    waves = -(-tiles * -(-blocks // walk) // processors)
+    return waves * (walk * depth + start)
+
+  return min(range(1, min(most, 64) + 1), key=time)
+
+
 class TpuBlocks(NamedTuple):
   """Block sizes of an attention kernel for TPUs, before they are fitted to a problem."""
 

@@ -121,7 +121,7 @@ def test_a_target_outside_the_vocabulary():
     (dict(weights=np.ones((5, 1))), r"weights must be \(5,\)"),
     (dict(weights=-np.ones(5)), "weights must not be negative; got -1"),
     (dict(x=np.zeros((5, 16), int)), "x must be floating point"),
-    (dict(implementation="triton"), "has no triton kernel"),
+    (dict(implementation="mosaic_gpu"), "mosaic_gpu needs bfloat16 or float16; got float32"),
 ])
 def test_bad_input_is_named(change, message):
   x, embedding, targets = random_problem(lead=(5,))

@@ -1,0 +1,258 @@
+"""Linear cross-entropy for Hopper in Pallas Mosaic GPU.
+
+Two kernels around one main loop, a matrix product of tokens and embedding whose tiles never leave
+the chip. How it works, and what it costs: docs/loss.md.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .. import mesh, tuning
+from ..attention import mosaic_gpu_tiles as tiles
+from ..attention.mosaic_gpu_tiles import COMPUTE, LOG2E, QUAD, ROW, ROWS, TILE, WARPGROUP_ROWS
+from ..attention.mosaic_gpu_tiles import across, down, fold
+from .xla import target_logit
+
+LOWEST = -1e30  # the running maximum before the first block: finite, so no inf - inf
+CHUNK = 64  # of the contraction in one slot: the 128 bytes of a swizzle
+STORE = 64  # columns of a store
+TILING = 8  # rows of an array that TMA copies are a multiple of this
+
+
+def unsupported(x, embedding, *, chip):
+  """The first requirement that the operands fail, or None."""
+  if chip not in (None, "h100", "h200"):
+    return f"a Hopper GPU (h100, h200); got {chip}"
+  if x.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"bfloat16 or float16; got {x.dtype}"
+  if x.shape[-1] % CHUNK:
+    return f"a last dimension that is a multiple of {CHUNK}; got {x.shape[-1]}"
+  return None
+
+
+def _place(index, tokens, splits):
+  """(tile of tokens, split of the vocabulary) of a block of the grid."""
+  group = lax.div(index, tuning.TOGETHER * splits)
+  index -= group * (tuning.TOGETHER * splits)
+  size = jnp.minimum(tokens - group * tuning.TOGETHER, tuning.TOGETHER)
+  return group * tuning.TOGETHER + lax.rem(index, size), lax.div(index, size)
+
+
+def _main_loop(x_ref, rows_ref, bounds_ref, x_smem, rows_smem, ready, free, *, walk, compute):
+  """The tiles x @ rows.T of this block of the grid: 128 tokens by `walk` blocks of rows.
+
+  compute(row0, split, blocks) is what a compute warpgroup does with its 64 tokens from row0 on;
+  blocks(step, carry) gives each tile of logits to step(logits, column0, carry, masked). Only in
+  masked tiles may there be columns past the valid ones.
+  """
+  stages, columns, depth = x_smem.shape[0], rows_smem.shape[1], x_ref.shape[1] // CHUNK
+  wg = lax.axis_index("wg")
+  tile, split = _place(
+      lax.axis_index("block"), pl.cdiv(x_ref.shape[0], ROWS),
+      pl.cdiv(pl.cdiv(rows_ref.shape[0], columns), walk))
+  lo = split * walk
+  hi = jnp.clip(bounds_ref[1], lo, lo + walk)
+  full = jnp.clip(lax.div(bounds_ref[0], columns), lo, hi)
+
+  @pl.when(wg == COMPUTE)
+  def copy():
+    plgpu.set_max_registers(tiles.COPY_REGISTERS, action="decrease")
+
+    def copies(i, slot):
+      block, chunk = lo + lax.div(i, depth), pl.ds(lax.rem(i, depth) * CHUNK, CHUNK)
+      return [(x_ref.at[pl.ds(tile * ROWS, ROWS), chunk], x_smem.at[slot]),
+              (rows_ref.at[pl.ds(block * columns, columns), chunk], rows_smem.at[slot])]
+
+    tiles.feed((hi - lo) * depth, [(stages, copies, ready, free)])
+
+  @pl.when(wg < COMPUTE)
+  def multiply():
+    plgpu.set_max_registers(tiles.COMPUTE_REGISTERS, action="increase")
+    tokens = pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
+
+    def logits_of(block, acc):
+      first = (block - lo) * depth
+
+      def chunk(k, _):
+        slot = lax.rem(first + k, stages)
+        plgpu.barrier_wait(ready.at[slot])
+        plgpu.wgmma(acc, x_smem.at[slot, tokens], rows_smem.at[slot].T)
+        plgpu.wgmma_wait(1)  # all but this one are done, so that the slot before it is free
+
+        @pl.when(k > 0)
+        def _():
+          plgpu.barrier_arrive(free.at[lax.rem(first + k + (stages - 1), stages)])
+
+      lax.fori_loop(0, depth, chunk, None)
+      return acc[...]
+
+    def one_block(block, carry, step, masked):
+      logits = pl.run_scoped(
+          functools.partial(logits_of, block), plgpu.ACC((WARPGROUP_ROWS, columns), jnp.float32))
+      plgpu.barrier_arrive(free.at[lax.rem((block - lo + 1) * depth - 1, stages)])
+      return step(logits, block * columns, carry, masked)
+
+    def blocks(step, carry):
+      for start, stop, masked in ((lo, full, False), (full, hi, True)):
+        carry = lax.fori_loop(
+            start, stop, functools.partial(one_block, step=step, masked=masked), carry)
+      return carry
+
+    compute(tile * ROWS + wg * WARPGROUP_ROWS, split, blocks)
+
+
+def _before(end, column0, shape):
+  """Whether a tile's columns, of which the first is `column0`, stand before `end`, one a row."""
+  fixed, lane = (down(c, shape) for c in tiles.columns(shape[1]))
+  return fixed < across(end - column0, shape) - lane
+
+
+def _forward_kernel(x_ref, rows_ref, bounds_ref, log_z_ref, x_smem, rows_smem, log_z_smem, ready,
+                    free, *, walk, scale):
+  # Logits are multiplied by `factor` as they enter exp2, which is one fused multiply-add; that
+  # needs factor > 0, so that it commutes with the maximum.
+  factor = scale * LOG2E if scale > 0 else 1.0
+
+  def compute(row0, split, blocks):
+    ends = jnp.broadcast_to(bounds_ref[0], (WARPGROUP_ROWS,))
+
+    def step(logits, column0, carry, masked):
+      top, total = carry
+      if scale <= 0:
+        logits *= scale * LOG2E
+      if masked:
+        valid = _before(plgpu.layout_cast(ends, ROW), column0, logits.shape)
+        logits = jnp.where(valid, logits, -jnp.inf)
+      new_top = jnp.maximum(top, fold(logits, jnp.maximum).max(axis=1) * factor)
+      weights = jnp.exp2(logits * factor - across(new_top, logits.shape))
+      total = total * across(jnp.exp2(top - new_top), total.shape) + fold(weights, jnp.add)
+      return new_top, total
+
+    cast = plgpu.layout_cast
+    top, total = blocks(step, (
+        cast(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), ROW),
+        cast(jnp.zeros((WARPGROUP_ROWS, QUAD), jnp.float32), TILE)))
+    total = total.sum(axis=1)
+    own = log_z_smem.at[pl.ds(lax.axis_index("wg") * WARPGROUP_ROWS, WARPGROUP_ROWS)]
+    own[...] = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) / LOG2E)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(own, log_z_ref.at[split, pl.ds(row0, WARPGROUP_ROWS)])
+    plgpu.wait_smem_to_gmem(0)
+
+  _main_loop(x_ref, rows_ref, bounds_ref, x_smem, rows_smem, ready, free, walk=walk,
+             compute=compute)
+
+
+def _gradient_kernel(x_ref, rows_ref, bounds_ref, targets_ref, table_ref, g_ref, x_smem, rows_smem,
+                     g_smem, ready, free, *, walk, scale):
+  def compute(row0, split, blocks):
+    del split
+    own, here = g_smem.at[lax.axis_index("wg")], pl.ds(row0, WARPGROUP_ROWS)
+    load = lambda ref: plgpu.load(ref, layout=ROW, optimized=False)
+    target, (shift, spread, peak) = load(targets_ref.at[here]), (
+        load(table_ref.at[i, here]) for i in range(3))
+
+    def step(logits, column0, carry, masked):
+      shape = logits.shape
+      fixed, lane = (down(c, shape) for c in tiles.columns(shape[1]))
+      hit = fixed == across(target - column0, shape) - lane
+      g = jnp.exp2(logits * (scale * LOG2E) + across(shift, shape)) * across(spread, shape)
+      g += jnp.where(hit, across(peak, shape), 0.0)
+      if masked:
+        ends = jnp.broadcast_to(bounds_ref[0], (WARPGROUP_ROWS,))
+        g = jnp.where(_before(plgpu.layout_cast(ends, ROW), column0, shape), g, 0.0)
+      g = g.astype(g_smem.dtype)
+      for i, column in enumerate(range(0, shape[1], STORE)):
+        slot = own.at[i % own.shape[0]]
+        plgpu.wait_smem_to_gmem(own.shape[0] - 1, wait_read_only=True)
+        slot[...] = g[:, column:column + STORE]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(slot, g_ref.at[here, pl.ds(column0 + column, STORE)])
+      return carry
+
+    blocks(step, None)
+    plgpu.wait_smem_to_gmem(0)
+
+  _main_loop(x_ref, rows_ref, bounds_ref, x_smem, rows_smem, ready, free, walk=walk,
+             compute=compute)
+
+
+def _launch(kernel, name, x, rows, operands, out_type, scratch, *, walk, config):
+  """Runs a kernel over all tiles; `scratch` is its own, between the slots and their barriers."""
+  tokens, blocks = pl.cdiv(x.shape[0], ROWS), pl.cdiv(rows.shape[0], config.columns)
+  smem = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=tiles.TRANSFORMS)
+  result = plgpu.kernel(
+      functools.partial(kernel, walk=walk),
+      out_type=out_type,
+      grid=(tokens * pl.cdiv(blocks, walk),),
+      grid_names=("block",),
+      num_threads=COMPUTE + 1,
+      thread_name="wg",
+      kernel_name=name,
+      compiler_params=tiles.COMPILER_PARAMS,
+      scratch_types=dict(
+          x_smem=smem((config.stages, ROWS, CHUNK)),
+          rows_smem=smem((config.stages, config.columns, CHUNK)),
+          **scratch,
+          ready=plgpu.Barrier(num_barriers=config.stages, num_arrivals=2),
+          free=plgpu.Barrier(num_barriers=config.stages, num_arrivals=COMPUTE),
+      ),
+  )(x, rows, *operands)
+  # Inside shard_map what JAX knows of a kernel's results is their shapes.
+  return mesh.varying_together(result, x, rows, *operands)[0]
+
+
+def _whole(x, multiple):
+  """The array with zeros below, up to a multiple of rows: what a tiled copy asks for."""
+  rows = pl.cdiv(x.shape[0], multiple) * multiple
+  return x if rows == x.shape[0] else jnp.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+
+def _walk(x, rows, config):
+  return tuning.walk(pl.cdiv(x.shape[0], ROWS), pl.cdiv(rows.shape[0], config.columns),
+                     x.shape[1] // CHUNK, config.stages)
+
+
+def forward(x, embedding, targets, *, scale, num_valid, chip, config=None):
+  """(log_z, logit), both float32[N]; arguments and meaning as in `xla.logits_statistics`."""
+  config = config or tuning.cross_entropy_mosaic_gpu(chip)
+  tokens, rows = _whole(x, TILING), _whole(embedding, TILING)
+  walk = _walk(tokens, rows, config)
+  valid = jnp.asarray(num_valid, jnp.int32)
+  parts = _launch(
+      functools.partial(_forward_kernel, scale=scale), "cross_entropy_forward", tokens, rows,
+      [jnp.stack([valid, pl.cdiv(valid, config.columns)])],
+      jax.ShapeDtypeStruct((pl.cdiv(pl.cdiv(rows.shape[0], config.columns), walk),
+                            pl.cdiv(x.shape[0], ROWS) * ROWS), jnp.float32),
+      dict(log_z_smem=plgpu.SMEM((ROWS,), jnp.float32)), walk=walk, config=config)
+  log_z = jax.nn.logsumexp(parts[:, :x.shape[0]], axis=0)
+  return log_z, target_logit(x, embedding, targets, scale=scale, num_valid=num_valid)
+
+
+def logit_gradient(x, rows, targets, log_z, dlog_z, dlogit, *, first, scale, num_valid, chip,
+                   config=None):
+  """The gradient [N, R] of the logits of `rows`, which are embedding[first:first + R].
+
+  It is scale * (exp(logits - log_z) * dlog_z + onehot(targets) * dlogit) in the dtype of x, and 0
+  where first + column >= num_valid.
+  """
+  config = config or tuning.cross_entropy_mosaic_gpu(chip)
+  shape = x.shape[0], rows.shape[0]
+  bounds = jnp.stack([jnp.clip(jnp.asarray(num_valid - first, jnp.int32), 0, shape[1]),
+                      jnp.asarray(pl.cdiv(shape[1], config.columns), jnp.int32)])
+  table = jnp.stack([-log_z * LOG2E, scale * dlog_z, scale * dlogit], axis=1)
+  x, rows = _whole(x, TILING), _whole(rows, TILING)
+  g = _launch(
+      functools.partial(_gradient_kernel, scale=scale), "cross_entropy_gradient", x, rows,
+      [bounds, _whole(targets - first, ROWS), _whole(table, ROWS).T],
+      jax.ShapeDtypeStruct((x.shape[0], pl.cdiv(shape[1], STORE) * STORE), x.dtype),
+      dict(g_smem=plgpu.SMEM(
+          (COMPUTE, min(2, config.columns // STORE), WARPGROUP_ROWS, STORE), x.dtype,
+          transforms=tiles.TRANSFORMS)),
+      walk=_walk(x, rows, config), config=config)
+  return g[:shape[0], :shape[1]]

@@ -1,0 +1,77 @@
+"""Linear cross-entropy in Triton, through jax-triton: for any CUDA GPU.
+
+Two kernels around one main loop. Nothing is added atomically, so the same inputs give the same
+bits.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from .. import triton_call, tuning
+from .xla import target_logit
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_LOG2E = math.log2(math.e)
+
+
+def unsupported(x, embedding, *, chip: str | None) -> str | None:
+  """The first requirement that shapes and dtypes fail, in words, or None.
+
+  Args:
+    x, embedding: arrays or `jax.ShapeDtypeStruct`, as for `forward`.
+    chip: a name such as "a100"; None for any GPU.
+  """
+  if chip is not None and chip not in triton_call.CHIPS:
+    return f"a GPU of {', '.join(triton_call.CHIPS)}; got {chip}"
+  if x.dtype.name not in _DTYPES:
+    return f"dtype in {{{', '.join(_DTYPES)}}}; got {x.dtype.name}"
+  if x.shape[-1] % 16:
+    return f"a last dimension that is a multiple of 16; got {x.shape[-1]}"
+  return triton_call.problem()
+
+
+def forward(x, embedding, targets, *, scale, num_valid, chip):
+  """(log_z, logit), both float32[N]; arguments and meaning as in `xla.logits_statistics`."""
+  valid = jnp.asarray(num_valid, jnp.int32).reshape(1)
+  parts = _call(
+      "forward", x, embedding, (valid,), lambda splits: (splits, x.shape[0]), jnp.float32,
+      scale=scale, chip=chip)
+  return (jax.nn.logsumexp(parts, axis=0),
+          target_logit(x, embedding, targets, scale=scale, num_valid=num_valid))
+
+
+def logit_gradient(x, rows, targets, log_z, dlog_z, dlogit, *, first, scale, num_valid, chip):
+  """The gradient [N, R] of the logits of `rows`, which are embedding[first:first + R].
+
+  It is scale * (exp(logits - log_z) * dlog_z + onehot(targets) * dlogit) in the dtype of x, and 0
+  where first + column >= num_valid.
+  """
+  valid = jnp.asarray(num_valid - first, jnp.int32).reshape(1)
+  return _call(
+      "gradient", x, rows,
+      (valid, targets - first, -log_z * _LOG2E, scale * dlog_z, scale * dlogit),
+      lambda splits: (x.shape[0], rows.shape[0]), x.dtype, scale=scale, chip=chip)
+
+
+def _call(name, x, rows, others, out_shape, dtype, *, scale, chip):
+  """Runs a kernel over all tiles; out_shape(splits) is the shape of its result."""
+  triton_call.check()
+  from . import triton_kernels  # and with it Triton, which may be absent
+
+  (num_tokens, dim), num_rows = x.shape, rows.shape[0]
+  blocks = tuning.cross_entropy_triton(chip, x.dtype.itemsize)
+  tiles, columns = -(-num_tokens // blocks.tokens), -(-num_rows // blocks.columns)
+  walk = 1  # A loop around the gradient's epilogue keeps its addresses in registers: 1212 spilled.
+  if name == "forward":
+    walk = tuning.walk(tiles, columns, -(-dim // blocks.depth), blocks.stages,
+                       triton_call.CHIPS[chip or "rtx4090"][2])
+  splits = -(-columns // walk)
+  return triton_call.call(
+      getattr(triton_kernels, f"{name}_kernel"), x, rows, *others, num_tokens, num_rows, splits,
+      out_types=(jax.ShapeDtypeStruct(out_shape(splits), dtype),), grid=tiles * splits,
+      num_warps=blocks.warps, num_stages=blocks.stages, chip=chip, D=dim, SCALE=scale, BLOCK_N=blocks.tokens,
+      BLOCK_V=blocks.columns, BLOCK_D=blocks.depth, TOGETHER=tuning.TOGETHER,
+      PRECISION="tf32x3" if x.dtype == jnp.float32 else "tf32",
+      **({"WALK": walk} if name == "forward" else {}))[0]

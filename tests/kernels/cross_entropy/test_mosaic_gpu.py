@@ -1,0 +1,279 @@
+"""The Hopper cross-entropy kernels: in the interpreter with races found, and compiled for h200."""
+
+import dataclasses
+import functools
+import pathlib
+import types
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from palm_haiku.kernels import linear_cross_entropy, tuning
+from palm_haiku.kernels.cross_entropy import mosaic_gpu
+from tests.kernels import hopper
+from tests.kernels.cross_entropy import contract
+from tests.kernels.cross_entropy.contract import Case
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How the tiles are cut and walked; small ones make many of few numbers."""
+
+  columns: int = 64
+  stages: int = 2
+  walk: int = 2
+  together: int = 1
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "static", "plan", "module", "only"))
+def kernels(arrays, rows, num_valid, first, *, scale, static, plan, module, only):
+  """What both kernels return; `static` is (num_valid, first) where these are Python ints."""
+  num_valid, first = static or (num_valid, first)
+  options = dict(scale=scale, num_valid=num_valid, chip=None,
+                 config=tuning.CrossEntropyMosaicGpu(plan.columns, plan.stages))
+  x, embedding, targets = arrays["x"], arrays["embedding"], arrays["targets"]
+  results = {}
+  with mock.patch.multiple(tuning, walk=lambda *_: plan.walk, TOGETHER=plan.together):
+    if only != "g":
+      results["log_z"], results["logit"] = module.forward(x, embedding, targets, **options)
+    if only != "log_z":
+      results["g"] = module.logit_gradient(
+          x, rows, targets, arrays["log_z"], arrays["dlog_z"], arrays["dlogit"], first=first,
+          **options)
+  return results
+
+
+def run(case, plan=Plan(), module=mosaic_gpu, only=None):
+  """The case's inputs and the kernels' results on them; of one kernel if `only` is a result."""
+  arrays = contract.inputs(case)
+  with hopper.interpret():
+    return arrays, jax.block_until_ready(kernels(
+        arrays, arrays["embedding"][case.block], case.valid, case.first, scale=case.scale,
+        static=None if case.traced else (case.valid, case.first), plan=plan, module=module,
+        only=only))
+
+
+def verify(case, *args, **keywords):
+  contract.check(case, *run(case, *args, **keywords))
+
+
+def verify_variants(case, plan, data, variants):
+  """One program on several inputs: its compilation takes seconds, a run tenths of one."""
+  for _ in range(variants):
+    verify(case, plan)
+    changes = dict(
+        seed=data.draw(st.integers(0, 999)), spread=data.draw(st.sampled_from([1.0, 10.0])),
+        targets=data.draw(st.sampled_from(["any", "ends", "elsewhere"])))
+    if case.traced:
+      changes["num_valid"] = data.draw(st.integers(0, case.vocabulary))
+    case = dataclasses.replace(case, **changes)
+
+
+ODD = Case(num_tokens=131, vocabulary=301, dim=192, num_valid=290, first=7, targets="ends")
+TABLE = Plan(256, 4, 2, 16)  # the tiles of the table
+
+plans = st.builds(
+    Plan, columns=st.sampled_from([64, 128]), stages=st.integers(2, 4), walk=st.integers(1, 3),
+    together=st.integers(1, 2))
+# The message has the case; to look for a smaller one takes minutes.
+PHASES = (Phase.explicit, Phase.generate)
+
+
+@pytest.mark.timeout(900)
+@settings(max_examples=4, phases=PHASES)
+@given(contract.cases(max_tokens=150, max_vocabulary=200), plans, st.data())
+def test_drawn_cases(case, plan, data):
+  verify_variants(case, plan, data, variants=6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
+@settings(max_examples=50, phases=PHASES, derandomize=False, suppress_health_check=list(HealthCheck))
+@given(contract.cases(max_tokens=300, max_vocabulary=700),
+       plans | st.just(TABLE), st.data())
+def test_fuzz(case, plan, data):
+  """50 programs, 4 inputs for each: 200 cases."""
+  verify_variants(case, plan, data, variants=4)
+  jax.clear_caches()
+
+
+@pytest.mark.parametrize("case, plan", [
+    (Case(num_tokens=1, vocabulary=1), Plan()),
+    (ODD, TABLE),
+    (dataclasses.replace(ODD, num_valid=0, traced=True, dtype="float16"), Plan()),
+    (Case(vocabulary=130, scale=0.0), Plan()),
+], ids=str)
+def test_edges(case, plan):
+  verify(case, plan)
+
+
+def test_same_bits_every_time():
+  first, second = run(ODD, TABLE)[1], run(ODD, TABLE)[1]
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def total(x, embedding, targets, implementation):
+  loss, log_z = linear_cross_entropy(
+      x, embedding, targets, z_loss=1e-2, scale=0.1, implementation=implementation)
+  return (loss * jnp.cos(jnp.arange(loss.size).reshape(loss.shape))).sum() + log_z.sum()
+
+
+def test_through_the_op_under_vmap():
+  keys = jax.random.split(jax.random.key(0), 3)
+  x, embedding = (jax.random.normal(k, shape, jnp.bfloat16)
+                  for k, shape in zip(keys, [(2, 9, 64), (70, 64)]))
+  targets = jax.random.randint(keys[2], (2, 9), 0, 70)
+  gradients = lambda name: jax.vmap(
+      jax.value_and_grad(functools.partial(total, implementation=name), (0, 1)), (0, None, 0))(
+          x, embedding, targets)
+  with hopper.interpret():
+    got = jax.block_until_ready(gradients("mosaic_gpu"))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradients("xla")), strict=True):
+    np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32),
+                               rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("axes", [("data", "model"), ("data", "other")])
+def test_gradients_are_typed_under_a_mesh(axes):
+  """Tokens over one axis, vocabulary over another: shard_map takes what the kernels return."""
+  mesh = jax.make_mesh((2, 2), axes)
+  place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+  x = place(jnp.ones((4, 10, 64), jnp.bfloat16), "data")
+  embedding = place(jnp.ones((33, 64), jnp.bfloat16))
+  targets = place(jnp.zeros((4, 10), jnp.int32), "data")
+  with hopper.interpret(), jax.set_mesh(mesh):
+    grads = jax.eval_shape(
+        jax.grad(functools.partial(total, implementation="mosaic_gpu"), (0, 1)),
+        x, embedding, targets)
+  assert [grad.shape for grad in grads] == [x.shape, embedding.shape]
+
+
+# Mutants: each of these changes of the kernels must be noticed. ---------------------------------
+
+ACC = "plgpu.ACC((WARPGROUP_ROWS, columns), jnp.float32))"
+MUTANTS = {  # the result that it spoils, and what it is
+    "a slot is read before it is full": ("log_z", {
+        "plgpu.barrier_wait(ready.at[slot])": "pass"}),
+    "the last slot of a block is freed before its product": ("log_z", {
+        "first = (block - lo) * depth\n":
+        "first = (block - lo) * depth\n"
+        "      plgpu.barrier_arrive(free.at[lax.rem(first + depth - 1, stages)])\n",
+        "plgpu.barrier_arrive(free.at[lax.rem((block - lo + 1) * depth - 1, stages)])": "pass"}),
+    "one column too many in the sum": ("log_z", {
+        "across(end - column0, shape)": "across(end - column0 + 1, shape)"}),
+    "one column too few in the gradient": ("g", {
+        "across(end - column0, shape)": "across(end - column0 - 1, shape)"}),
+    "a whole block without its guard": ("log_z", {
+        "lax.div(bounds_ref[0], columns)": "lax.div(bounds_ref[0] + columns, columns)"}),
+    "the column beside the target": ("g", {
+        "across(target - column0, shape)": "across(target - column0 + 1, shape)"}),
+    "the last block's products stay in the accumulator": ("log_z", {
+        f"pl.run_scoped(\n          functools.partial(logits_of, block), {ACC}":
+        "logits_of(block, stale[0])",
+        "compute(tile * ROWS + wg * WARPGROUP_ROWS, split, blocks)":
+        "stale = []\n    pl.run_scoped(lambda acc: stale.append(acc) or compute(\n"
+        f"        tile * ROWS + wg * WARPGROUP_ROWS, split, blocks), {ACC}"}),
+    "the sum stays relative to an old maximum": ("log_z", {
+        "total * across(jnp.exp2(top - new_top), total.shape)": "total"}),
+    "a result is copied before it is written": ("log_z", {"    plgpu.commit_smem()": "    pass"}),
+    "a result is overwritten before it is copied": ("g", {
+        "plgpu.wait_smem_to_gmem(own.shape[0] - 1, wait_read_only=True)": "pass"}),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_mistake_is_noticed(name):
+  only, changes = MUTANTS[name]
+  source = pathlib.Path(mosaic_gpu.__file__).read_text()
+  for old, new in changes.items():
+    assert old in source, old
+    source = source.replace(old, new)
+  mutant = types.ModuleType("mutant")
+  mutant.__package__ = mosaic_gpu.__package__
+  exec(compile(source, name, "exec"), mutant.__dict__)
+  case, plan = Case(num_tokens=20, vocabulary=150, dim=128, num_valid=145), Plan(walk=3)
+  verify(case, plan, only=only)
+  with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+    verify(case, plan, mutant, only=only)
+
+
+def test_mutant_that_refills_slots_in_use(monkeypatch):
+  """The first wait that is traced is that of the copies for a slot to be free."""
+  wait, calls = plgpu.barrier_wait, []
+  monkeypatch.setattr(
+      plgpu, "barrier_wait", lambda *args: calls.append(args) or len(calls) == 1 or wait(*args))
+  mutant = types.ModuleType("mutant")  # another key of the cache of programs
+  mutant.forward = mosaic_gpu.forward
+  with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+    verify(Case(vocabulary=150, dim=128), module=mutant, only="log_z")
+
+
+# What is refused. -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim, dtype, chip, message", [
+    (128, "bfloat16", "h100", None), (64, "float16", None, None),
+    (80, "bfloat16", "h200", "a last dimension that is a multiple of 64; got 80"),
+    (64, "float32", "h200", "bfloat16 or float16; got float32"),
+    (64, "bfloat16", "b200", "a Hopper GPU (h100, h200); got b200"),
+])
+def test_requirements_are_named(dim, dtype, chip, message):
+  x, embedding = (jax.ShapeDtypeStruct((n, dim), dtype) for n in (9, 70))
+  assert mosaic_gpu.unsupported(x, embedding, chip=chip) == message
+
+
+# Compiled for a chip that is not here. ----------------------------------------------------------
+
+
+def program(num_tokens, vocabulary, dim, rows):
+  """(both kernels, the types of their arguments)."""
+  options = dict(scale=dim**-0.5, chip="h200")
+
+  def both(x, embedding, targets, log_z, dlog_z, dlogit, num_valid, first):
+    block = embedding[:rows]
+    return (mosaic_gpu.forward(x, embedding, targets, num_valid=num_valid, **options),
+            mosaic_gpu.logit_gradient(x, block, targets, log_z, dlog_z, dlogit, first=first,
+                                      num_valid=num_valid, **options))
+
+  array, number = jax.ShapeDtypeStruct, jax.ShapeDtypeStruct((), jnp.int32)
+  matrix = lambda n: array((n, dim), jnp.bfloat16)
+  token = lambda dtype: array((num_tokens,), dtype)
+  return both, (matrix(num_tokens), matrix(vocabulary), token(jnp.int32),
+                *[token(jnp.float32)] * 3, number, number)
+
+
+# Instructions of the main loop of JAX's hopper_matmul_mgpu for the same tile (64 x 256 x 64, 4 slots,
+# ptxas 13.0), 4 of them HGMMA.
+MATMUL = 60
+
+
+def compiles_well(num_tokens, vocabulary, dim):
+  aot = pytest.importorskip("palm_haiku.kernels.aot", reason="compiles ahead of time")
+  rows = min(vocabulary, 8192)
+  report = aot.report(program, target="h200", num_tokens=num_tokens, vocabulary=vocabulary, dim=dim,
+                      rows=rows)
+  compiled = [k for k in report.kernels if k.source == "mosaic_gpu"]
+  assert len(compiled) == 2 and not report.problems, report.problems
+  copies = rows * dim  # a block of the embedding
+  copies += vocabulary * dim * (vocabulary % 8 > 0) + num_tokens * dim * (num_tokens % 8 > 0)
+  copies += num_tokens * rows * (rows % 64 > 0)  # g, cut
+  assert report.memory["temp"] < 2 * copies + 16 * 2**20
+  return [kernel.code.main_loop for kernel in compiled]
+
+
+def test_compiles_without_spills_or_serialized_products_in_little_memory():
+  for loop in compiles_well(16_384, 256_000, 4096):
+    assert loop.mix["HGMMA"] == 4 and loop.instructions <= MATMUL, loop
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_tokens, vocabulary, dim", [
+    (5, 300, 640), (129, 50_257, 768), (1001, 999, 8192)])
+def test_compiles_at_odd_sizes(num_tokens, vocabulary, dim):
+  compiles_well(num_tokens, vocabulary, dim)

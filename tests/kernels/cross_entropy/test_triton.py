@@ -1,0 +1,243 @@
+"""The Triton cross-entropy kernels: numbers in Triton's interpreter, compilation ahead of time."""
+
+import functools
+import inspect
+from unittest import mock
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings, strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from palm_haiku.kernels import linear_cross_entropy, triton_call, tuning
+from palm_haiku.kernels.cross_entropy import triton
+from tests import triton_interpreter
+from tests.kernels.cross_entropy import contract
+from tests.kernels.cross_entropy.contract import Case
+
+if trouble := triton_call.problem():
+  pytest.skip(f"needs {trouble}", allow_module_level=True)
+
+
+def run(case, blocks=(16, 16, 16), walk=2, together=2, mutate=None):
+  """The case's inputs and the kernels' results on them, in tiles of (tokens, columns, depth)."""
+  arrays = contract.inputs(case)
+  tiles = tuning.CrossEntropyTriton(*blocks, 4, 2)
+  with (triton_interpreter.interpreted(mutate), mock.patch.multiple(
+      tuning, cross_entropy_triton=lambda *_: tiles, walk=lambda *_: walk, TOGETHER=together)):
+    return arrays, contract.run(triton, case, arrays, chip=None)
+
+
+def verify(case, *args, **keywords):
+  contract.check(case, *run(case, *args, **keywords))
+
+
+drawn = dict(
+    case=contract.cases(dims=(16, 48, 64), dtypes=("bfloat16", "float16", "float32"),
+                        max_tokens=80, max_vocabulary=200),
+    blocks=st.sampled_from([(16, 16, 16), (32, 64, 32), (64, 32, 64), (128, 128, 32)]),
+    walk=st.integers(1, 4), together=st.integers(1, 3))
+# The message has the case; to look for a smaller one takes minutes.
+PHASES = (Phase.explicit, Phase.generate)
+
+
+@pytest.mark.timeout(900)  # for a busy machine
+@settings(max_examples=16, phases=PHASES)
+@given(**drawn)
+def test_results_are_as_near_to_float64_as_the_xla_path(case, blocks, walk, together):
+  verify(case, blocks, walk, together)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(max_examples=200, derandomize=False, phases=PHASES)
+@given(**drawn | dict(case=contract.cases(
+    dims=(16, 48, 64, 192), dtypes=("bfloat16", "float16", "float32"), max_tokens=300,
+    max_vocabulary=700)))
+def test_fuzz(case, blocks, walk, together):
+  verify(case, blocks, walk, together)
+
+
+@pytest.mark.parametrize("case", [
+    Case(num_tokens=1, vocabulary=1, dim=16),
+    Case(num_tokens=131, vocabulary=301, dim=176, num_valid=290, first=7, targets="ends"),
+    Case(num_tokens=40, vocabulary=70, num_valid=0, traced=True),
+    Case(num_tokens=40, vocabulary=70, scale=0.0, dtype="float32"),
+], ids=str)
+def test_edges_in_the_tiles_of_the_table(case):
+  blocks = tuning.cross_entropy_triton(None, jnp.dtype(case.dtype).itemsize)
+  verify(case, blocks[:3])
+
+
+# Planted mistakes: each must fail the very check that the kernels pass. In float32, whose bound is
+# the sharpest.
+MUTANTS = {  # the result that it spoils, what is replaced, and by what
+    "one column too many in the sum": (
+        "log_z", "seen = column + tl.arange(0, BLOCK_V) < valid",
+        "seen = column + tl.arange(0, BLOCK_V) <= valid"),
+    "one column too few in the sum": (
+        "log_z", "seen = column + tl.arange(0, BLOCK_V) < valid",
+        "seen = column + tl.arange(0, BLOCK_V) < valid - 1"),
+    "one column too many in the gradient": (
+        "g", "(here < tl.load(valid_ptr) - column)", "(here <= tl.load(valid_ptr) - column)"),
+    "the column beside the target": ("g", "target[:, None] == here", "target[:, None] + 1 == here"),
+    "the last block's products stay in the accumulator": (
+        "log_z", "  acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)\n",
+        "  acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32) + (column % 32) / 16\n"),
+    "the last step of the contraction is left out": (
+        "g", "for start in range(0, D, BLOCK_D)", "for start in range(0, D - 15, BLOCK_D)"),
+    "the sum stays relative to an old maximum": (
+        "log_z", "total * tl.exp2(top - new_top)", "total"),
+    "the last block of a walk is left out": (
+        "log_z", "first + WALK * BLOCK_V, valid)", "first + WALK * BLOCK_V - BLOCK_V, valid)"),
+    "tokens past the end of a group": (
+        "g", "TOGETHER)\n  return", "TOGETHER) + 1\n  return"),
+}
+MUTANT_CASE = Case(num_tokens=70, vocabulary=90, dim=72, dtype="float32", num_valid=75, first=3)
+
+
+@functools.cache
+def check_unmutated():
+  verify(MUTANT_CASE)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_mistake_is_noticed(name):
+  result, old, new = MUTANTS[name]
+  check_unmutated()
+  arrays, results = run(MUTANT_CASE, mutate={old: new})
+  with pytest.raises(AssertionError):
+    contract.check(MUTANT_CASE, arrays, {result: results[result]})
+
+
+def test_same_bits_every_time():
+  case = Case(num_tokens=70, vocabulary=90)
+  chex.assert_trees_all_equal(run(case)[1], run(case)[1])
+  from palm_haiku.kernels.cross_entropy import triton_kernels
+  assert "atomic" not in inspect.getsource(triton_kernels)
+
+
+@pytest.fixture
+def interpreted():
+  with triton_interpreter.interpreted():
+    yield
+
+
+def problem(lead=(8, 6), vocabulary=50, dim=32):
+  keys = jax.random.split(jax.random.key(0), 3)
+  return (jax.random.normal(keys[0], (*lead, dim)), jax.random.normal(keys[1], (vocabulary, dim)),
+          jax.random.randint(keys[2], lead, 0, vocabulary))
+
+
+def gradients(implementation, wrap=lambda f: f):
+  f = functools.partial(linear_cross_entropy, z_loss=1e-2, scale=0.25,
+                        implementation=implementation)
+
+  def total(x, embedding, targets):
+    loss, log_z = wrap(f)(x, embedding, targets)
+    return (loss * jnp.cos(jnp.arange(loss.size).reshape(loss.shape))).sum() + log_z.sum()
+
+  return jax.value_and_grad(total, argnums=(0, 1))
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda f: jax.jit(jax.checkpoint(f)), lambda f: jax.vmap(f, (0, None, 0)),
+    lambda f: jax.vmap(lambda x, e, t: f(x, e * (1 + x.mean()), t), (0, None, 0)),
+], ids=["jit of remat", "vmap", "vmap of the embedding too"])
+def test_transformations_equal_the_xla_path(interpreted, wrap):
+  got, want = (gradients(name, wrap)(*problem()) for name in ("triton", "xla"))
+  chex.assert_trees_all_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_over_a_mesh(interpreted, kind):
+  """Tokens over one axis, a vocabulary that the other does not divide."""
+  x, embedding, targets = problem(vocabulary=49)
+  mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2,
+                       devices=jax.devices()[:4])
+  place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+  got = jax.jit(gradients("triton"))(place(x, "data"), place(embedding), place(targets, "data"))
+  chex.assert_trees_all_close(got, gradients("xla")(x, embedding, targets), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dim, dtype, chip, message", [
+    (48, "float32", "a100", None), (64, "bfloat16", None, None),
+    (40, "bfloat16", "a100", "a last dimension that is a multiple of 16; got 40"),
+    (64, "float64", "a100", "dtype in {bfloat16, float16, float32}; got float64"),
+    (64, "bfloat16", "v5e", "a GPU of a100, rtx4090, h100, h200, b200; got v5e"),
+])
+def test_requirements_are_named(dim, dtype, chip, message):
+  x, embedding = (jax.ShapeDtypeStruct((n, dim), np.dtype(dtype)) for n in (9, 70))
+  assert triton.unsupported(x, embedding, chip=chip) == message
+
+
+def test_tiles_fit_the_shared_memory_of_every_chip():
+  for chip in tuning.CROSS_ENTROPY_TRITON:
+    for itemsize in (2, 4):
+      blocks = tuning.cross_entropy_triton(chip, itemsize)
+      step = itemsize * blocks.depth * (blocks.tokens + blocks.columns)
+      assert blocks.stages * step <= triton_call.CHIPS[chip][1]
+
+
+# Compiled for chips that are not here. -----------------------------------------------------------
+
+TENSOR_CORES = {"a100": "HMMA", "h200": "HGMMA", "b200": "UTCMMA"}
+
+
+def program(num_tokens, vocabulary, dim, rows, dtype, chip):
+  """(both kernels, the types of their arguments)."""
+  options = dict(scale=dim**-0.5, chip=chip)
+
+  def both(x, embedding, targets, log_z, dlog_z, dlogit, num_valid, first):
+    return (triton.forward(x, embedding, targets, num_valid=num_valid, **options),
+            triton.logit_gradient(x, embedding[:rows], targets, log_z, dlog_z, dlogit, first=first,
+                                  num_valid=num_valid, **options))
+
+  array, number = jax.ShapeDtypeStruct, jax.ShapeDtypeStruct((), jnp.int32)
+  token = lambda dtype: array((num_tokens,), dtype)
+  return both, (array((num_tokens, dim), dtype), array((vocabulary, dim), dtype), token(jnp.int32),
+                *[token(jnp.float32)] * 3, number, number)
+
+
+def compiles_well(chip, num_tokens=16_384, vocabulary=256_000, dim=4096, dtype="bfloat16"):
+  aot = pytest.importorskip("palm_haiku.kernels.aot", reason="compiles ahead of time")
+  rows = min(8192, vocabulary)
+  report = aot.report(program, target=chip, num_tokens=num_tokens, vocabulary=vocabulary, dim=dim,
+                      rows=rows, dtype=dtype, chip=chip)
+  kernels = [kernel for kernel in report.kernels if kernel.source == "triton"]
+  assert {kernel.name for kernel in kernels} == {"forward_kernel", "gradient_kernel"}
+  for kernel in kernels:
+    assert not kernel.problems, kernel.problems
+    assert kernel.shared_memory <= triton_call.CHIPS[chip][1]
+    assert kernel.code.main_loop.mix.get(TENSOR_CORES[chip]), kernel
+  block_of_rows = rows * dim * jnp.dtype(dtype).itemsize
+  assert report.memory["temp"] < block_of_rows + 32 * 2**20
+
+
+def test_compiles_without_spills_for_the_tensor_cores_in_little_memory():
+  compiles_well("h200")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("chip", ["a100", "h200", "b200"])
+@pytest.mark.parametrize("change", [
+    dict(), dict(dtype="float32"), dict(num_tokens=1001, vocabulary=50_257, dim=784)], ids=str)
+def test_every_entry_of_the_table(chip, change):
+  compiles_well(chip, **change)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="runs the kernels on a GPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dim", [48, 1024])
+def test_on_a_gpu(dim, dtype):
+  case = Case(num_tokens=700, vocabulary=3001, dim=dim, dtype=dtype, num_valid=2900, first=100,
+              scale=dim**-0.5)
+  arrays = contract.inputs(case)
+  results = contract.run(triton, case, arrays, chip=None)
+  contract.check(case, arrays, results)
+  chex.assert_trees_all_equal(results, contract.run(triton, case, arrays, chip=None))
