@@ -167,11 +167,9 @@ class PaLM(hk.Module):
       The loss and log Z of each token, both float32[..., T]; see `linear_cross_entropy`.
     """
     x, embedding, _ = self._hidden(tokens, segment_ids, None)
-    # A backend that the loss has no kernel of was asked for because of the layers.
-    known = ("auto", "xla", "pallas", *kernels.backend.KERNELS["linear_cross_entropy"])
     return kernels.linear_cross_entropy(
         x, embedding, targets, z_loss=z_loss, scale=self._logits_scale, weights=weights,
-        implementation=self.implementation if self.implementation in known else "auto")
+        implementation=self.implementation)
 
   @hk.transparent
   def _hidden(self, tokens, segment_ids, cache):

@@ -21,6 +21,7 @@ from .xla import target_logit
 LOWEST = -1e30  # the running maximum before the first block: finite, so no inf - inf
 CHUNK = 64  # of the contraction in one slot: the 128 bytes of a swizzle
 STORE = 64  # columns of a store
+TILING = 8  # rows of an array that TMA copies are a multiple of this
 
 
 def unsupported(x, embedding, *, chip):
@@ -206,6 +207,12 @@ def _launch(kernel, name, x, rows, operands, out_type, scratch, *, walk, config)
   return mesh.varying_together(result, x, rows, *operands)[0]
 
 
+def _whole(x, multiple):
+  """The array with zeros below, up to a multiple of rows: what a tiled copy asks for."""
+  rows = pl.cdiv(x.shape[0], multiple) * multiple
+  return x if rows == x.shape[0] else jnp.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+
 def _walk(x, rows, config):
   return tuning.walk(pl.cdiv(x.shape[0], ROWS), pl.cdiv(rows.shape[0], config.columns),
                      x.shape[1] // CHUNK, config.stages)
@@ -214,14 +221,14 @@ def _walk(x, rows, config):
 def forward(x, embedding, targets, *, scale, num_valid, chip, config=None):
   """(log_z, logit), both float32[N]; arguments and meaning as in `xla.logits_statistics`."""
   config = config or tuning.cross_entropy_mosaic_gpu(chip)
-  walk = _walk(x, embedding, config)
-  blocks, tokens = pl.cdiv(embedding.shape[0], config.columns), pl.cdiv(x.shape[0], ROWS)
+  tokens, rows = _whole(x, TILING), _whole(embedding, TILING)
+  walk = _walk(tokens, rows, config)
   valid = jnp.asarray(num_valid, jnp.int32)
-  bounds = jnp.stack([valid, pl.cdiv(valid, config.columns)])
   parts = _launch(
-      functools.partial(_forward_kernel, scale=scale), "cross_entropy_forward",
-      x, embedding, [bounds],
-      jax.ShapeDtypeStruct((pl.cdiv(blocks, walk), tokens * ROWS), jnp.float32),
+      functools.partial(_forward_kernel, scale=scale), "cross_entropy_forward", tokens, rows,
+      [jnp.stack([valid, pl.cdiv(valid, config.columns)])],
+      jax.ShapeDtypeStruct((pl.cdiv(pl.cdiv(rows.shape[0], config.columns), walk),
+                            pl.cdiv(x.shape[0], ROWS) * ROWS), jnp.float32),
       dict(log_z_smem=plgpu.SMEM((ROWS,), jnp.float32)), walk=walk, config=config)
   log_z = jax.nn.logsumexp(parts[:, :x.shape[0]], axis=0)
   return log_z, target_logit(x, embedding, targets, scale=scale, num_valid=num_valid)
@@ -235,18 +242,17 @@ def logit_gradient(x, rows, targets, log_z, dlog_z, dlogit, *, first, scale, num
   where first + column >= num_valid.
   """
   config = config or tuning.cross_entropy_mosaic_gpu(chip)
-  num_tokens, num_rows = x.shape[0], rows.shape[0]
-  padding = pl.cdiv(num_tokens, ROWS) * ROWS - num_tokens
-  table = jnp.stack([-log_z * LOG2E, scale * dlog_z, scale * dlogit])
-  bounds = jnp.stack([jnp.clip(jnp.asarray(num_valid - first, jnp.int32), 0, num_rows),
-                      jnp.asarray(pl.cdiv(num_rows, config.columns), jnp.int32)])
-  # A row of the result must be a multiple of 16 bytes.
+  shape = x.shape[0], rows.shape[0]
+  bounds = jnp.stack([jnp.clip(jnp.asarray(num_valid - first, jnp.int32), 0, shape[1]),
+                      jnp.asarray(pl.cdiv(shape[1], config.columns), jnp.int32)])
+  table = jnp.stack([-log_z * LOG2E, scale * dlog_z, scale * dlogit], axis=1)
+  x, rows = _whole(x, TILING), _whole(rows, TILING)
   g = _launch(
       functools.partial(_gradient_kernel, scale=scale), "cross_entropy_gradient", x, rows,
-      [bounds, jnp.pad(targets - first, (0, padding)), jnp.pad(table, ((0, 0), (0, padding)))],
-      jax.ShapeDtypeStruct((num_tokens, pl.cdiv(num_rows, 8) * 8), x.dtype),
+      [bounds, _whole(targets - first, ROWS), _whole(table, ROWS).T],
+      jax.ShapeDtypeStruct((x.shape[0], pl.cdiv(shape[1], STORE) * STORE), x.dtype),
       dict(g_smem=plgpu.SMEM(
           (COMPUTE, min(2, config.columns // STORE), WARPGROUP_ROWS, STORE), x.dtype,
           transforms=tiles.TRANSFORMS)),
       walk=_walk(x, rows, config), config=config)
-  return g[:, :num_rows]
+  return g[:shape[0], :shape[1]]

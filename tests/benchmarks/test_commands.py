@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import attention, block, loss, measure, peers, static, suite
+from benchmarks import attention, block, loss, loss_training, measure, peers, static, suite
 from benchmarks.shapes import Attention
 from palm_haiku.kernels import aot
 
@@ -188,3 +188,22 @@ def test_causal_steps_count_blocks():
                                           1 - whole.sum() / visible.sum()))
   assert static.causal_steps("jax-splash", shape, (512, 1024, 512), "v6e")["dkv"].active == (
       visible.mean())
+
+
+def test_the_loss_compiled_for_a_chip_that_is_not_here(tmp_path, capsys):
+  arguments = ["loss", "--static", "--targets", "v6e", "--shapes", "1024x256x14336", "--out",
+               str(tmp_path)]
+  assert command.main(arguments) == 0
+  path, = tmp_path.glob("*-v6e-loss-static.json")
+  rows = json.loads(path.read_text())["rows"]
+  assert [row["pass"] for row in rows] == ["forward", "backward", "backward"]
+  for row in rows:
+    assert row["implementation"] == "mosaic_tpu" and row["logits"] == ""
+    assert 0 < row["useful"] < row["busy"] + 0.1 < 100
+    assert row["memory"] < 1024 * 14336 * 2 / 2**20
+
+
+def test_a_training_step_with_and_without_the_logits():
+  for rounds in (0, 1):
+    ours, full = loss_training.compare("2x64x2000", rounds, depth=1)
+    assert ours["memory"] <= full["memory"] and ("seconds" in ours) == bool(rounds)

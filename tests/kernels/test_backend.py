@@ -12,13 +12,19 @@ def test_auto_says_what_it_chose_and_why():
 
 @pytest.mark.parametrize("op, implementation, message", [
     ("flash_attention", "cuda", "implementation must be one of"),
-    ("linear_cross_entropy", "mosaic_gpu", "linear_cross_entropy has no mosaic_gpu kernel"),
     ("flash_attention", "pallas", "no Pallas kernel is for cpu"),
     ("matmul", "auto", "no op is called 'matmul'"),
 ])
 def test_what_cannot_run_is_refused(op, implementation, message):
   with pytest.raises(ValueError, match=message):
     kernels.explain(op, implementation)
+
+
+def test_a_kernel_that_an_op_does_not_have(monkeypatch):
+  monkeypatch.setitem(kernels.backend.KERNELS, "linear_cross_entropy", ("triton",))
+  with pytest.raises(ValueError, match="linear_cross_entropy has no mosaic_gpu kernel; it runs on "
+                     "xla, triton"):
+    kernels.explain("linear_cross_entropy", "mosaic_gpu")
 
 
 def on(platform, kind):
@@ -52,3 +58,15 @@ def test_auto_takes_the_kernel_of_the_chip_where_it_can(platform, kind, implemen
       assert choose(*(array(2048, n, 80) for n in (8, 1, 1))) == "xla"
       with pytest.raises(ValueError, match="mosaic_gpu needs dim_head in .*; got 80"):
         kernels.explain("flash_attention", "pallas", *(array(2048, n, 80) for n in (8, 1, 1)))
+
+
+@pytest.mark.parametrize("platform, kind, implementation", [
+    ("tpu", "TPU v6 lite", "mosaic_tpu"), ("gpu", "NVIDIA H200", "mosaic_gpu"),
+    ("gpu", "NVIDIA B200", "triton"), ("cpu", "cpu", "xla")])
+def test_auto_takes_the_kernel_of_the_loss(platform, kind, implementation):
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
+  with on(platform, kind):
+    choose = lambda *lead: kernels.explain(
+        "linear_cross_entropy", "auto", array(*lead, 512), array(32_000, 512)).implementation
+    assert choose(4, 1024) == implementation
+    assert choose(4, 1) == "xla"

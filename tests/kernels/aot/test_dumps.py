@@ -308,3 +308,45 @@ def test_shared_memory_belongs_to_a_name(tmp_path):
            for name in ("dq_2", "dkv_1", "dkv_old_3", "twice_5", "none_0")}
   # The numbers are of another order; where kernels of one name differ, nothing is said.
   assert found == {"dq_2": 7, "dkv_1": 8, "dkv_old_3": 9, "twice_5": None, "none_0": None}
+
+
+LOOP = """HloModule jit_f
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %count = s32[] get-tuple-element(%p), index=0
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %product.1 = f32[8]{0} fusion(%x), kind=kOutput, calls=%inside, backend_config={"window_config":{"kernel_window_bounds":["80","8"],"iteration_bounds":["4","27","10"]}}
+  ROOT %out = (s32[], f32[8]{0}) tuple(%count, %product.1)
+}
+
+%inside (a: f32[8]) -> f32[8] {
+  ROOT %a = f32[8]{0} parameter(0)
+}
+
+%condition (p.1: (s32[], f32[8])) -> pred[] {
+  %p.1 = (s32[], f32[8]{0}) parameter(0)
+  %limit = s32[]{:T(128)} constant(35)
+  %now = s32[] get-tuple-element(%p.1), index=0
+  ROOT %lt = pred[] compare(%now, %limit), direction=LT
+}
+
+ENTRY %main (arg: f32[8]) -> f32[8] {
+  %arg = f32[8]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %copied = s32[] copy(%zero)
+  %start = (s32[], f32[8]{0}) tuple(%copied, /*index=1*/%arg)
+  %loop = (s32[], f32[8]{0}) while(%start), condition=%condition, body=%body
+  ROOT %result = f32[8]{0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_what_is_in_a_loop_runs_as_often_as_the_loop():
+  calls, known = hlo.calls(LOOP)
+  assert known and calls["product.1"] == 35 and calls["loop"] == calls["arg"] == 1
+  assert hlo.product_steps(LOOP) == {"product.1": 10}
+  for change in (("constant(0)", "constant(1)"), ("direction=LT", "direction=NE"),
+                 ("s32[]{:T(128)} constant(35)", "s32[] copy(%now)")):
+    calls, known = hlo.calls(LOOP.replace(*change))
+    assert not known and calls["product.1"] == 1
