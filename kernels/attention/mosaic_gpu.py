@@ -35,8 +35,9 @@ def unsupported(query, key, value, *, chip):
 def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slopes_ref,
                     out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem,
                     q_ready, k_ready, v_ready, k_free, v_free, turn, *,
-                    config, group, kv_heads, scale, is_causal, window, masked_head, masked_tail):
-  num_keys, dim = k_ref.shape[1], k_ref.shape[3]
+                    config, group, kv_heads, num_keys, scale, is_causal, window, masked_head,
+                    masked_tail):
+  dim = k_ref.shape[3]
   block, stages = config.block_kv, config.stages
   wg, index, heads = lax.axis_index("wg"), lax.axis_index("block"), k_ref.shape[0] * kv_heads
   tile, head = lax.div(index, heads), lax.rem(index, heads)
@@ -179,14 +180,15 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
   bounds, q_segments, k_segments = tiles.key_blocks(
       query, key, block, segment_ids, query_offset, is_causal=is_causal, window=window)
   left, right = tiles.reach(is_causal, window)
-  packed, num_tiles = tiles.pack(query, kv_heads), bounds.shape[1]
+  packed, key, value = tiles.whole_copies(tiles.pack(query, kv_heads), key, value)
+  num_tiles = bounds.shape[1]
   operands = [packed, key, value, bounds, q_segments, k_segments,
               None if alibi_slopes is None else tiles.row_slopes(alibi_slopes, kv_heads)]
   smem = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=tiles.TRANSFORMS)
   out, lse = plgpu.kernel(
       functools.partial(
-          _forward_kernel, config=config, group=heads // kv_heads, kv_heads=kv_heads, scale=scale,
-          is_causal=is_causal, window=window,
+          _forward_kernel, config=config, group=heads // kv_heads, kv_heads=kv_heads,
+          num_keys=num_keys, scale=scale, is_causal=is_causal, window=window,
           masked_head=left < FAR or segment_ids is not None,
           masked_tail=right < FAR or segment_ids is not None or num_keys % block != 0),
       out_type=[jax.ShapeDtypeStruct(packed.shape, query.dtype),

@@ -25,8 +25,9 @@ LSE, DELTA, POSITION, SLOPE = range(4)  # rows of the table that the dk, dv kern
 def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, k_seg_ref,
                slopes_ref, dq_ref, q_smem, dout_smem, k_smem, v_smem,
                q_ready, k_ready, v_ready, k_free, v_free, *,
-               config, group, kv_heads, scale, is_causal, window, masked_head, masked_tail):
-  num_keys, dim = k_ref.shape[1], k_ref.shape[3]
+               config, group, kv_heads, num_keys, scale, is_causal, window, masked_head,
+               masked_tail):
+  dim = k_ref.shape[3]
   block, k_stages, v_stages = config.dq_block_kv, config.dq_k_stages, config.dq_v_stages
   wg, index, heads = lax.axis_index("wg"), lax.axis_index("block"), k_ref.shape[0] * kv_heads
   tile, head = lax.div(index, heads), lax.rem(index, heads)
@@ -337,7 +338,8 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
     table.append(jnp.broadcast_to(every[:, :padded] * LOG2E, table[0].shape))
   table = jnp.stack(table, axis=2)  # [B, kv_heads, 3 or 4, rows]
 
-  packed, packed_dout = tiles.pack(query, kv_heads), tiles.pack(dout, kv_heads)
+  packed, packed_dout, all_keys, all_values = tiles.whole_copies(
+      tiles.pack(query, kv_heads), tiles.pack(dout, kv_heads), key, value)
   smem = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=tiles.TRANSFORMS)
   barriers = lambda n, arrivals=1: plgpu.Barrier(num_barriers=n, num_arrivals=arrivals)
   launch = functools.partial(
@@ -347,11 +349,12 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   block = config.dq_block_kv
   bounds, q_segments, k_segments = tiles.key_blocks(
       query, key, block, segment_ids, query_offset, **mask)
-  operands = [packed, key, value, packed_dout, table, bounds, q_segments, k_segments, slopes]
+  operands = [packed, all_keys, all_values, packed_dout, table, bounds, q_segments, k_segments, slopes]
   k_stages, v_stages = config.dq_k_stages, config.dq_v_stages
   dquery = launch(
       functools.partial(
-          _dq_kernel, config=config, group=group, kv_heads=kv_heads, scale=scale,
+          _dq_kernel, config=config, group=group, kv_heads=kv_heads, num_keys=num_keys,
+          scale=scale,
           masked_head=left < FAR or segmented,
           masked_tail=right < FAR or segmented or num_keys % block != 0, **mask),
       out_type=jax.ShapeDtypeStruct(packed.shape, query.dtype),
@@ -377,7 +380,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
       query, key, keys, block, segment_ids, query_offset, **mask)
   blocks = bounds.shape[1]
   splits = tuning.splits(batch * kv_heads * blocks, group)
-  operands = [packed, key, value, packed_dout, table, bounds, q_segments, k_segments]
+  operands = [packed, all_keys, all_values, packed_dout, table, bounds, q_segments, k_segments]
   partial = jax.ShapeDtypeStruct(
       (splits, batch, blocks * keys, kv_heads, dim),
       query.dtype if splits == 1 and not shared else jnp.float32)

@@ -46,10 +46,24 @@ def pack(x, kv_heads):
   return x.reshape(batch * kv_heads, length * group, 1, dim)
 
 
+def whole_copies(*arrays):
+  """The arrays [B, rows, ...] with zeros after the last row, up to what a copy divides rows into.
+
+  A copy into swizzled shared memory takes 8 rows at a time, and refuses an array whose rows are
+  no multiple of that, though not a tile that reaches over the end of one.
+  """
+  def padded(x):
+    missing = -x.shape[1] % TRANSFORMS[0].tiling[0]
+    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
+
+  return tuple(None if x is None else padded(x) for x in arrays)
+
+
 def unpack(x, shape, kv_heads):
-  """The inverse of `pack`; `shape` is [B, T, heads, D]."""
+  """The inverse of `pack`, and of `whole_copies` after it; `shape` is [B, T, heads, D]."""
   batch, length, heads, dim = shape
   group = heads // kv_heads
+  x = x[:, :length * group]
   if kv_heads == 1 or group == 1:
     return x.reshape(shape)
   x = x.reshape(batch, kv_heads, length, group, dim).transpose(0, 2, 1, 3, 4)

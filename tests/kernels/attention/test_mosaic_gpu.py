@@ -302,11 +302,13 @@ def compiled(dim_head, *, alibi, gradients, length=2048, heads=16, **options):
       alibi=alibi, gradients=gradients, length=length, heads=heads, **options)
 
 
-def program(dim_head, alibi, gradients, length, heads, segmented=False, **options):
+def program(dim_head, alibi, gradients, length, heads, segmented=False, num_keys=None, **options):
   """(one pass of the kernels, the types of its arguments)."""
+  num_keys = num_keys or length
   options = dict(is_causal=True, window=None, scale=dim_head**-0.5, chip="h200",
                  query_offset=0) | options
-  array = lambda heads: jax.ShapeDtypeStruct((1, length, heads, dim_head), jnp.bfloat16)
+  array = lambda heads, length=length: jax.ShapeDtypeStruct(
+      (1, length, heads, dim_head), jnp.bfloat16)
   ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
   slopes = jax.ShapeDtypeStruct((heads,), jnp.float32)
 
@@ -318,7 +320,8 @@ def program(dim_head, alibi, gradients, length, heads, segmented=False, **option
       return out, lse
     return mosaic_gpu.backward(query, key, value, out, lse, dout, **keywords)
 
-  return both, (array(heads), array(1), array(1), array(heads), ids, slopes)
+  keys = array(1, num_keys)
+  return both, (array(heads), keys, keys, array(heads), ids, slopes)
 
 
 def _sound(report, kernels):
@@ -329,6 +332,13 @@ def _sound(report, kernels):
 
 def test_compiles_without_spills_or_serialized_products():
   _sound(compiled(256, alibi=True, gradients=True), 3)
+
+
+@pytest.mark.parametrize("length, num_keys, heads", [
+    (129, 131, 1), (1, 1, 1), (1, 77, 3), pytest.param(45, 5, 3, marks=pytest.mark.slow)])
+def test_compiles_for_lengths_that_no_copy_divides(length, num_keys, heads):
+  """The interpreter takes any length; the compiler's copies are of 8 rows."""
+  _sound(compiled(64, alibi=True, gradients=True, length=length, num_keys=num_keys, heads=heads), 3)
 
 
 @pytest.mark.slow
