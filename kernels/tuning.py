@@ -143,9 +143,9 @@ class CrossEntropyMosaicGpu(NamedTuple):
   stages: int  # slots of 64 of the contraction in flight
 
 
-# The largest tile that fits: 256 columns leave 128 of 240 registers to the epilogue, and 4 slots 3
-# KiB of shared memory to the barriers. 59 instructions, 4 of them HGMMA, in the main loop, where 128
-# columns have 56 for half the product (ptxas 13.0). No time has been measured.
+# The largest tile that fits: 256 columns take 128 of 240 registers, and 4 slots leave 3 KiB of
+# shared memory to barriers. 59 instructions, 4 of them HGMMA, in the main loop, where 128 columns
+# have 56 for half the product (ptxas 13.0). No time has been measured.
 _CROSS_ENTROPY_HOPPER = CrossEntropyMosaicGpu(columns=256, stages=4)
 CROSS_ENTROPY_MOSAIC_GPU = {chip: _CROSS_ENTROPY_HOPPER for chip in ("h100", "h200")}
 

@@ -71,7 +71,8 @@ def _call(name, x, rows, others, out_shape, dtype, *, scale, chip):
   return triton_call.call(
       getattr(triton_kernels, f"{name}_kernel"), x, rows, *others, num_tokens, num_rows, splits,
       out_types=(jax.ShapeDtypeStruct(out_shape(splits), dtype),), grid=tiles * splits,
-      num_warps=blocks.warps, num_stages=blocks.stages, chip=chip, D=dim, SCALE=scale, BLOCK_N=blocks.tokens,
-      BLOCK_V=blocks.columns, BLOCK_D=blocks.depth, TOGETHER=tuning.TOGETHER,
+      num_warps=blocks.warps, num_stages=blocks.stages, chip=chip, D=dim, SCALE=scale,
+      BLOCK_N=blocks.tokens, BLOCK_V=blocks.columns, BLOCK_D=blocks.depth,
+      TOGETHER=tuning.TOGETHER,
       PRECISION="tf32x3" if x.dtype == jnp.float32 else "tf32",
       **({"WALK": walk} if name == "forward" else {}))[0]
