@@ -19,8 +19,8 @@ from palm_haiku import PaLM, configs, train
 from . import results, table
 
 SHAPE = "4x512x32000"
-COLUMNS = {"implementation": "loss", "shape": "batch x T x vocabulary", "remat": "remat", "seconds": "step s",
-           "ratio": "of the time", "memory": "MiB of temporaries", "share": "of the memory",
+COLUMNS = {"implementation": "loss", "shape": "batch x T x vocabulary", "remat": "remat",
+           "seconds": "step s", "ratio": "of the time", "memory": "MiB of temporaries", "share": "of the memory",
            "peak": "MiB with the state", "peak_share": "of it"}
 
 

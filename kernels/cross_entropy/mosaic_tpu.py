@@ -199,7 +199,7 @@ def fit(blocks, chip, num_tokens, num_rows, dim, itemsize) -> Plan:
     # columns count for both kernels. Tiles that wait for their turn are spilled.
     return (2 * itemsize * (dim * (tokens + rows) + tokens * rows)
             + 4 * 4 * (LANES + 2 * SUBLANES) * tokens
-            + 4 * tile * chunk * (blocks.together + 2) + 2**20)
+            + 4 * tile * chunk * (blocks.together + 2) + 2**21)
 
   while vmem_bytes() > tuning.VMEM[chip or "v4"] * 2**20:
     # More tokens are fewer passes over the embedding, so they are the last to go.

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 # Logits that exist at one time, 32 MiB in float32. Loss and gradients of 2048 tokens, dim 512,
-# vocabulary 32,000, of the time with all logits in memory (500 MiB of temporaries), on two cores of a CPU:
-# 2**22 1.33 and 78 MiB, 2**23 1.20 and 94 MiB, 2**24 1.17 and 142 MiB.
+# vocabulary 32,000, of the time with all logits in memory (500 MiB of temporaries), on two cores
+# of a CPU: 2**22 1.33 and 78 MiB, 2**23 1.20 and 94 MiB, 2**24 1.17 and 142 MiB.
 BLOCK_LOGITS = 2**23
 
 

@@ -316,7 +316,7 @@ LOOP = """HloModule jit_f
   %p = (s32[], f32[8]{0}) parameter(0)
   %count = s32[] get-tuple-element(%p), index=0
   %x = f32[8]{0} get-tuple-element(%p), index=1
-  %product.1 = f32[8]{0} fusion(%x), kind=kOutput, calls=%inside, backend_config={"window_config":{"kernel_window_bounds":["80","8"],"iteration_bounds":["4","27","10"]}}
+  %product.1 = f32[8]{0} fusion(%x), kind=kOutput, calls=%inside, backend_config={CONFIG}
   ROOT %out = (s32[], f32[8]{0}) tuple(%count, %product.1)
 }
 
@@ -339,7 +339,7 @@ ENTRY %main (arg: f32[8]) -> f32[8] {
   %loop = (s32[], f32[8]{0}) while(%start), condition=%condition, body=%body
   ROOT %result = f32[8]{0} get-tuple-element(%loop), index=1
 }
-"""
+""".replace("CONFIG", '"kernel_window_bounds":["80","8"],"iteration_bounds":["4","27","10"]')
 
 
 def test_what_is_in_a_loop_runs_as_often_as_the_loop():
