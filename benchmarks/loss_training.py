@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palm_haiku import PaLM, configs, train
+from palm_haiku import PaLM, configs, recipe, train_step
 
 from . import results, table
 
@@ -24,7 +24,7 @@ COLUMNS = {"implementation": "loss", "shape": "batch x T x vocabulary", "remat":
            "peak": "MiB with the state", "peak_share": "of it"}
 
 
-class FullLogits(train.TrainConfig):
+class FullLogits(recipe.TrainConfig):
   """Training as one writes it without the op: the logits of all tokens, and their softmax."""
 
   def build_model(self):
@@ -57,12 +57,12 @@ def compare(shape: str = SHAPE, rounds: int = 7, remat: str = "attention",
   tokens = np.random.default_rng(0).integers(0, vocabulary, (batch, length + 1))
   tokens = {"tokens": jnp.asarray(tokens, jnp.int32)}
   steps, states, rows, times = {}, {}, {}, {"linear_cross_entropy": [], "full logits": []}
-  for name, kind in zip(times, (train.TrainConfig, FullLogits)):
+  for name, kind in zip(times, (recipe.TrainConfig, FullLogits)):
     config = kind(**options)
-    init = jax.jit(lambda config=config: train.init(config))
+    init = jax.jit(lambda config=config: train_step.init(config))
     states[name] = init() if rounds else jax.eval_shape(init)
     steps[name] = jax.jit(
-        lambda state, batch, config=config: train.train_step(config, state, batch),
+        lambda state, batch, config=config: train_step.train_step(config, state, batch),
         donate_argnums=0).lower(states[name], tokens).compile()
     memory = steps[name].memory_analysis()
     peak = (memory.temp_size_in_bytes + memory.argument_size_in_bytes

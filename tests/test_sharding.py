@@ -63,6 +63,7 @@ def test_more_meshes(architecture, mesh, shard_residual):
   assert_trains_as_one_device(architecture, mesh, shard_residual)
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_on_a_mesh():
   assert_trains_as_one_device("palm-lite", "fsdp=4,model=2", True, accumulate=2, remat="full")
 
