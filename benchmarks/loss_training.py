@@ -20,8 +20,8 @@ from . import results, table
 
 SHAPE = "4x512x32000"
 COLUMNS = {"implementation": "loss", "shape": "batch x T x vocabulary", "remat": "remat",
-           "seconds": "step s", "ratio": "of the time", "memory": "MiB of temporaries", "share": "of the memory",
-           "peak": "MiB with the state", "peak_share": "of it"}
+           "seconds": "step s", "ratio": "of the time", "memory": "MiB of temporaries",
+           "share": "of the memory", "peak": "MiB with the state", "peak_share": "of it"}
 
 
 class FullLogits(recipe.TrainConfig):

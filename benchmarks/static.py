@@ -9,7 +9,6 @@ import argparse
 import functools
 import importlib
 import importlib.util
-import json
 import re
 import sys
 

@@ -276,11 +276,6 @@ def windows(tokens: np.ndarray, *, seq_len: int, seed: int,
   return grain.MapDataset.range(count).shuffle(seed=seed).repeat().map_with_index(window)
 
 
-def batches(tokens: np.ndarray, *, batch_size: int, **options) -> grain.MapDataset:
-  """`windows`, `batch_size` of them at a time: `batches(...)[k]` is that of step k."""
-  return windows(tokens, **options).batch(batch_size)
-
-
 def segment_ids(tokens: np.ndarray, eod: int) -> np.ndarray:
   """int32[..., T]: the number of the document that a token belongs to, its `eod` included."""
   ends = np.cumsum(tokens == eod, axis=-1, dtype=np.int32)
@@ -292,8 +287,8 @@ def eval_batches(tokens: np.ndarray, *, batch_size: int, seq_len: int,
   """Batches that hold every target of `tokens` (all but the first token) once, in order.
 
   Yields:
-    As `batches`, and "weights": float32[batch_size, seq_len], 0 where a target is padding; all
-    of one shape.
+    As a batch of `windows`, and "weights": float32[batch_size, seq_len], 0 where a target is
+    padding; all of one shape.
   """
   targets = len(tokens) - 1
   count = -(-targets // seq_len)

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import haiku as hk
-import jax
 import jax.numpy as jnp
 import optax
 

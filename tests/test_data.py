@@ -152,7 +152,7 @@ TOKENS = np.arange(100, dtype=np.uint8)
 
 
 def windows(seed, steps, start=0, batch_size=3):
-  dataset = data.batches(TOKENS, batch_size=batch_size, seq_len=8, seed=seed)
+  dataset = data.windows(TOKENS, seq_len=8, seed=seed).batch(batch_size)
   return np.concatenate([dataset[step]["tokens"] for step in range(start, steps)])
 
 
@@ -160,7 +160,7 @@ def test_batches_depend_only_on_the_step():
   all_at_once = windows(0, 20)
   assert all_at_once.shape == (60, 9) and all_at_once.dtype == np.int32
   np.testing.assert_array_equal(windows(0, 20, start=13), all_at_once[39:])
-  dataset = data.batches(TOKENS, batch_size=3, seq_len=8, seed=0)
+  dataset = data.windows(TOKENS, seq_len=8, seed=0).batch(3)
   np.testing.assert_array_equal(dataset[17]["tokens"], all_at_once[51:54])
   np.testing.assert_array_equal(dataset[2]["tokens"], all_at_once[6:9])
   assert np.any(windows(1, 20) != all_at_once)
@@ -181,14 +181,14 @@ def test_an_epoch_has_every_window_once():
 def test_segments():
   tokens = np.array([5, 0, 6, 7, 0, 0, 8], np.uint8)
   np.testing.assert_array_equal(data.segment_ids(tokens, 0), [0, 0, 1, 1, 1, 2, 3])
-  batch = data.batches(tokens, batch_size=1, seq_len=6, seed=0, eod=0)[5]
+  batch = data.windows(tokens, seq_len=6, seed=0, eod=0).batch(1)[5]
   np.testing.assert_array_equal(batch["segment_ids"], [[0, 0, 1, 1, 1, 2, 3]])
 
 
 def test_training_data_shorter_than_a_sequence_are_named():
-  assert data.batches(TOKENS, batch_size=1, seq_len=99, seed=0)[3]["tokens"].shape == (1, 100)
+  assert data.windows(TOKENS, seq_len=99, seed=0).batch(1)[3]["tokens"].shape == (1, 100)
   with pytest.raises(ValueError, match="100 tokens, fewer than one sequence of seq_len . 1 = 101"):
-    data.batches(TOKENS, batch_size=1, seq_len=100, seed=0)
+    data.windows(TOKENS, seq_len=100, seed=0).batch(1)
 
 
 @pytest.mark.parametrize("length, seq_len", [(100, 8), (97, 8), (2, 8), (9, 8), (50, 60)])

@@ -13,7 +13,8 @@ import pytest
 
 from palm_haiku import checkpoint, cli, runlog
 
-TEXT = "".join(f"{n} times {m} is {n * m}.\n" for n in range(1, 30) for m in range(1, 30))
+from tests.short_runs import TEXT
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 

@@ -1,16 +1,15 @@
 import dataclasses
-import io
 
 import jax
 import numpy as np
 import pytest
-import rich.console
 
 from palm_haiku import PaLMConfig, checkpoint, configs, recipe, runlog, train, train_step
 from palm_haiku.recipe import TrainConfig
 
+from tests.short_runs import TEXT, run
+
 MODEL = PaLMConfig(128, 16, 1, 2, 8)
-TEXT = "".join(f"{n} times {m} is {n * m}.\n" for n in range(1, 30) for m in range(1, 30))
 
 
 @pytest.fixture(scope="module")
@@ -19,12 +18,6 @@ def config(tmp_path_factory):
   path.write_text(TEXT)
   return TrainConfig(model=MODEL, data=str(path), steps=24, batch_size=4, seq_len=16, log_every=1,
                      eval_every=1000, checkpoint_every=4)
-
-
-def run(config, out, **options):
-  console = rich.console.Console(file=io.StringIO(), width=200)
-  result = train.train(config, out, console=console, **options)
-  return result, console.file.getvalue()
 
 
 def params(out, step):

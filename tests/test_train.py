@@ -1,5 +1,4 @@
 import dataclasses
-import io
 import json
 import os
 import pathlib
@@ -17,14 +16,14 @@ import jax
 import numpy as np
 import optax
 import pytest
-import rich.console
 
-from palm_haiku import PaLM, PaLMConfig, checkpoint, data, runlog, train, train_step
+from palm_haiku import PaLM, PaLMConfig, checkpoint, data, runlog, train_step
 from palm_haiku.checkpoint import CheckpointError
 from palm_haiku.recipe import TrainConfig
 
+from tests.short_runs import TEXT, run
+
 MODEL = PaLMConfig(128, 16, 2, 2, 8)
-TEXT = "".join(f"{n} times {m} is {n * m}.\n" for n in range(1, 30) for m in range(1, 30))
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +40,6 @@ def whole(config, tmp_path_factory):
   out = tmp_path_factory.mktemp("whole") / "out"
   run(config, out)
   return out
-
-
-def run(config, out, **options):
-  console = rich.console.Console(file=io.StringIO(), width=200)
-  result = train.train(config, out, console=console, **options)
-  return result, console.file.getvalue()
 
 
 def losses(out):
@@ -173,7 +166,7 @@ def test_interrupted_and_resumed_is_uninterrupted(uninterrupted, tmp_path, numbe
   else:
     assert status == 0 and steps[-1] == losses(out)[-1]["step"] >= progress
   result, text = run(config, out, resume=True)
-  assert result.step == 240 and f"resuming from step" in text
+  assert result.step == 240 and "resuming from step" in text
   assert losses(out) == losses(whole)
 
 

@@ -349,7 +349,8 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   block = config.dq_block_kv
   bounds, q_segments, k_segments = tiles.key_blocks(
       query, key, block, segment_ids, query_offset, **mask)
-  operands = [packed, all_keys, all_values, packed_dout, table, bounds, q_segments, k_segments, slopes]
+  operands = [packed, all_keys, all_values, packed_dout, table, bounds, q_segments, k_segments,
+              slopes]
   k_stages, v_stages = config.dq_k_stages, config.dq_v_stages
   dquery = launch(
       functools.partial(

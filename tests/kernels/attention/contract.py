@@ -61,6 +61,17 @@ def cases(draw, *, dim_heads=(64, 128, 256), dtypes=("bfloat16", "float16"), max
       scale=draw(st.sampled_from([None, 0.3])), seed=draw(st.integers(0, 9)))
 
 
+@st.composite
+def variants(draw, case: Case) -> Case:
+  """The same program on other inputs: what is not a shape or known when it is compiled."""
+  changes = dict(seed=draw(st.integers(0, 10**6)))
+  if case.segments:
+    changes["segments"] = draw(st.sampled_from(["packed", "shuffled"]))
+  if case.traced_offset:
+    changes["query_offset"] = draw(st.integers(-case.num_queries - 3, case.num_keys + 3))
+  return dataclasses.replace(case, **changes)
+
+
 def inputs(case: Case) -> dict:
   """Random arrays of a case, as a backend's `forward` takes them, and dout.
 
@@ -169,7 +180,7 @@ def check(case: Case, arrays: dict, results: dict) -> None:
     assert np.all(np.isfinite(got)), f"{name} is not finite"
     # A few roundings of the largest value: where the XLA path happens to be exact, or nearly so.
     # In float32 they are those of the computation, not of its result.
-    # Those grow with lse, a float32 that weights are recomputed from: rounded when it is summed, and
+    # Those grow with lse, a float32 that weights are recomputed from: it is rounded when summed and
     # to base e and back with both constants, five times half an eps; the rest is the scores'.
     roundings = 8 + 3 * largest_lse if case.dtype == "float32" else 2
     floor = roundings * float(jnp.finfo(case.dtype).eps) * np.abs(want).max(initial=0)

@@ -1,7 +1,6 @@
 """Derivatives, residuals and meshes of the kernels, with a kernel written in plain JAX."""
 
 import functools
-import sys
 import types
 
 import chex
@@ -13,7 +12,6 @@ from hypothesis import given, settings
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from palm_haiku.kernels import alibi_slopes, backend, flash_attention
-from palm_haiku.kernels.attention import xla
 from tests.kernels.attention import contract
 
 
@@ -188,7 +186,7 @@ def test_a_mesh_divides_batch_and_heads(plain, kind, kv_heads, context):
     text = run(fused).lower(*sharded).as_text()
     got = run(fused)(*sharded)
   chex.assert_trees_all_close(got, want, atol=1e-4, rtol=1e-4)
-  assert f"tensor<2x12x2x4xf32>" in text  # the part of one device: batch 8/4, heads 4/2
+  assert "tensor<2x12x2x4xf32>" in text  # the part of one device: batch 8/4, heads 4/2
 
 
 def test_what_a_mesh_does_not_divide_is_repeated(plain):

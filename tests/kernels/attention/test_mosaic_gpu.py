@@ -60,13 +60,7 @@ small = dict(max_queries=40, max_keys=140, max_batch=1,
 def verify_variants(case, data, gradients, variants=4):
   for _ in range(variants):
     verify(case, gradients=gradients)
-    changes = dict(seed=data.draw(st.integers(0, 999)))
-    if case.segments:
-      changes["segments"] = data.draw(st.sampled_from(["packed", "shuffled"]))
-    if case.traced_offset:
-      changes["query_offset"] = data.draw(
-          st.integers(-case.num_queries - 3, case.num_keys + 3))
-    case = dataclasses.replace(case, **changes)
+    case = data.draw(contract.variants(case))
 
 
 @pytest.mark.timeout(900)

@@ -87,22 +87,12 @@ STRUCTURES = [(Case(**case), BLOCKS[blocks]) for blocks, case in (
 )]
 
 
-@st.composite
-def drawn(draw, case):
-  changes = dict(seed=draw(st.integers(0, 10**6)))
-  if case.segments:
-    changes["segments"] = draw(st.sampled_from(["packed", "shuffled"]))
-  if case.traced_offset:
-    changes["query_offset"] = draw(st.integers(-case.num_queries - 3, case.num_keys + 3))
-  return dataclasses.replace(case, **changes)
-
-
 @pytest.mark.parametrize("structure", range(len(STRUCTURES)))
 @settings(max_examples=6)  # 72 in all
 @given(data=st.data())
 def test_right_on_drawn_cases(structure, data):
   case, blocks = STRUCTURES[structure]
-  check(data.draw(drawn(case)), blocks)
+  check(data.draw(contract.variants(case)), blocks)
 
 
 @pytest.mark.slow
@@ -114,7 +104,7 @@ def test_right_on_many_drawn_cases(case, blocks, data):
   """100 programs of any shape and mask, 7 inputs for each: 700 cases."""
   compiled.cache_clear()
   for _ in range(7):
-    check(data.draw(drawn(case)), blocks)
+    check(data.draw(contract.variants(case)), blocks)
 
 
 def off_by_one(hide):
