@@ -190,6 +190,7 @@ def test_causal_steps_count_blocks():
       visible.mean())
 
 
+@pytest.mark.slow
 def test_the_loss_compiled_for_a_chip_that_is_not_here(tmp_path, capsys):
   arguments = ["loss", "--static", "--targets", "v6e", "--shapes", "1024x256x14336", "--out",
                str(tmp_path)]

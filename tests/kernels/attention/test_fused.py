@@ -92,7 +92,7 @@ def loss(attend):
   return lambda *x: (attend(*x) * jnp.cos(jnp.arange(x[0].size).reshape(x[0].shape))).sum()
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(contract.cases(dim_heads=(4, 6), dtypes=("bfloat16", "float32"), max_queries=20,
                       max_keys=30))
 def test_the_contract_holds_for_plain_jax(case):

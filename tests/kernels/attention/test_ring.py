@@ -101,7 +101,7 @@ STRUCTURES = [(mesh, case_of(**case)) for mesh, case in (
 
 
 @pytest.mark.parametrize("structure", range(len(STRUCTURES)))
-@settings(max_examples=6)  # 60 in all
+@settings(max_examples=3)  # 30 in all
 @given(data=st.data())
 def test_right_on_drawn_cases(structure, data):
   mesh, case = STRUCTURES[structure]

@@ -78,7 +78,7 @@ def gradients(**options):
   return jax.value_and_grad(functools.partial(total, **options), argnums=(0, 1))
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(case=contract.cases(dims=(4, 6), dtypes=("bfloat16", "float32"), max_tokens=30,
                            max_vocabulary=50),
        block_bytes=st.sampled_from([200, 1000, 2**28]))
