@@ -44,23 +44,34 @@ def train_step(config: TrainConfig, state: TrainState, batch) -> tuple[TrainStat
     loss = mean_loss(nll, log_z, z_loss=config.z_loss)
     return loss.total, loss
 
-  grad = jax.grad(loss_of, has_aux=True)
   if config.accumulate == 1:
-    grads, loss = grad(state.params, batch)
+    grads, loss = jax.grad(loss_of, has_aux=True)(state.params, batch)
   else:
-    # Every device keeps its sequences: a part takes some from each.
-    parts = jax.tree.map(
-        lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-    add = functools.partial(jax.tree.map, jnp.add)
-    shapes = jax.eval_shape(grad, state.params, jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(
-        lambda total, part: (add(total, grad(state.params, part)), None), zeros, parts)
-    grads, loss = jax.tree.map(lambda x: x / config.accumulate, total)
+    grads, loss = _accumulated(loss_of, state.params, batch, config.accumulate)
   updates, opt_state = config.build_optimizer().update(grads, state.opt_state, state.params)
   metrics = {"loss": loss.nll, "log_z_squared": loss.log_z_squared,
              "grad_norm": optax.tree.norm(grads)}
   return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
+
+
+def _accumulated(loss_of, params, batch, num_parts):
+  """Gradient and auxiliary value of `loss_of(params, part)`, means over parts of the batch.
+
+  The backward pass adds each layer's gradient where it belongs in one sum, so that no part has a
+  gradient of its own.
+  """
+  # Every device keeps its sequences: a part takes some from each.
+  parts = jax.tree.map(
+      lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch)
+  sums = jax.tree.map(lambda x: jax.new_ref(jnp.zeros_like(x)), params)
+
+  def add(_, part):
+    total, pull, loss = jax.vjp(lambda params: loss_of(params, part), params, has_aux=True)
+    pull.with_refs(sums)(jnp.full_like(total, 1 / num_parts))
+    return None, loss
+
+  _, losses = jax.lax.scan(add, None, parts)
+  return jax.tree.map(jax.freeze, sums), jax.tree.map(lambda x: x.mean(0), losses)
 
 
 def eval_step(config: TrainConfig, params, batch) -> tuple[jax.Array, jax.Array]:

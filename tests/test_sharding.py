@@ -86,17 +86,43 @@ def test_no_device_ever_holds_all_parameters():
     assert on_one < whole / 8 * 1.2
 
 
+def lowered(config):
+  mesh = sharding.make_mesh(config.mesh)
+  with sharding.in_context(mesh):
+    program = train_step.program(config, mesh)
+    shape = config.batch_size, config.seq_len + 1
+    batch = {"tokens": jax.ShapeDtypeStruct(shape, "int32", sharding=program.batch_sharding)}
+    return program.step.lower(program.state, batch)
+
+
 def test_compilation_does_not_grow_with_depth():
   def size(depth):
     c = config("palm", mesh="fsdp=4,model=2", shard_residual=True)
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, depth=depth))
-    mesh = sharding.make_mesh(c.mesh)
-    with sharding.in_context(mesh):
-      program = train_step.program(c, mesh)
-      batch = {"tokens": jax.ShapeDtypeStruct((8, 33), "int32", sharding=program.batch_sharding)}
-      return len(re.sub(r"\d+", "", program.step.lower(program.state, batch).as_text()))
+    return len(re.sub(r"\d+", "", lowered(c).as_text()))
 
   assert size(118) < 1.01 * size(8)
+
+
+def test_a_part_of_a_batch_has_no_gradient_of_its_own():
+  """Four parts, one after another, take the memory of one of them, and not even half a gradient."""
+  def memory(batch_size, accumulate):
+    c = TrainConfig(model=PaLMConfig(256, 128, 4, 4, 32), batch_size=batch_size, seq_len=8,
+                    accumulate=accumulate, remat="full", mesh="fsdp=4,model=2")
+    return lowered(c).compile().memory_analysis().temp_size_in_bytes
+
+  gradient = PaLMConfig(256, 128, 4, 4, 32).num_params * 4 / 8
+  assert memory(16, 4) < memory(4, 1) + gradient / 2
+
+
+@pytest.mark.parametrize("shard_residual", [False, True])
+def test_each_device_keeps_its_heads(shard_residual):
+  """What travels inside a layer are weights and the residual stream, not queries or scores."""
+  c = config("palm-lite", mesh="fsdp=4,model=2", shard_residual=shard_residual, remat="full")
+  gathered = re.findall(r"= f32\[([\d,]*)\]\S* (?:all-gather|all-to-all)\(",
+                        lowered(c).compile().as_text())
+  # [batch, T, heads, dim_head] of one of four parts of the batch, in any order
+  assert gathered and not [x for x in gathered if sorted(x.split(",")) == ["2", "32", "4", "8"]]
 
 
 @pytest.mark.parametrize("text, devices, sizes", [

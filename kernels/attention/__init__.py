@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from .. import backend, guards, mesh as meshes
+from .. import backend, guards
 from . import fused, xla
 
 
@@ -73,11 +73,7 @@ def flash_attention(
   kernel_value = None if shared else value
   choice = backend.explain("flash_attention", implementation, query, key, kernel_value)
   if choice.implementation == "xla":
-    arrays = {name: options.pop(name) for name in ("segment_ids", "alibi_slopes", "query_offset")
-              if not isinstance(options[name], int | None)}
-    out = meshes.partitioned(
-        lambda query, key, value, arrays: xla.attention(query, key, value, **arrays, **options),
-        query, key, value, arrays)
+    out = xla.attention_over_mesh(query, key, kernel_value, **options)
   else:
     name = choice.implementation
     out = fused.attention(
