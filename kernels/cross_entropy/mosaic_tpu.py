@@ -107,7 +107,7 @@ def forward(x, embedding, targets, *, scale, num_valid, chip, blocks=None):
       out_shape=[meshes.out_shape((1, padded), jnp.float32, x, embedding, targets)] * 2,
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary"),
-          vmem_limit_bytes=plan.vmem_bytes),
+          vmem_limit_bytes=vmem(chip)),
       name="cross_entropy_forward",
   )(jnp.asarray(num_valid, jnp.int32).reshape(1), x, embedding, targets)
   return log_z[0, :num_tokens], logit[0, :num_tokens]
@@ -168,7 +168,7 @@ def logit_gradient(x, rows, targets, log_z, dlog_z, dlogit, *, first, scale, num
       out_shape=meshes.out_shape((num_tokens, num_rows), x.dtype, x, rows, *vectors),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary"),
-          vmem_limit_bytes=plan.vmem_bytes),
+          vmem_limit_bytes=vmem(chip)),
       name="cross_entropy_gradient",
   )(jnp.asarray(num_valid - first, jnp.int32).reshape(1), x, rows, *vectors)
   return g
@@ -187,6 +187,11 @@ class Plan(NamedTuple):
   vmem_bytes: int
 
 
+def vmem(chip: str | None) -> int:
+  """Bytes of it that one core has; those of a v4 for None."""
+  return tuning.VMEM[chip or "v4"] * 2**20
+
+
 def fit(blocks, chip, num_tokens, num_rows, dim, itemsize) -> Plan:
   """Block sizes no larger than the problem and, if it can be, than a chip's VMEM."""
   tile = min(blocks.tile, round_up(num_tokens, LANES))
@@ -196,12 +201,14 @@ def fit(blocks, chip, num_tokens, num_rows, dim, itemsize) -> Plan:
 
   def vmem_bytes():
     # What changes from step to step has two buffers; the gradient's block, four vectors and their
-    # columns count for both kernels. Tiles that wait for their turn are spilled.
+    # columns count for both kernels. Tiles that wait for their turn are spilled, and operands are
+    # staged: rows are turned, and a float32 is three bfloat16 parts for each tile in flight.
+    staged = (2 * chunk if itemsize == 2 else 6 * (blocks.together + 1) * (tile + chunk)) * dim
     return (2 * itemsize * (dim * (tokens + rows) + tokens * rows)
             + 4 * 4 * (LANES + 2 * SUBLANES) * tokens
-            + 4 * tile * chunk * (blocks.together + 2) + 2**21)
+            + 4 * tile * chunk * (blocks.together + 2) + max(staged, 2**21))
 
-  while vmem_bytes() > tuning.VMEM[chip or "v4"] * 2**20:
+  while vmem_bytes() > vmem(chip):
     # More tokens are fewer passes over the embedding, so they are the last to go.
     if rows > chunk:
       rows = round_up(rows // 2, chunk)
