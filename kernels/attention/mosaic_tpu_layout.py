@@ -238,6 +238,13 @@ class Plan(NamedTuple):
     """Steps of `rows` in a block of rows."""
     return self.block_rows // self.rows
 
+  def dealt(self, core, n):
+    """The n-th block of rows of a core: 0, 3, 4, 7, ... or 1, 2, 5, 6, ... of two cores.
+
+    The causal triangle and short documents split evenly.
+    """
+    return n * self.cores + (core + n) % self.cores if self.cores > 1 else n
+
   @property
   def period(self) -> int | None:
     """Rows after which the slopes repeat within a tile, if they do."""
