@@ -80,10 +80,9 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
       plan, length=length, num_keys=num_keys, segment_ids=segment_ids, **mask)
   ranges = layout.Ranges(chunks, plan, edges, kv_heads, query_offset, segment_ids)
 
-  # Grid: core, batch and key/value head, block of rows, block of keys. A core takes every
-  # other block of rows, so that the causal triangle splits evenly. The last keys come first:
+  # Grid: core, batch and key/value head, block of rows, block of keys. The last keys come first:
   # where a block of rows has a diagonal, it starts there.
-  at = lambda s, i: i * plan.cores + s
+  at = plan.dealt
   num_key_blocks = plan.padded_keys // plan.major
 
   def keys_at(s, b, i, j, scalars):
@@ -141,7 +140,7 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
 def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_causal, window):
   """One block of rows against what it sees of one block of keys; refs by name."""
   core, head, row_block, turn = (pl.program_id(axis) for axis in range(4))
-  block = row_block * plan.cores + core
+  block = plan.dealt(core, row_block)
   last_turn = pl.num_programs(3) - 1
   key_block = last_turn - turn
   key, out, lse, top, accum = (refs[n] for n in ("key", "out", "lse", "top", "accum"))

@@ -58,7 +58,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   delta = layout.pack_vector(delta, kv_heads, plan.num_rows, 0)
 
   # Grid: core, batch and key/value head, block of rows.
-  at = lambda s, i: i * plan.cores + s
+  at = plan.dealt
 
   def rows_at(s, b, i, scalars):
     # A block of rows that sees none of these keys repeats another's index: it is not fetched,
@@ -150,7 +150,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
 def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_causal, window):
   """One block of rows against what it sees of one block of keys; refs by name."""
   core, head, row_block = (pl.program_id(axis) for axis in range(3))
-  block = row_block * plan.cores + core
+  block = plan.dealt(core, row_block)
   key_block = refs["key_block"][0]
   query, dout, key, accum, dkey = (refs[n] for n in ("query", "dout", "key", "accum", "dkey"))
   shared = "value" not in refs

@@ -157,8 +157,11 @@ class Ranges:
     # The blocks of keys between which a block of rows finds all that it sees.
     high = jnp.maximum(jnp.where(visits, last, 0).max(-1) - 1, 0) // per_major
     low = jnp.minimum(jnp.where(visits, first, FAR).min(-1) // per_major, high)
+    # Rows that see nothing have no such block: low is then above high. Outside of `row_blocks` they
+    # would write to the last block of rows that is there.
+    low = jnp.where(visits.any(-1), low, high + 1)
     rows = [low, high]
-    self._low, self._high, self._visits = low, high, visits.any(-1)
+    self._low, self._high = low, high
 
     # Per edge: 0 not visited, 1 visited, 2 visited and segment ids differ within it, 3 visited,
     # ids do not differ, and it is all that the rows see (as in the first block, or in short
@@ -203,7 +206,7 @@ class Ranges:
   def row_blocks(self, key_block, cores):
     """int32[batch, 2]: the first and last row-block index of a core that visits a block of keys."""
     low, high = self._low, self._high
-    visits = self._visits & (low <= key_block) & (key_block <= high)
+    visits = (low <= key_block) & (key_block <= high)
     index = jnp.arange(self._num_blocks)
     first = jnp.where(visits, index, self._num_blocks).min(-1) // cores
     last = jnp.where(visits, index, 0).max(-1) // cores
@@ -234,6 +237,13 @@ class Plan(NamedTuple):
   def steps(self) -> int:
     """Steps of `rows` in a block of rows."""
     return self.block_rows // self.rows
+
+  def dealt(self, core, n):
+    """The n-th block of rows of a core: 0, 3, 4, 7, ... or 1, 2, 5, 6, ... of two cores.
+
+    The causal triangle and short documents split evenly.
+    """
+    return n * self.cores + (core + n) % self.cores if self.cores > 1 else n
 
   @property
   def period(self) -> int | None:

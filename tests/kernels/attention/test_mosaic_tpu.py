@@ -95,6 +95,12 @@ def test_right_on_drawn_cases(structure, data):
   check(data.draw(contract.variants(case)), blocks)
 
 
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_rows_beyond_all_that_see_a_key_leave_gradients_alone(blocks):
+  for queries in (90, 120):
+    check(Case(num_queries=queries, num_keys=48, window=(11, 0)), blocks)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(6 * 3600)
 @settings(max_examples=100)
