@@ -98,7 +98,7 @@ _EXIT = re.compile(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT
 def calls(text: str) -> tuple[dict[str, int], bool]:
   """How often each instruction runs, by name, and whether all loops around them are known.
 
-  A loop is known if it counts from 0 to a constant, as JAX's do; another one counts once.
+  A loop is known if it counts from one constant to another, as JAX's do; another one counts once.
   """
   computations, inside, entry = {}, None, None
   for line in text.splitlines():
@@ -142,7 +142,9 @@ def _trips(computations, around, line) -> int | None:
   first = around.get(operands[1].split(",")[int(index[1])].strip().lstrip("%"), "")
   while copied := re.search(r" copy\(%?([\w.\-]+)\)", first):
     first = around.get(copied[1], "")
-  return int(limit[1]) if " constant(0)" in first else None
+  # One whose first turns were peeled off, to overlap transfers with products, starts later.
+  begin = re.search(r" constant\((\d+)\)", first)
+  return int(limit[1]) - int(begin[1]) if begin else None
 
 
 def product_steps(text: str) -> dict[str, int]:
