@@ -119,7 +119,9 @@ def calls(text: str) -> tuple[dict[str, int], bool]:
       counts[name] = counts.get(name, 0) + times
       trips = 1
       if " while(" in line:
-        trips = _trips(computations, computations[computation], line)
+        # XLA for GPUs writes it down.
+        noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+        trips = int(noted[1]) if noted else _trips(computations, computations[computation], line)
         known, trips = known and trips is not None, trips or 1
       for called in _CALLED.findall(line):
         visit(called, times * trips)
