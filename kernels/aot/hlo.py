@@ -98,7 +98,7 @@ _EXIT = re.compile(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT
 def calls(text: str) -> tuple[dict[str, int], bool]:
   """How often each instruction runs, by name, and whether all loops around them are known.
 
-  A loop is known if it counts from 0 to a constant, as JAX's do; another one counts once.
+  A loop is known if it counts from one constant to another, as JAX's do; another one counts once.
   """
   computations, inside, entry = {}, None, None
   for line in text.splitlines():
@@ -119,7 +119,9 @@ def calls(text: str) -> tuple[dict[str, int], bool]:
       counts[name] = counts.get(name, 0) + times
       trips = 1
       if " while(" in line:
-        trips = _trips(computations, computations[computation], line)
+        # XLA for GPUs writes it down.
+        noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+        trips = int(noted[1]) if noted else _trips(computations, computations[computation], line)
         known, trips = known and trips is not None, trips or 1
       for called in _CALLED.findall(line):
         visit(called, times * trips)
@@ -142,7 +144,9 @@ def _trips(computations, around, line) -> int | None:
   first = around.get(operands[1].split(",")[int(index[1])].strip().lstrip("%"), "")
   while copied := re.search(r" copy\(%?([\w.\-]+)\)", first):
     first = around.get(copied[1], "")
-  return int(limit[1]) if " constant(0)" in first else None
+  # One whose first turns were peeled off, to overlap transfers with products, starts later.
+  begin = re.search(r" constant\((\d+)\)", first)
+  return int(limit[1]) - int(begin[1]) if begin else None
 
 
 def product_steps(text: str) -> dict[str, int]:
