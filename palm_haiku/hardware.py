@@ -1,7 +1,8 @@
 """What a plan needs to know of chips and of the networks between them, with its sources.
 
 Peak FLOP/s and memory bandwidth are those of `kernels.aot.targets.TARGETS`, from the makers' data
-sheets. Here is what a single chip's compiler does not ask for.
+sheets. Here is what a single chip's compiler does not ask for: nominal speeds of links, not
+measured, and memory, which has been compared with the compiler's own limit on a v4 alone.
 """
 
 import dataclasses

@@ -110,7 +110,7 @@ def plan(config: TrainConfig, machine: Machine, *, timeout: float = 1800) -> dic
   """
   check(config, machine)
   request = json.dumps({"config": dataclasses.asdict(config),
-                        "machine": dataclasses.asdict(machine), "parent": os.getpid()})
+                        "machine": dataclasses.asdict(machine)})
   environment = dict(os.environ, PYTHONPATH=os.pathsep.join([os.getcwd(), *filter(None, sys.path)]))
   environment |= targets.environment(machine.chip)
   try:
