@@ -107,7 +107,7 @@ def forward(x, embedding, targets, *, scale, num_valid, chip, blocks=None):
       out_shape=[meshes.out_shape((1, padded), jnp.float32, x, embedding, targets)] * 2,
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary"),
-          vmem_limit_bytes=vmem(chip)),
+          vmem_limit_bytes=plan.vmem_bytes),
       name="cross_entropy_forward",
   )(jnp.asarray(num_valid, jnp.int32).reshape(1), x, embedding, targets)
   return log_z[0, :num_tokens], logit[0, :num_tokens]
@@ -168,7 +168,7 @@ def logit_gradient(x, rows, targets, log_z, dlog_z, dlogit, *, first, scale, num
       out_shape=meshes.out_shape((num_tokens, num_rows), x.dtype, x, rows, *vectors),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary"),
-          vmem_limit_bytes=vmem(chip)),
+          vmem_limit_bytes=plan.vmem_bytes),
       name="cross_entropy_gradient",
   )(jnp.asarray(num_valid - first, jnp.int32).reshape(1), x, rows, *vectors)
   return g
@@ -187,11 +187,6 @@ class Plan(NamedTuple):
   vmem_bytes: int
 
 
-def vmem(chip: str | None) -> int:
-  """Bytes of it that one core has; those of a v4 for None."""
-  return tuning.VMEM[chip or "v4"] * 2**20
-
-
 def fit(blocks, chip, num_tokens, num_rows, dim, itemsize) -> Plan:
   """Block sizes no larger than the problem and, if it can be, than a chip's VMEM."""
   tile = min(blocks.tile, round_up(num_tokens, LANES))
@@ -208,7 +203,7 @@ def fit(blocks, chip, num_tokens, num_rows, dim, itemsize) -> Plan:
             + 4 * 4 * (LANES + 2 * SUBLANES) * tokens
             + 4 * tile * chunk * (blocks.together + 2) + max(staged, 2**21))
 
-  while vmem_bytes() > vmem(chip):
+  while vmem_bytes() > tuning.VMEM[chip or "v4"] * 2**20:
     # More tokens are fewer passes over the embedding, so they are the last to go.
     if rows > chunk:
       rows = round_up(rows // 2, chunk)
@@ -220,8 +215,11 @@ def fit(blocks, chip, num_tokens, num_rows, dim, itemsize) -> Plan:
     else:
       break
   tiles = (tokens // tile) * (rows // chunk)
+  counted, there = vmem_bytes(), tuning.VMEM[chip or "v4"] * 2**20
+  # The count is out by up to 1 MiB (a v5p, 8192 wide), so a kernel may take some of what is left.
+  taken = max(counted, min(counted + 2**22, there))
   return Plan(tokens, rows, tile, chunk, min(blocks.together, tiles),
-              -(-num_tokens // tokens), -(-num_rows // rows), vmem_bytes())
+              -(-num_tokens // tokens), -(-num_rows // rows), taken)
 
 
 def each_tile(plan, tile, update):
