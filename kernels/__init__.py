@@ -4,6 +4,7 @@ from .alibi import alibi_slopes
 from .attention import flash_attention
 from .backend import IMPLEMENTATIONS, explain
 from .cross_entropy import linear_cross_entropy
+from .decode import decode_attention
 from .parallel_block import parallel_attention_ffn
 from .tune import tune
 from .tuning import load as load_tuning
@@ -11,6 +12,7 @@ from .tuning import load as load_tuning
 __all__ = [
     "IMPLEMENTATIONS",
     "alibi_slopes",
+    "decode_attention",
     "explain",
     "flash_attention",
     "linear_cross_entropy",

@@ -18,10 +18,11 @@ KERNELS = {
     "flash_attention": _EVERY,
     "parallel_attention_ffn": _EVERY,  # of its attention; the projections are XLA's
     "linear_cross_entropy": _EVERY,
+    "decode_attention": (),
 }
 
 # Dimensions of an op's first array that its kernels see one by one; those before are one.
-_DIMENSIONS = {"flash_attention": 3, "linear_cross_entropy": 1}
+_DIMENSIONS = {"flash_attention": 3, "linear_cross_entropy": 1, "decode_attention": 3}
 
 # JAX's name of a chip (lower case, by its beginning) and ours.
 _CHIPS = {
@@ -62,7 +63,7 @@ def target(*arrays: jax.Array) -> Target:
 def kernel_module(op: str, implementation: str) -> types.ModuleType:
   """The module of an op's backend; imported when first needed."""
   folder = {"flash_attention": "attention", "parallel_attention_ffn": "parallel_block",
-            "linear_cross_entropy": "cross_entropy"}[op]
+            "linear_cross_entropy": "cross_entropy", "decode_attention": "decode"}[op]
   return importlib.import_module(f".{folder}.{implementation}", __package__)
 
 
@@ -73,7 +74,7 @@ def explain(op: str, implementation: str = "auto", *arrays) -> Choice:
     op: the name of a public op, such as "flash_attention".
     implementation: what the caller would pass to it.
     arrays: of the op, or `jax.ShapeDtypeStruct`s: query, key, value of attention; x, embedding
-      of the loss. Without them the answer leaves out what depends on shapes.
+      of the loss; query and both caches when decoding. Without them the answer leaves out what depends on shapes.
 
   Raises:
     ValueError: an unknown op or implementation, or a backend asked for by name that cannot

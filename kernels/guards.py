@@ -22,6 +22,11 @@ def not_differentiable(x: jax.Array, op: str) -> jax.Array:
   return _not_differentiable_p.bind(x, op=op)
 
 
+def no_derivative(x: jax.Array, op: str) -> jax.Array:
+  """x; any differentiation through it raises. For an op that has none in any implementation."""
+  return _no_derivative_p.bind(x, op=op)
+
+
 def only_on(x: jax.Array, op: str, implementation: str) -> jax.Array:
   """x; lowering it for a platform that the implementation is not for raises."""
   return _only_on_p.bind(x, op=op, implementation=implementation, interpreted=interpreting())
@@ -39,6 +44,7 @@ def _identity(name: str) -> Primitive:
 
 _reverse_only_p = _identity("reverse_only")
 _not_differentiable_p = _identity("not_differentiable")
+_no_derivative_p = _identity("no_derivative")
 _only_on_p = _identity("only_on")
 # The tangent of `reverse_only`. Reverse mode only ever transposes it; forward mode computes it.
 _tangent_p = _identity("reverse_only_tangent")
@@ -54,6 +60,10 @@ def _refuse_second_order(op):
                    "pass implementation='xla' for that")
 
 
+def _refuse_any(op):
+  raise ValueError(f"{op} has no derivative; use flash_attention for that")
+
+
 _tangent_p.def_impl(lambda x, *, op: _refuse_forward_mode(op))
 mlir.register_lowering(_tangent_p, lambda ctx, x, *, op: _refuse_forward_mode(op))
 ad.deflinear2(_tangent_p, lambda ct, x, *, op: [ct])
@@ -62,6 +72,7 @@ ad.primitive_jvps[_reverse_only_p] = lambda primals, tangents, *, op: (
     tangents[0] if type(tangents[0]) is ad.Zero else _tangent_p.bind(tangents[0], op=op))
 ad.primitive_jvps[_not_differentiable_p] = (
     lambda primals, tangents, *, op: _refuse_second_order(op))
+ad.primitive_jvps[_no_derivative_p] = lambda primals, tangents, *, op: _refuse_any(op)
 
 _PLATFORMS = {"mosaic_gpu": ("cuda",), "mosaic_tpu": ("tpu",), "triton": ("cuda", "rocm")}
 

@@ -1,0 +1,130 @@
+"""Attention of the last few positions of each sequence to a key/value cache."""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import backend, guards, mesh as meshes
+from . import fused, xla
+
+
+def decode_attention(
+    query: jax.Array,
+    key_cache: jax.Array,
+    value_cache: jax.Array,
+    lengths: jax.Array,
+    *,
+    alibi_slopes: jax.Array | None = None,
+    scale: float | None = None,
+    key_scales: jax.Array | None = None,
+    value_scales: jax.Array | None = None,
+    implementation: Literal["auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton"] = "auto",
+) -> jax.Array:
+  """softmax(scale * q k^T + slope * (kv_pos - q_pos)) v over what is filled of a cache.
+
+  Query i of a sequence stands at position `length - T + i` and sees the positions up to its own;
+  one that stands before position 0 sees nothing and gives zeros. Not differentiable.
+
+  Args:
+    query: float[..., T, heads, dim_head], the last T positions of each sequence.
+    key_cache: [..., max_len, kv_heads, dim_head], in the dtype of `query` or int8; kv_heads is 1
+      (multi-query attention) or another divisor of heads. It has the axes of `flash_attention`'s
+      key; a cache [..., max_len, dim_head] is one of `cache[..., None, :]`, which copies nothing.
+      What is not filled yet has no influence, but must be finite.
+    value_cache: like `key_cache`. Where it is the same Python object, it is read once.
+    lengths: int[...], positions filled, those of `query` included.
+    alibi_slopes: float[heads]; None for no bias.
+    scale: multiplies q k^T; None means 1/sqrt(dim_head).
+    key_scales: float32[..., max_len, kv_heads] that int8 keys are multiplied by; else None.
+    value_scales: the same for the values; None where they are the keys.
+    implementation: "auto", or a backend by name.
+
+  Returns:
+    [..., T, heads, dim_head] in the dtype of `query`; softmax and accumulation are in float32
+    (float64 for float64 inputs). Inside jit, a length that is negative or beyond the cache makes
+    its sequence NaN.
+
+  Raises:
+    ValueError: shapes or dtypes that do not fit, int8 without scales, a derivative, a backend
+      that cannot run, or, outside jit, a length that is negative or beyond the cache.
+
+  References:
+    MQA (arXiv:1911.02150), ALiBi (arXiv:2108.12409), the split over positions: Flash-Decoding.
+  """
+  shared = value_cache is key_cache
+  _check(query, key_cache, value_cache, lengths, alibi_slopes, key_scales, value_scales)
+  lead, (num_queries, heads, dim_head) = query.shape[:-3], query.shape[-3:]
+  flat = lambda x: None if x is None else x.reshape(math.prod(lead), *x.shape[len(lead):])
+  arrays = {name: None if x is None else guards.no_derivative(flat(x), fused.OP) for name, x in dict(
+      query=query, key=key_cache, value=None if shared else value_cache,
+      key_scales=key_scales, value_scales=None if shared else value_scales).items()}
+  arrays["lengths"] = jnp.asarray(lengths, jnp.int32).reshape(math.prod(lead))
+  if alibi_slopes is not None:
+    alibi_slopes = guards.no_derivative(jnp.asarray(alibi_slopes), fused.OP)
+  scale = float(dim_head**-0.5 if scale is None else scale)
+
+  choice = backend.explain(
+      fused.OP, implementation, arrays["query"], arrays["key"], arrays["value"])
+  if choice.implementation == "xla":
+    out = meshes.partitioned(
+        lambda query, arrays, slopes: xla.attend(
+            query, **arrays, alibi_slopes=slopes, scale=scale),
+        arrays.pop("query"), arrays, alibi_slopes)
+  else:
+    name = choice.implementation
+    arrays["query"] = guards.only_on(arrays["query"], fused.OP, name)
+    out = fused.attention(
+        arrays, alibi_slopes, scale=scale, backend=backend.kernel_module(fused.OP, name),
+        chip=backend.chip_for(name, backend.target(query, key_cache)))
+  return out.reshape(*lead, num_queries, heads, dim_head)
+
+
+def _check(query, key, value, lengths, slopes, key_scales, value_scales):
+  for name, array in (("query", query), ("key_cache", key), ("value_cache", value)):
+    if array.ndim < 3 or 0 in array.shape:
+      raise ValueError(f"{name} must be [..., length, heads, dim_head], none of them 0; "
+                       f"got {array.shape}")
+  if not jnp.issubdtype(query.dtype, jnp.floating):
+    raise ValueError(f"query must be floating point; got {query.dtype}")
+  if key.dtype not in (query.dtype, jnp.int8) or value.dtype != key.dtype:
+    raise ValueError(f"the caches must both be {query.dtype}, as query is, or int8; "
+                     f"got {key.dtype}, {value.dtype}")
+  if key.shape != value.shape:
+    raise ValueError(f"the caches must have one shape; got {key.shape} and {value.shape}")
+  if query.shape[:-3] != key.shape[:-3] or query.shape[-1] != key.shape[-1]:
+    raise ValueError("query and caches must agree in leading dimensions and dim_head; got "
+                     f"{query.shape} and {key.shape}")
+  heads, kv_heads = query.shape[-2], key.shape[-2]
+  if heads % kv_heads:
+    raise ValueError(f"{kv_heads} key/value heads do not divide {heads} query heads")
+  if query.shape[-3] > key.shape[-3]:
+    raise ValueError(f"{query.shape[-3]} queries do not fit in a cache of {key.shape[-3]} positions")
+  if slopes is not None and jnp.shape(slopes) != (heads,):
+    raise ValueError(f"alibi_slopes must be [{heads}], one per query head; got {jnp.shape(slopes)}")
+  scales = {"key_scales": key_scales}
+  if value is key:
+    if value_scales is not None and value_scales is not key_scales:
+      raise ValueError("value_scales must be None where the values are the keys")
+  else:
+    scales["value_scales"] = value_scales
+  for name, array in scales.items():
+    if (array is None) == (key.dtype == jnp.int8):
+      raise ValueError(f"{name} must be given for int8 caches, and only for those; "
+                       f"the caches are {key.dtype}")
+    if array is not None and (array.shape != key.shape[:-1] or array.dtype != jnp.float32):
+      raise ValueError(f"{name} must be float32{list(key.shape[:-1])}; "
+                       f"got {array.dtype}{list(array.shape)}")
+  if not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
+    raise ValueError(f"lengths must be integers; got {jnp.result_type(lengths)}")
+  if jnp.shape(lengths) != query.shape[:-3]:
+    raise ValueError(f"lengths must be {query.shape[:-3]}, one per sequence; "
+                     f"got {jnp.shape(lengths)}")
+  if not isinstance(lengths, jax.core.Tracer) and np.size(lengths):
+    lengths = np.asarray(lengths)  # By jnp it would be traced, inside a jit that closes over it.
+    low, high = lengths.min(), lengths.max()
+    if low < 0 or high > key.shape[-3]:
+      raise ValueError(f"length {low if low < 0 else high} is outside the cache of "
+                       f"{key.shape[-3]} positions")

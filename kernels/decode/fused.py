@@ -1,0 +1,84 @@
+"""What the decode kernels of all backends have in common: mesh, `vmap`, lengths.
+
+A backend module has two functions:
+
+  unsupported(query, key, value, *, chip) -> the first requirement that is not met, or None
+  forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value_scales, chip)
+      -> out
+
+with arguments and result as `xla.attend` has them, float32 slopes, and lengths in [0, S].
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from .. import mesh as meshes
+from .xla import nan_outside
+
+OP = "decode_attention"
+
+
+def attention(arrays, alibi_slopes, *, scale, backend, chip):
+  """Attention by one backend's kernel: batch over the data axes, heads over the model axis.
+
+  Args:
+    arrays: the array arguments of `xla.attend` by name, without the slopes.
+  """
+  slopes = None if alibi_slopes is None else jnp.asarray(alibi_slopes, jnp.float32)
+  local = functools.partial(_one_device, functools.partial(
+      backend.forward, scale=scale, chip=chip))
+  query, key = arrays["query"], arrays["key"]
+  mesh = meshes.current(query, key)
+  free = meshes.to_take_over(mesh)
+  if not free:
+    return local(arrays, slopes)
+  batch = meshes.partition(query, 0, meshes.BATCH_AXES, mesh) or None
+  heads = meshes.partition(query, 2, (meshes.HEAD_AXIS,), mesh)
+  shards = 1
+  for axis in heads:
+    shards *= mesh.shape[axis]
+  kv_heads = key.shape[2]
+  if kv_heads > 1 and kv_heads % shards:
+    heads = ()  # A shard would need a part of the key heads that is not its own.
+  heads = heads or None
+  cache_heads = heads if kv_heads > 1 else None
+  specs = dict(query=P(batch, None, heads, None), lengths=P(batch))
+  for name in ("key", "value"):
+    specs[name] = P(batch, None, cache_heads, None)
+    specs[f"{name}_scales"] = P(batch, None, cache_heads)
+  specs = {name: None if x is None else specs[name] for name, x in arrays.items()}
+  specs = specs, None if slopes is None else P(heads)
+  arrays = jax.tree.map(lambda x, spec: meshes.reshard(x, spec, mesh), (arrays, slopes), specs)
+  return jax.shard_map(local, mesh=mesh, axis_names=free, in_specs=specs,
+                       out_specs=specs[0]["query"])(*arrays)
+
+
+def _one_device(forward, arrays, slopes):
+  *values, slopes = meshes.varying_together(*arrays.values(), slopes)
+
+  @jax.custom_batching.custom_vmap
+  def attend(arrays, slopes):
+    lengths, max_len = arrays["lengths"], arrays["key"].shape[1]
+    out = forward(**arrays | dict(lengths=jnp.clip(lengths, 0, max_len)), alibi_slopes=slopes)
+    return nan_outside(out, lengths, max_len)
+
+  @attend.def_vmap
+  def fold(size, batched, arrays, slopes):
+    """Mapped sequences become more sequences; with slopes of their own, one call after another."""
+    if batched[1]:
+      pick = lambda i: lambda x, is_batched: x[i] if is_batched else x
+      out = jax.lax.map(lambda i: attend(
+          jax.tree.map(pick(i), arrays, batched[0]), slopes[i]), jnp.arange(size))
+      return out, True
+
+    def merge(x, is_batched):
+      x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+      return x.reshape(size * x.shape[1], *x.shape[2:])
+
+    out = attend(jax.tree.map(merge, arrays, batched[0]), slopes)
+    return out.reshape(size, -1, *out.shape[1:]), True
+
+  return attend(dict(zip(arrays, values)), slopes)

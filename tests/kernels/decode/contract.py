@@ -1,0 +1,112 @@
+"""What every decode kernel must satisfy: drawn cases, the oracle in float64, the bound.
+
+A backend's test draws `cases(...)`, computes `inputs(case)`, and calls
+`check(case, arrays, result)` with what its `forward` made of them.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from palm_haiku.kernels import alibi_slopes
+from palm_haiku.kernels.decode import xla
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One call."""
+
+  lengths: tuple[int, ...] = (5, 40)
+  max_len: int = 40
+  num_queries: int = 1
+  heads: int = 8
+  kv_heads: int = 1
+  dim_head: int = 128
+  dtype: str = "bfloat16"
+  int8: bool = False
+  shared: bool = False  # the values are the keys
+  alibi: bool = True
+  scale: float = 0.1
+  seed: int = 0
+
+
+@st.composite
+def cases(draw, *, dims=(64, 128), dtypes=("bfloat16", "float32"), max_len=300,
+          heads=((1, 1), (8, 1), (3, 1), (4, 2), (3, 3))):
+  """Cases as varied as the contract: lengths 0, 1, odd and full, fewer than the queries too."""
+  max_len = draw(st.one_of(st.integers(4, max_len), st.sampled_from(
+      [n for n in (16, 127, 128, 129, 256) if n <= max_len])))
+  length = st.one_of(st.integers(0, max_len), st.sampled_from([0, 1, max_len - 1, max_len]))
+  num_heads, kv_heads = draw(st.sampled_from(heads))
+  return Case(
+      lengths=tuple(draw(st.lists(length, min_size=1, max_size=3))), max_len=max_len,
+      num_queries=draw(st.integers(1, 4)), heads=num_heads, kv_heads=kv_heads,
+      dim_head=draw(st.sampled_from(dims)), dtype=draw(st.sampled_from(dtypes)),
+      int8=draw(st.booleans()), shared=draw(st.booleans()), alibi=draw(st.booleans()),
+      scale=draw(st.sampled_from([0.1, -0.2])), seed=draw(st.integers(0, 10**6)))
+
+
+def inputs(case: Case) -> dict:
+  """Random arrays of a case, by `xla.attend`'s names; what is not filled is large."""
+  rng = np.random.default_rng(case.seed)
+  cache = (len(case.lengths), case.max_len, case.kv_heads)
+  empty = np.arange(case.max_len)[:, None, None] >= np.reshape(case.lengths, (-1, 1, 1, 1))
+
+  def one_cache():
+    if case.int8:
+      numbers = rng.integers(-127, 128, (*cache, case.dim_head))
+      return (jnp.asarray(np.where(empty, 127, numbers), jnp.int8),
+              jnp.asarray(rng.uniform(0.002, 0.02, cache), jnp.float32))
+    numbers = rng.normal(size=(*cache, case.dim_head))
+    return jnp.asarray(np.where(empty, 1e4, numbers), case.dtype), None
+
+  key, key_scales = one_cache()
+  value, value_scales = (None, None) if case.shared else one_cache()
+  query = rng.normal(size=(len(case.lengths), case.num_queries, case.heads, case.dim_head))
+  return dict(
+      query=jnp.asarray(query, case.dtype), key=key, value=value,
+      lengths=jnp.asarray(case.lengths, jnp.int32), key_scales=key_scales,
+      value_scales=value_scales,
+      alibi_slopes=jnp.asarray(alibi_slopes(case.heads), jnp.float32) if case.alibi else None)
+
+
+def exact(case: Case, arrays: dict) -> np.ndarray:
+  """The result in float64, by numpy, one row at a time from the formula."""
+  wide = {name: None if x is None else np.asarray(x, np.float64) for name, x in arrays.items()}
+  key, value = wide["key"], wide["value"]
+  if case.int8:
+    key = key * wide["key_scales"][..., None]
+    value = None if value is None else value * wide["value_scales"][..., None]
+  value = key if value is None else value
+  out = np.zeros(wide["query"].shape)
+  for b, i, h in np.ndindex(out.shape[:3]):
+    position = case.lengths[b] - case.num_queries + i
+    if position < 0:
+      continue
+    seen, kv_head = slice(0, position + 1), h // (case.heads // case.kv_heads)
+    scores = case.scale * key[b, seen, kv_head] @ wide["query"][b, i, h]
+    if case.alibi:
+      scores += wide["alibi_slopes"][h] * (np.arange(position + 1) - position)
+    weights = np.exp(scores - scores.max())
+    out[b, i, h] = weights @ value[b, seen, kv_head] / weights.sum()
+  return out
+
+
+def check(case: Case, arrays: dict, got) -> None:
+  """Asserts that a result is at most twice as far from float64 as the XLA path is."""
+  want = exact(case, arrays)
+  assert got.shape == want.shape and got.dtype == case.dtype
+  compare = np.asarray(
+      jax.jit(functools.partial(xla.attend, scale=case.scale))(**arrays), np.float64)
+  got = np.asarray(got, np.float64)
+  assert np.all(np.isfinite(got)), f"not finite, for {case}"
+  nothing = np.asarray(case.lengths)[:, None] - case.num_queries + np.arange(case.num_queries) < 0
+  np.testing.assert_array_equal(got[nothing], 0)
+  # A few roundings of the largest value, where the XLA path happens to be nearly exact.
+  floor = 4 * float(jnp.finfo(case.dtype).eps) * np.abs(want).max(initial=0)
+  error, allowed = np.abs(got - want).max(), max(floor, 2 * np.abs(compare - want).max())
+  assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}, for {case}"
