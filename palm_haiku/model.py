@@ -179,10 +179,7 @@ class PaLM(hk.Module):
     embedding = hk.get_parameter(
         "embedding", (c.num_tokens, c.dim), init=hk.initializers.RandomNormal())
     tokens = constrain(tokens, ("batch", "sequence")[-tokens.ndim:], self.rules)
-    # Columns as the residual stream has them: XLA's partitioner has no good way between others.
-    columns = (None, "residual") if self.rules.residual else ("vocab", None)
-    rows = constrain(jnp.asarray(embedding, self.dtype), columns, self.rules)
-    x = rows.at[tokens].get(mode="fill", fill_value=jnp.nan)
+    x = jnp.asarray(embedding, self.dtype).at[tokens].get(mode="fill", fill_value=jnp.nan)
     x = self._between_layers(x)
 
     stack = functools.partial(hk.layer_stack, c.depth, name="layers")
