@@ -1,7 +1,6 @@
 """Which implementation of an op runs where, and why."""
 
 import importlib
-import math
 import types
 from typing import NamedTuple
 
@@ -20,9 +19,6 @@ KERNELS = {
     "linear_cross_entropy": _EVERY,
     "decode_attention": (),
 }
-
-# Dimensions of an op's first array that its kernels see one by one; those before are one.
-_DIMENSIONS = {"flash_attention": 3, "linear_cross_entropy": 1, "decode_attention": 3}
 
 # JAX's name of a chip (lower case, by its beginning) and ours.
 _CHIPS = {
@@ -62,9 +58,7 @@ def target(*arrays: jax.Array) -> Target:
 
 def kernel_module(op: str, implementation: str) -> types.ModuleType:
   """The module of an op's backend; imported when first needed."""
-  folder = {"flash_attention": "attention", "parallel_attention_ffn": "parallel_block",
-            "linear_cross_entropy": "cross_entropy", "decode_attention": "decode"}[op]
-  return importlib.import_module(f".{folder}.{implementation}", __package__)
+  return _module(op, implementation)
 
 
 def explain(op: str, implementation: str = "auto", *arrays) -> Choice:
@@ -74,7 +68,8 @@ def explain(op: str, implementation: str = "auto", *arrays) -> Choice:
     op: the name of a public op, such as "flash_attention".
     implementation: what the caller would pass to it.
     arrays: of the op, or `jax.ShapeDtypeStruct`s: query, key, value of attention; x, embedding
-      of the loss; query and both caches when decoding. Without them the answer leaves out what depends on shapes.
+      of the loss; query and both caches when decoding. They are whole; under a mesh, what counts
+      is what a device has of them. Without them the answer leaves out what depends on shapes.
 
   Raises:
     ValueError: an unknown op or implementation, or a backend asked for by name that cannot
@@ -89,7 +84,8 @@ def explain(op: str, implementation: str = "auto", *arrays) -> Choice:
     return Choice("xla", "asked for by name")
   on = target(*(x for x in arrays[:2] if isinstance(x, jax.Array)))
   fitting = _fitting(on)
-  arrays = tuple(_with_one_batch(x, _DIMENSIONS[op]) for x in arrays)
+  if arrays and KERNELS[op]:
+    arrays = _module(op, "fused").on_one_device(*arrays)
 
   if implementation == "auto":
     if fitting not in KERNELS[op]:
@@ -126,11 +122,10 @@ def chip_for(implementation: str, on: Target) -> str | None:
   return on.chip if on.platform == own else None
 
 
-def _with_one_batch(array, dimensions):
-  if array is None:
-    return None
-  lead, rest = array.shape[:-dimensions], array.shape[-dimensions:]
-  return jax.ShapeDtypeStruct((math.prod(lead), *rest), array.dtype)
+def _module(op, name):
+  folder = {"flash_attention": "attention", "parallel_attention_ffn": "parallel_block",
+            "linear_cross_entropy": "cross_entropy", "decode_attention": "decode"}[op]
+  return importlib.import_module(f".{folder}.{name}", __package__)
 
 
 def _fitting(on: Target) -> str | None:

@@ -5,6 +5,8 @@ Explicit mode keep the sharding that an array's type carries; axes in Auto mode 
 below; over any other axis the work is repeated.
 """
 
+import math
+
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
@@ -13,12 +15,11 @@ HEAD_AXIS = "model"  # heads, and the columns of weights, over this
 SEQUENCE_AXIS = "seq"  # positions within a sequence, over this
 
 
-def current(*arrays: jax.Array) -> jax.sharding.AbstractMesh:
+def current(*arrays: jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.AbstractMesh:
   """The mesh that the arrays live on, else that of the context; it may be empty."""
   for array in arrays:
-    mesh = jax.typeof(array).sharding.mesh
-    if not mesh.empty:
-      return mesh
+    if isinstance(array, jax.Array) and not jax.typeof(array).sharding.mesh.empty:
+      return jax.typeof(array).sharding.mesh
   return jax.sharding.get_abstract_mesh()
 
 
@@ -38,27 +39,38 @@ def to_take_over(mesh: jax.sharding.AbstractMesh) -> set[str]:
   return {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
 
 
-def partition(array: jax.Array, dim: int, names: tuple[str, ...],
+def devices(mesh: jax.sharding.AbstractMesh, axes: tuple[str, ...]) -> int:
+  """How many devices there are along the axes together."""
+  return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def partition(array: jax.Array | jax.ShapeDtypeStruct, dim: int, names: tuple[str, ...],
               mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
   """The mesh axes that dimension `dim` is divided over.
 
   Args:
-    array: whose type tells about Explicit axes.
+    array: whose type tells about Explicit axes; of a ShapeDtypeStruct only the shape counts.
     dim: one of its dimensions.
     names: Auto axes to use as far as they divide the dimension.
   """
-  spec = jax.typeof(array).sharding.spec
+  spec = jax.typeof(array).sharding.spec if isinstance(array, jax.Array) else ()
   entry = spec[dim] if dim < len(spec) else None
   entry = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
   axes = tuple(name for name in entry if mesh.shape[name] > 1)
-  size = array.shape[dim]
-  for axis in axes:
-    size //= mesh.shape[axis]
+  size = array.shape[dim] // devices(mesh, axes)
   for name in names:
     if name in axes_of_kind(mesh, AxisType.Auto) and size % mesh.shape[name] == 0:
       axes += (name,)
       size //= mesh.shape[name]
   return axes
+
+
+def with_one_batch(array, dimensions: int) -> jax.Array | jax.ShapeDtypeStruct:
+  """The array, or a type, whose dimensions before the last ones are one."""
+  if array.ndim == dimensions + 1:
+    return array  # with what its type tells about Explicit axes
+  lead, rest = array.shape[:-dimensions], array.shape[-dimensions:]
+  return jax.ShapeDtypeStruct((math.prod(lead), *rest), array.dtype)
 
 
 def reshard(array: jax.Array, spec: PartitionSpec, mesh: jax.sharding.AbstractMesh) -> jax.Array:

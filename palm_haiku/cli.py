@@ -140,33 +140,20 @@ def _parser() -> argparse.ArgumentParser:
   generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
   _add_implementation(generate)
 
+  from palm_haiku.plan.command import add_arguments as add_plan_arguments
   plan = commands.add_parser(
       "plan", help="compile a step for a machine that is not here", description="Compile a training "
-      "step for chips that are not here: whether it fits, what\ntravels between them, and at least "
+      "step for chips that are not here: whether it fits, what\ntravels between them, and "
       "how long it takes.",
       epilog="examples:\n"
       "  palm-haiku plan --model palm-8b --topology v5p:4x4x4 --mesh fsdp=64 --batch-size 512\n"
       "  palm-haiku plan --model palm-540b --topology v4:12x16x16 --slices 2 --mesh paper "
-      "\\\n      --batch-size 2048 --shard-residual --optimizer palm",
+      "\\\n      --batch-size 2048 --shard-residual --optimizer palm --plot 540b.png\n"
+      "  palm-haiku plan --model palm-62b --topology v5p:8x8x8 --batch-size 1024 --sweep",
       formatter_class=argparse.RawDescriptionHelpFormatter)
   plan.set_defaults(run=_plan, parser=plan)
   _add_model_options(plan)
-  plan.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="of a TPU slice, such "
-                    "as v5p:4x4x4, or a node's GPUs, such as h200:8")
-  plan.add_argument("--slices", type=int, default=1, metavar="N", help="or nodes (default 1)")
-  plan.add_argument("--mesh", default="fsdp", metavar="AXES", help="as for train (default fsdp)")
-  plan.add_argument("--batch-size", type=int, required=True, help="sequences per step")
-  plan.add_argument("--accumulate", type=int, default=1, metavar="N", help="as for train")
-  plan.add_argument("--seq-len", type=int, default=2048, help="default 2048")
-  plan.add_argument("--optimizer", choices=("adamw", "palm"), default="adamw")
-  plan.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16",
-                    help="default bfloat16")
-  plan.add_argument("--remat", choices=("none", "attention", "full"), default="full",
-                    help="default full")
-  plan.add_argument("--shard-residual", action="store_true", help="as for train")
-  plan.add_argument("--json", action="store_true", help="one object instead of tables")
-  plan.add_argument("--timeout", type=float, default=1800, metavar="SECONDS",
-                    help="of the compiler (default 1800)")
+  add_plan_arguments(plan)
   _add_implementation(plan)
 
   convert = commands.add_parser(
@@ -360,51 +347,9 @@ def _generate(args) -> int:
 
 
 def _plan(args) -> int:
-  import json
+  from palm_haiku.plan import command
 
-  from palm_haiku import plan
-  from palm_haiku.recipe import TrainConfig
-
-  model = _model(args, None)
-  if model is None:
-    raise ValueError("plan needs --model, or --dim, --depth and --heads")
-  machine = plan.Machine(args.topology, args.slices)
-  config = TrainConfig(
-      model=model, implementation=args.implementation or "auto",
-      **{name: getattr(args, name) for name in (
-          "mesh", "batch_size", "accumulate", "seq_len", "optimizer", "dtype", "remat",
-          "shard_residual")})
-  found = plan.plan(config, machine, timeout=args.timeout)
-  if args.json:
-    print(json.dumps(found))
-    return 0
-  console = rich.console.Console()
-  console.print(f"{found['params']:,} parameters on {found['chips']:,} {machine.chip}, "
-                f"compiled in {found['compile_seconds']:.0f} s", highlight=False)
-  room = found["hbm_limit_bytes"] - found["hbm_per_chip_bytes"]
-  table = rich.table.Table("memory of a chip", "GiB", box=None)
-  for name, size in (("parameters, optimizer, batch", found["state_bytes"]),
-                     ("activations, temporaries", found["temporary_bytes"]),
-                     ("program", found["code_bytes"]), ("all", found["hbm_per_chip_bytes"]),
-                     ("room" if found["fits"] else "[bold]too much", abs(room))):
-    table.add_row(name, f"{size / 2**30:.2f}")
-  console.print(table)
-  table = rich.table.Table("transfer", "axis", "times a step", "GB", "GB sent by a chip", box=None)
-  for one in found["collectives"]:
-    table.add_row(one["kind"], one["axis"], f"{one['count']:,}", f"{one['bytes'] / 1e9:.3g}",
-                  f"{one['sent_bytes'] / 1e9:.3g}")
-  console.print(table)
-  table = rich.table.Table("at least", "seconds", box=None)
-  for name, seconds in (("products", found["compute_seconds"]), ("memory", found["memory_seconds"]),
-                        ("network inside", found["network_seconds"]["inside"]),
-                        ("network between", found["network_seconds"]["between"]),
-                        ("step", found["step_seconds"])):
-    table.add_row(name, f"{seconds:.3g}")
-  console.print(table)
-  console.print(f"at most: MFU {found['mfu']:.1%}, HFU {found['hfu']:.1%}", highlight=False)
-  if not found["loops_known"]:
-    console.print("the length of a loop is not known: transfers inside count once")
-  return 0
+  return command.run(args, _model(args, None))
 
 
 def _convert(args) -> int:

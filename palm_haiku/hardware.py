@@ -1,15 +1,11 @@
 """What a plan needs to know of chips and of the networks between them, with its sources.
 
-Peak FLOP/s and memory bandwidth are those of `kernels.aot.targets.TARGETS`, from the makers' data
-sheets. Here is what a single chip's compiler does not ask for: nominal speeds of links, not
-measured, and memory, which has been compared with the compiler's own limit on a v4 alone.
+Peak FLOP/s and memory bandwidth are those of `kernels.aot.targets.TARGETS`, from the same pages.
+All are nominal speeds, none was measured; memory has been compared with the compiler's own limit
+on a v4 alone.
 """
 
 import dataclasses
-
-_CLOUD = "cloud.google.com/tpu/docs/%s: interchip interconnect per chip, both directions"
-_HBM = "; memory: what XLA's compiler says that a program may use"
-_NVIDIA = "NVIDIA %s data sheet: NVLink, both directions, and memory; one 400 Gb/s port per GPU"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,19 +13,31 @@ class Network:
   """Memory that a program may use, and links, of one chip."""
 
   hbm: float  # bytes
-  inside: float  # bytes/s out of one chip, within a slice or node
+  inside: float  # bytes/s out of one chip, within a slice or node, over all its links
   between: float  # bytes/s out of one chip, between slices or nodes
+  dims: int  # of the torus; each has two of a chip's links. 1 for a switch
   source: str
 
 
-# Between TPU slices: 200 Gb/s to a host of four chips (eight for v5e and v6e, which hosts share),
-# an assumption that the clouds' pages do not state for each of them.
+_CLOUD = "cloud.google.com/tpu/docs/%s; memory: what XLA's compiler lets a program use"
+_NVIDIA = ("NVIDIA's %s data sheet: memory; NVLink, half of both directions. Between nodes one "
+           "400 Gb/s port for a GPU, an assumption")
+
+# Google's pages give what a chip sends and receives together; half of it is here. That of a v4 is
+# from "TPU v4: An Optically Reconfigurable Supercomputer" (arXiv:2304.01433), six links of 50 GB/s.
 NETWORKS: dict[str, Network] = {
-    "v4": Network(30.75 * 2**30, 2400e9 / 8 / 2, 200e9 / 8 / 4, _CLOUD % "v4" + _HBM),
-    "v5e": Network(15.75 * 2**30, 1600e9 / 8 / 2, 200e9 / 8 / 8, _CLOUD % "v5e" + _HBM),
-    "v5p": Network(95.74 * 2**30, 4800e9 / 8 / 2, 200e9 / 8 / 4, _CLOUD % "v5p" + _HBM),
-    "v6e": Network(31.25 * 2**30, 3584e9 / 8 / 2, 200e9 / 8 / 8, _CLOUD % "v6e" + _HBM),
-    "h100": Network(80e9, 900e9 / 2, 400e9 / 8, _NVIDIA % "H100 SXM"),
-    "h200": Network(141e9, 900e9 / 2, 400e9 / 8, _NVIDIA % "H200 SXM"),
-    "b200": Network(180e9, 1800e9 / 2, 400e9 / 8, _NVIDIA % "HGX B200"),
+    "v4": Network(30.75 * 2**30, 300e9, 50e9 / 8, 3, _CLOUD % "v4" + "; between slices the 50 Gb/s "
+                  "of a v5p, an assumption"),
+    "v5e": Network(15.75 * 2**30, 200e9, 25e9 / 8, 2,
+                   _CLOUD % "v5e" + "; between slices two 100 Gb/s ports for eight chips"),
+    "v5p": Network(95.74 * 2**30, 600e9, 50e9 / 8, 3, _CLOUD % "v5p"),
+    "v6e": Network(31.25 * 2**30, 400e9, 100e9 / 8, 2, _CLOUD % "v6e"),
+    "h100": Network(80e9, 450e9, 400e9 / 8, 1, _NVIDIA % "H100 SXM"),
+    "h200": Network(141e9, 450e9, 400e9 / 8, 1, _NVIDIA % "H200 SXM"),
+    "b200": Network(180e9, 900e9, 400e9 / 8, 1, _NVIDIA % "HGX B200"),
 }
+
+# The share of the peak at which a step's products run, where published training runs tell: one
+# constant for a chip, the geometric mean of what each run needs. `python -m benchmarks plan` has
+# the runs and computes it again.
+ACHIEVED: dict[str, float] = {}

@@ -1,11 +1,17 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 
 from palm_haiku import cli, configs, plan
+from palm_haiku.hardware import NETWORKS
 from palm_haiku.kernels.aot import targets
+from palm_haiku.plan import child, flops, transfers
 from palm_haiku.recipe import TrainConfig
 
 TINY = ["--dim", "256", "--depth", "3", "--heads", "4", "--seq-len", "128"]
@@ -14,7 +20,7 @@ TINY = ["--dim", "256", "--depth", "3", "--heads", "4", "--seq-len", "128"]
 @pytest.mark.parametrize("name, tera", [("palm-8b", 0.0550), ("palm-62b", 0.388),
                                         ("palm-540b", 3.28)])
 def test_flops_of_the_paper(name, tera):
-  counted = plan.model_flops_per_token(configs[name], 2048)
+  counted = flops.model_flops_per_token(configs[name], 2048)
   assert counted / 1e12 == pytest.approx(tera, rel=0.02)
   assert counted == pytest.approx(configs[name].train_flops_per_token(2048), rel=1e-3)
 
@@ -25,9 +31,9 @@ def test_remat_is_counted_in_the_step():
   config = TrainConfig(model=configs["palm-540b"], seq_len=2048, dtype="bfloat16", remat="full")
   again = 2 * config.model.num_tokens * config.model.dim
   want = config.model.train_flops_per_token(2048, remat="full") + again
-  assert plan.flops_per_token(config) == pytest.approx(want, rel=0.005)
+  assert flops.flops_per_token(config) == pytest.approx(want, rel=0.005)
   none = dataclasses.replace(config, remat="none")
-  assert plan.flops_per_token(none) < 0.85 * want
+  assert flops.flops_per_token(none) < 0.85 * want
 
 
 HLO = """\
@@ -60,7 +66,7 @@ ENTRY %main (a: f32[16]) -> f32[4] {
 
 
 def test_collectives_have_axes_bytes_and_turns():
-  found, known = plan.collectives(HLO, {"data": 2, "model": 4}, slice_size=4)
+  found, known = transfers.collectives(HLO, {"data": 2, "model": 4}, slice_size=4)
   rows = {(row["kind"], row["axis"]): row for row in found}
   assert known and len(rows) == 4
   gather = rows["all-gather", "data"]
@@ -73,7 +79,26 @@ def test_collectives_have_axes_bytes_and_turns():
   assert rows["collective-permute", "model"]["bytes"] == 40
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+def test_a_torus_carries_what_its_dimension_can():
+  where = [(0, 0), (0, 1), (1, 0), (1, 1)] * 2  # two slices of 2 x 2
+  found, _ = transfers.collectives(HLO, {"data": 2, "model": 4}, slice_size=4, coordinates=where)
+  rows = {(row["kind"], row["axis"]): row for row in found}
+  assert rows["reduce-scatter", "model"]["dims"] == [0, 1]
+  assert rows["collective-permute", "model"]["dims"] == [0, 1]
+  found = [dict(sent_bytes=60.0, between=False, dims=[0]),
+           dict(sent_bytes=40.0, between=False, dims=[0, 1]),
+           dict(sent_bytes=7.0, between=True, dims=[])]
+  # 80 bytes go along the first dimension, which has half of the links.
+  assert transfers.seconds(found, inside=10.0, between=7.0, dims=2) == {
+      "inside": 16.0, "between": 1.0}
+  assert transfers.seconds([], inside=10.0, between=7.0, dims=1) == {"inside": 0, "between": 0}
+
+
+needs_libtpu = pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+
+
+@needs_libtpu
 def test_a_small_plan(capsys):
   assert cli.main(["plan", *TINY, "--topology", "v5e:2x2", "--mesh", "fsdp=2,model=2",
                    "--batch-size", "8", "--implementation", "xla", "--json"]) == 0
@@ -85,6 +110,18 @@ def test_a_small_plan(capsys):
   assert found["hbm_per_chip_bytes"] >= found["state_bytes"]
   assert 0 < found["mfu"] < found["hfu"] <= 1 and found["compile_seconds"] > 0
   assert {"fsdp", "model"} <= {row["axis"] for row in found["collectives"]}
+  assert found["implementations"]["flash_attention"]["implementation"] == "xla"
+  assert found["kernels"] == 0
+
+
+@needs_libtpu
+def test_kernels_are_in_the_step(capsys, tmp_path):
+  file = tmp_path / "plan.png"
+  assert cli.main(["plan", *TINY, "--topology", "v5e:2x2", "--mesh", "fsdp=2,model=2",
+                   "--batch-size", "8", "--plot", str(file)]) == 0
+  out = capsys.readouterr().out
+  assert "the fused kernel for v5e" in out and "flash_attention" in out and "forecast" in out
+  assert file.read_bytes()[:4] == b"\x89PNG"
 
 
 PLAN = ["plan", *TINY, "--batch-size", "8"]
@@ -99,6 +136,11 @@ PLAN = ["plan", *TINY, "--batch-size", "8"]
     ([*PLAN, "--topology", "v5e:4x4"], "batch_size must be a multiple of the mesh axes"),
     ([*PLAN, "--topology", "v5e:2x2", "--slices", "2"], "a multiple of the 2 slices; got 1"),
     (["plan", "--topology", "v5e:2x2", "--batch-size", "8"], "plan needs --model"),
+    ([*PLAN, "--topology", "v5e:2x2", "--sweep", "--limit", "0"], "--limit must be at least 1"),
+    ([*PLAN, "--topology", "v5e:2x2", "--sweep", "--mesh", "fsdp=8"], "is for 8 devices"),
+    ([*PLAN, "--topology", "v5e:4x4", "--batch-size", "1", "--sweep"], "no mesh of data, fsdp and "
+     "model divides"),
+    ([*PLAN, "--topology", "v5e:2x2", "--plot", "no/where.png"], "there is no directory no"),
 ])
 def test_bad_input_is_one_line(argv, message, capsys):
   assert cli.main(argv) == 2
@@ -114,7 +156,95 @@ def test_a_missing_compiler_names_its_wheel(topology, monkeypatch):
 
 
 def test_a_compiler_that_dies_is_one_line(monkeypatch):
-  monkeypatch.setattr(plan.sys, "executable", "/bin/false")
+  monkeypatch.setattr(child.sys, "executable", "/bin/false")
   config = TrainConfig(model=configs["palm-tiny"], batch_size=4, mesh="fsdp")
   with pytest.raises(plan.PlanError, match="the compiler died .exit status 1.: without a word"):
     plan.plan(config, plan.Machine("v5e:2x2"))
+
+
+CONFIG = TrainConfig(model=configs["palm-tiny"], batch_size=8, mesh="fsdp")
+
+
+def test_a_compiler_that_takes_too_long_is_one_line():
+  with pytest.raises(plan.PlanError, match="not compiled after 0 s"):
+    plan.plan(CONFIG, plan.Machine("v5e:2x2"), timeout=0.1)
+
+
+def test_a_program_too_large_is_one_line():
+  assert child._out_of_memory(
+      "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+      "Used 37.50G of 30.75G hbm. Exceeded hbm capacity by 6.75G.") == (
+          "needs 37.50GiB of a chip's 30.75GiB")
+  assert child._out_of_memory("RESOURCE_EXHAUSTED: no more ideas") is None
+
+
+def test_a_compiler_ends_with_its_parent():
+  # The child is ours to end by closing its stdin, which whatever ends a parent does.
+  running = subprocess.Popen(
+      [sys.executable, "-c", "import time\n"
+       "from palm_haiku.plan import child\n"
+       "child.compile_step = lambda *_: time.sleep(200)\n"
+       "child.main()"],
+      stdin=subprocess.PIPE, text=True, env=dict(os.environ, JAX_PLATFORMS="cpu"))
+  try:
+    running.stdin.write(json.dumps({"config": dataclasses.asdict(CONFIG),
+                                    "machine": {"topology": "v5e:2x2"}}) + "\n")
+    running.stdin.flush()
+    time.sleep(5)
+    assert running.poll() is None
+    running.stdin.close()
+    assert running.wait(20) == 1
+  finally:
+    running.kill()
+
+
+def test_candidates_divide_chips_heads_and_batch():
+  found = list(plan.candidates(CONFIG, plan.Machine("v5e:4x2")))
+  meshes = list(dict.fromkeys(one.mesh for one in found))
+  # Four heads; as few copies of the parameters as there can be, first.
+  assert meshes[:3] == ["data=1,fsdp=8,model=1", "data=1,fsdp=4,model=2", "data=1,fsdp=2,model=4"]
+  assert len(meshes) == 9 and len(found) == 27
+  two = plan.candidates(CONFIG, plan.Machine("v5e:2x2", 2), remats=["full"])
+  assert all(not one.mesh.startswith("data=1,") for one in two)
+  odd = dataclasses.replace(CONFIG, batch_size=6)  # not over eight or four
+  assert {one.mesh for one in plan.candidates(odd, plan.Machine("v5e:4x2"))} == {
+      "data=1,fsdp=2,model=4", "data=2,fsdp=1,model=4"}
+
+
+def test_a_sweep_ranks_what_fits_and_keeps_what_failed(monkeypatch):
+  outcomes = {"full": dict(fits=True, step_seconds=2.0), "attention": dict(fits=True, step_seconds=1.0),
+              "none": dict(fits=False, step_seconds=0.5)}
+
+  def fake(config, machine, timeout):
+    if config.mesh == "data=1,fsdp=4,model=1":
+      raise plan.PlanError("the compiler died")
+    return dict(hbm_per_chip_bytes=1, network_seconds={"inside": 0.1}) | outcomes[config.remat]
+
+  monkeypatch.setattr(sys.modules["palm_haiku.plan.sweep"], "plan", fake)
+  seen = []
+  tried = [plan.Candidate(mesh, remat) for mesh in ("data=1,fsdp=4,model=1", "data=1,fsdp=2,model=2")
+           for remat in outcomes]
+  rows = plan.sweep(CONFIG, plan.Machine("v5e:2x2"), tried, on_row=seen.append)
+  assert len(seen) == len(rows) == 6
+  assert [row["remat"] for row in rows[:3]] == ["attention", "full", "none"]
+  assert [row["error"] for row in rows] == [None] * 3 + ["the compiler died"] * 3
+
+
+@needs_libtpu
+def test_a_small_sweep(capsys, tmp_path):
+  argv = ["plan", *TINY, "--topology", "v5e:2x2", "--batch-size", "8", "--sweep", "--remat", "full",
+          "--limit", "2", "--plot", str(tmp_path / "sweep.png")]
+  assert cli.main([*argv, "--json"]) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert {row["mesh"] for row in found["rows"]} == {"data=1,fsdp=4,model=1",
+                                                    "data=1,fsdp=2,model=2"}
+  assert found["left_out"] == 4 and found["best"]["mesh"] == found["rows"][0]["mesh"]
+  assert all(row["error"] is None and row["fits"] for row in found["rows"])
+  assert found["rows"][0]["step_seconds"] <= found["rows"][1]["step_seconds"]
+  assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_chip_that_is_planned_for_has_sources():
+  for name, network in NETWORKS.items():
+    assert name in targets.TARGETS and network.source
+    assert network.dims == {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}.get(name, 1)

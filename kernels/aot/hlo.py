@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from .errors import UnknownDump
 
@@ -31,6 +33,41 @@ class Buffer:
     return f"{self.dtype}[{','.join(map(str, self.shape))}] of {self.name}"
 
 
+class Instruction(NamedTuple):
+  """One line of a computation."""
+
+  computation: str
+  name: str
+  arrays: tuple[Buffer, ...]  # of its result
+  opcode: str
+  line: str
+
+
+def instructions(text: str) -> Iterator[Instruction]:
+  """The instructions of all computations of a program, in order.
+
+  Raises:
+    UnknownDump: the text has no entry computation, or an instruction of unknown form.
+  """
+  inside, entry = None, False
+  for line in text.splitlines():
+    if inside is None:
+      if start := _COMPUTATION.match(line):
+        inside, entry = start[2], entry or start[1] is not None
+    elif line.startswith("}"):
+      inside = None
+    elif match := _INSTRUCTION.match(line):
+      name, shapes, opcode = match.groups()
+      arrays = tuple(Buffer(name, dtype, tuple(int(d) for d in dims.split(",") if d), opcode)
+                     for dtype, dims in _ARRAY.findall(shapes))
+      yield Instruction(inside, name, arrays, opcode, line.strip())
+    elif re.match(r"\s+(ROOT )?%\S+ = ", line):
+      # The compiler's own attributes may run over lines; a result always has " = ".
+      raise UnknownDump(f"an HLO instruction of unknown form: {line.strip()[:200]}")
+  if not entry:
+    raise UnknownDump("the HLO text has no ENTRY computation")
+
+
 def buffers(text: str) -> list[Buffer]:
   """Every array that the program may hold in memory: all results but those inside fusions.
 
@@ -39,29 +76,11 @@ def buffers(text: str) -> list[Buffer]:
   """
   fused = {name for line in text.splitlines() if " fusion(" in line
            for name in re.findall(r"calls=%?([\w.<>\-]+)", line)}
-  found, inside, entry = [], None, False
-  for line in text.splitlines():
-    if inside is None:
-      if start := _COMPUTATION.match(line):
-        inside, entry = start[2], entry or start[1] is not None
-    elif line.startswith("}"):
-      inside = None
-    elif inside not in fused and line.strip():
-      instruction = _INSTRUCTION.match(line)
-      if not instruction:
-        # The compiler's own attributes may run over lines; a result always has " = ".
-        if re.match(r"\s+(ROOT )?%\S+ = ", line):
-          raise UnknownDump(f"an HLO instruction of unknown form: {line.strip()[:200]}")
-        continue
-      name, shapes, opcode = instruction.groups()
-      if opcode in _ALIASES or opcode.endswith(("-start", "-update", "-done")):
-        continue  # the last: copies to faster memory, as bytes
-      for dtype, dims in _ARRAY.findall(shapes):
-        shape = tuple(int(d) for d in dims.split(",") if d)
-        found.append(Buffer(name, dtype, shape, opcode))
-  if not entry:
-    raise UnknownDump("the HLO text has no ENTRY computation")
-  return found
+  # The last: copies to faster memory, as bytes.
+  return [array for one in instructions(text)
+          if one.computation not in fused and one.opcode not in _ALIASES
+          and not one.opcode.endswith(("-start", "-update", "-done"))
+          for array in one.arrays]
 
 
 def square(found: list[Buffer], rows: int, columns: int) -> list[Buffer]:

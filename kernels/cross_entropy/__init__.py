@@ -58,8 +58,7 @@ def linear_cross_entropy(
   # [sequences, T, D]: either may be divided over mesh axes of its own, so they stay apart.
   rows = x.shape[-2] if x.ndim > 2 else 1
   x = x.reshape(-1, rows, x.shape[-1])
-  flat = jax.ShapeDtypeStruct((x.shape[0] * x.shape[1], x.shape[2]), x.dtype)
-  choice = backend.explain(fused.OP, implementation, flat, embedding)
+  choice = backend.explain(fused.OP, implementation, x, embedding)
   log_z, logit = _statistics(
       x, embedding, targets.reshape(-1, rows).astype(jnp.int32), float(scale),
       choice.implementation)
@@ -92,9 +91,8 @@ def _statistics(x, embedding, targets, scale, implementation):
     x, embedding, targets = meshes.varying_together(x, embedding, targets)
     return flat(x, embedding, targets, vocabulary)
 
-  tokens = P(meshes.partition(x, 0, meshes.BATCH_AXES, mesh) or None,
-             meshes.partition(x, 1, (meshes.SEQUENCE_AXIS,), mesh) or None)
-  shards = mesh.shape[meshes.HEAD_AXIS] if meshes.HEAD_AXIS in free else 1
+  sequences, positions, shards = fused.divided(x, mesh)
+  tokens = P(sequences or None, positions or None)
   axis = meshes.HEAD_AXIS if shards > 1 else None
   rows = -(-vocabulary // shards)
   specs = P(*tokens, None), P(axis, None), tokens

@@ -26,6 +26,7 @@ and nothing of the size [N, V] exists: g has at most `BLOCK_BYTES`.
 
 import dataclasses
 import functools
+import math
 import types
 
 import jax
@@ -45,6 +46,37 @@ BLOCK_BYTES = 2**28  # of g
 MOST_ROWS = 7168
 LEAST_ROWS = 2048  # where there would be fewer, the tokens are divided as well
 WHOLE_TILES = 1024
+
+
+def divided(x, mesh) -> tuple[tuple[str, ...], tuple[str, ...], int]:
+  """The mesh axes that the first two dimensions of x are divided over, and parts of the vocabulary.
+
+  Args:
+    x: [sequences, T, D], or its type.
+  """
+  free = meshes.to_take_over(mesh)
+  if not free:
+    return (), (), 1
+  return (meshes.partition(x, 0, meshes.BATCH_AXES, mesh),
+          meshes.partition(x, 1, (meshes.SEQUENCE_AXIS,), mesh),
+          mesh.shape[meshes.HEAD_AXIS] if meshes.HEAD_AXIS in free else 1)
+
+
+def on_one_device(x, embedding):
+  """The types of what a device's kernel is given: [tokens, D], [rows of the vocabulary, D].
+
+  Args:
+    x, embedding: whole arrays or their types, [..., D] and [V, D].
+  """
+  mesh = meshes.current(x, embedding)
+  if x.ndim < 3:
+    x = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), 1, x.shape[-1]), x.dtype)
+  x = meshes.with_one_batch(x, 2)
+  sequences, positions, shards = divided(x, mesh)
+  tokens = x.shape[0] * x.shape[1] // meshes.devices(mesh, sequences + positions)
+  rows, dim = -(-embedding.shape[0] // shards), embedding.shape[1]
+  return (jax.ShapeDtypeStruct((tokens, dim), x.dtype),
+          jax.ShapeDtypeStruct((rows, dim), embedding.dtype))
 
 
 @dataclasses.dataclass(frozen=True)

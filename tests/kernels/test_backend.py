@@ -70,3 +70,36 @@ def test_auto_takes_the_kernel_of_the_loss(platform, kind, implementation):
         "linear_cross_entropy", "auto", array(*lead, 512), array(32_000, 512)).implementation
     assert choose(4, 1024) == implementation
     assert choose(4, 1) == "xla"
+
+
+def on_mesh(kind, **sizes):
+  device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="tpu")
+  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(
+      tuple(sizes.values()), tuple(sizes), abstract_device=device,
+      axis_types=(jax.sharding.AxisType.Auto,) * len(sizes)))
+
+
+def test_what_counts_under_a_mesh_is_what_a_device_has():
+  # PaLM-540B: 48 heads take more VMEM than a v4 has, the 4 of a device do not.
+  query, key = (jax.ShapeDtypeStruct((2048, 2048, heads, 256), "bfloat16") for heads in (48, 1))
+  choose = lambda *arrays: kernels.explain("flash_attention", "auto", *arrays)
+  with on_mesh("TPU v4", data=2, fsdp=256):
+    assert "VMEM of a v4; backward takes" in choose(query, key, key).reason
+  with on_mesh("TPU v4", data=2, fsdp=256, model=12):
+    assert choose(query, key, key).implementation == "mosaic_tpu"
+    few = jax.ShapeDtypeStruct((2048, 2048, 12, 256), "bfloat16")
+    # One key head of four for a device with a quarter of the query heads: they stay together.
+    assert kernels.attention.fused.on_one_device(few, key, None)[0].shape == (4, 2048, 1, 256)
+    assert kernels.attention.fused.on_one_device(
+        few, jax.ShapeDtypeStruct((2048, 2048, 4, 256), "bfloat16"), None)[0].shape[2] == 12
+
+
+def test_the_loss_counts_the_tokens_of_a_device():
+  embedding = jax.ShapeDtypeStruct((32_000, 512), "bfloat16")
+  choose = lambda *lead: kernels.explain(
+      "linear_cross_entropy", "auto", jax.ShapeDtypeStruct((*lead, 512), "bfloat16"), embedding)
+  with on_mesh("TPU v5 lite", fsdp=8, seq=2, model=4):
+    assert choose(8, 256).implementation == "mosaic_tpu"
+    assert "128 tokens or more to be chosen unasked; got 64" in choose(8, 128).reason
+    assert choose(8 * 128).implementation == "mosaic_tpu"
+    assert choose(8 * 64).implementation == "xla"
