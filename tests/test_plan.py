@@ -115,7 +115,8 @@ def test_a_small_plan(capsys):
 
 
 @needs_libtpu
-def test_kernels_are_in_the_step(capsys, tmp_path):
+def test_kernels_are_in_the_step(capsys, tmp_path, monkeypatch):
+  monkeypatch.setenv("COLUMNS", "200")  # so that no cell of a table is broken into lines
   file = tmp_path / "plan.png"
   assert cli.main(["plan", *TINY, "--topology", "v5e:2x2", "--mesh", "fsdp=2,model=2",
                    "--batch-size", "8", "--plot", str(file)]) == 0
