@@ -119,8 +119,7 @@ def row(run: Run, compiled: dict) -> dict:
           "network inside": found["network_seconds"]["inside"],
           "network between": found["network_seconds"]["between"]}
   most = found["mfu"] * found["step_seconds"] / found["least_seconds"]
-  needs = run.published * found["flops_per_chip"] / (
-      found["mfu"] * found["step_seconds"]) / (found["flops_per_chip"] / found["compute_seconds"])
+  needs = run.published * found["compute_seconds"] / (found["mfu"] * found["step_seconds"])
   return _named(run) | {
       "batch": run.batch_size, "billions": run.model.num_params / 1e9,
       "published": 100 * run.published, "forecast": 100 * found["mfu"],
