@@ -43,16 +43,18 @@ def sample(logits, key, *, temperature=1.0, top_k: int | None = None, top_p=None
   return jnp.take_along_axis(index, choice[..., None], -1)[..., 0].astype(jnp.int32)
 
 
-def generate(params, config: PaLMConfig, prompt, length: int, *, key=None,
+def generate(params, config: PaLMConfig, prompt, length: int, *, prompt_lengths=None, key=None,
              temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
              eod: int | None = None, dtype=jnp.float32, implementation: str = "auto",
              on_token: Callable[[np.ndarray], None] | None = None):
-  """Continues a prompt by up to `length` tokens.
+  """Continues prompts by up to `length` tokens.
 
   Args:
     params: parameters of `PaLM.from_config(config)`.
     prompt: int[..., T], T >= 1.
     length: tokens to add, at least 1.
+    prompt_lengths: int[...], tokens of each prompt, where they are not all T; what stands behind
+      them does not count.
     key: PRNG key; not needed where temperature is 0.
     temperature: 0 takes the most likely token each time.
     top_k, top_p: see `sample`.
@@ -62,10 +64,11 @@ def generate(params, config: PaLMConfig, prompt, length: int, *, key=None,
     on_token: called with int32[...] as soon as each token of the batch is known.
 
   Returns:
-    int32[..., T + length], the prompt included.
+    int32[..., T + length]: each prompt, right behind it what was drawn, then eod (0 without one).
 
   Raises:
-    ValueError: an empty prompt, tokens outside the vocabulary, or a parameter out of range.
+    ValueError: an empty prompt, tokens outside the vocabulary, prompt lengths that do not fit, or a
+      parameter out of range.
   """
   prompt = np.asarray(prompt)
   if not np.issubdtype(prompt.dtype, np.integer) or prompt.ndim < 1 or 0 in prompt.shape:
@@ -74,6 +77,15 @@ def generate(params, config: PaLMConfig, prompt, length: int, *, key=None,
   for name, token in (("prompt token", prompt.min()), ("prompt token", prompt.max()), ("eod", eod)):
     if token is not None and not 0 <= token < config.num_tokens:
       raise ValueError(f"{name} {token} is outside the vocabulary of {config.num_tokens} tokens")
+  if prompt_lengths is not None:
+    lengths = np.asarray(prompt_lengths)
+    if not np.issubdtype(lengths.dtype, np.integer) or lengths.shape != prompt.shape[:-1]:
+      raise ValueError(f"prompt_lengths must be int{list(prompt.shape[:-1])}, one per prompt; "
+                       f"got {lengths.dtype}{list(lengths.shape)}")
+    if lengths.min() < 1 or lengths.max() > prompt.shape[-1]:
+      bad = lengths.min() if lengths.min() < 1 else lengths.max()
+      raise ValueError(f"prompt length {bad} is outside 1 to {prompt.shape[-1]}")
+    prompt_lengths = jnp.asarray(lengths, jnp.int32)
   if length < 1:
     raise ValueError(f"length must be at least 1; got {length}")
   if not temperature >= 0:
@@ -88,15 +100,15 @@ def generate(params, config: PaLMConfig, prompt, length: int, *, key=None,
       raise ValueError("sampling needs a key; pass one, or temperature=0 for the likeliest tokens")
     key = jax.random.key(0)
   return _generate(
-      params, jnp.asarray(prompt, jnp.int32), key, None if greedy else float(temperature), top_p,
-      config=config, length=length, top_k=top_k, eod=eod, dtype=jnp.dtype(dtype),
-      implementation=implementation, on_token=on_token)
+      params, jnp.asarray(prompt, jnp.int32), prompt_lengths, key,
+      None if greedy else float(temperature), top_p, config=config, length=length, top_k=top_k,
+      eod=eod, dtype=jnp.dtype(dtype), implementation=implementation, on_token=on_token)
 
 
 @functools.partial(jax.jit, static_argnames=(
     "config", "length", "top_k", "eod", "dtype", "implementation", "on_token"))
-def _generate(params, prompt, key, temperature, top_p, *, config, length, top_k, eod, dtype,
-              implementation, on_token):
+def _generate(params, prompt, lengths, key, temperature, top_p, *, config, length, top_k, eod,
+              dtype, implementation, on_token):
   lead, start = prompt.shape[:-1], prompt.shape[-1]
   model = hk.without_apply_rng(hk.transform(lambda tokens, cache: PaLM.from_config(
       config, dtype=dtype, implementation=implementation)(tokens, cache=cache)))
@@ -114,19 +126,29 @@ def _generate(params, prompt, key, temperature, top_p, *, config, length, top_k,
     return token, done
 
   def step(carry):
-    i, tokens, cache, done = carry
-    last = jax.lax.dynamic_slice_in_dim(tokens, start + i - 1, 1, axis=-1)
-    logits, cache = model.apply(params, last, cache)
+    i, token, drawn, cache, done = carry
+    logits, cache = model.apply(params, token[..., None], cache)
     token, done = choose(logits[..., 0, :], jax.random.fold_in(key, i), done)
-    tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[..., None], start + i, axis=-1)
-    return i + 1, tokens, cache, done
+    return i + 1, token, drawn.at[..., i].set(token), cache, done
 
-  filler = jnp.full((*lead, length), 0 if eod is None else eod, jnp.int32)
-  tokens = jnp.concatenate([prompt, filler], -1)
   cache = KVCache.empty(config, lead, start + length, dtype)
   logits, cache = model.apply(params, prompt, cache)
-  token, done = choose(logits[..., -1, :], jax.random.fold_in(key, 0), jnp.zeros(lead, bool))
-  tokens = tokens.at[..., start].set(token)
-  _, tokens, _, _ = jax.lax.while_loop(
-      lambda carry: (carry[0] < length) & ~jnp.all(carry[3]), step, (1, tokens, cache, done))
-  return tokens
+  if lengths is None:
+    logits = logits[..., -1, :]
+  else:
+    # What the padding left in the cache is overwritten before a query comes to its position.
+    cache = cache._replace(length=lengths)
+    logits = jnp.take_along_axis(logits, lengths[..., None, None] - 1, -2)[..., 0, :]
+  token, done = choose(logits, jax.random.fold_in(key, 0), jnp.zeros(lead, bool))
+  filler = 0 if eod is None else eod
+  drawn = jnp.full((*lead, length), filler, jnp.int32).at[..., 0].set(token)
+  drawn = jax.lax.while_loop(
+      lambda carry: (carry[0] < length) & ~jnp.all(carry[4]), step,
+      (1, token, drawn, cache, done))[2]
+  if lengths is None:
+    return jnp.concatenate([prompt, drawn], -1)
+  position = jnp.arange(start + length)
+  behind = position - lengths[..., None]
+  tokens = jnp.where(behind < 0, jnp.pad(prompt, [(0, 0)] * len(lead) + [(0, length)]),
+                     jnp.take_along_axis(drawn, jnp.clip(behind, 0, length - 1), -1))
+  return jnp.where(behind < length, tokens, filler)

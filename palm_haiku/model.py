@@ -27,7 +27,7 @@ class KVCache(NamedTuple):
   """Keys and values of the positions that a model has already seen."""
 
   arrays: tuple[jax.Array, ...]  # (keys, values) or (keys,): [depth, ..., max_len, dim_head]
-  length: jax.Array  # int32[], positions filled
+  length: jax.Array  # int32[], positions filled; or int32[...], by sequence
 
   @classmethod
   def empty(cls, config: PaLMConfig, lead: tuple[int, ...], max_len: int,
@@ -76,7 +76,7 @@ class ParallelBlock(hk.Module):
       x: float[..., T, dim].
       segment_ids: int[..., T]; attention stays within equal ids.
       kv_cache: arrays [..., max_len, dim_head] of this layer; see `parallel_attention_ffn`.
-      query_offset: position of the first row of x.
+      query_offset: position of the first row of x; int[], or with `kv_cache` int[...].
 
     Returns:
       [..., T, dim] in the dtype of x; with `kv_cache`, a pair of that and the new cache.
@@ -134,7 +134,8 @@ class PaLM(hk.Module):
     Args:
       tokens: int[..., T], any leading dimensions, T >= 1.
       segment_ids: int[..., T]; attention stays within equal ids (packed documents).
-      cache: what was seen before; the tokens stand at positions cache.length and on.
+      cache: what was seen before; the tokens stand at positions cache.length and on, which may
+        be another for each sequence.
 
     Returns:
       float32[..., T, num_tokens]; with `cache`, a pair of that and the new cache. Inside jit
@@ -221,7 +222,7 @@ class PaLM(hk.Module):
         raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of "
                          f"{self.config.num_tokens} tokens")
     if cache is not None and not isinstance(cache.length, jax.core.Tracer):
-      room = cache.arrays[0].shape[-2] - int(cache.length)
+      room = cache.arrays[0].shape[-2] - int(np.max(cache.length))
       if jnp.shape(tokens)[-1] > room:
         raise ValueError(f"the cache has room for {room} more positions; "
                          f"got {jnp.shape(tokens)[-1]} tokens")

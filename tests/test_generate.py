@@ -32,6 +32,33 @@ def test_greedy_takes_the_argmax_of_the_full_forward(config):
   np.testing.assert_array_equal(tokens[:, 3:], want[:, 2:-1])
 
 
+@pytest.mark.parametrize("config", [CONFIG, LITE], ids=["palm", "palm-lite"])
+def test_prompts_of_different_lengths_are_continued_as_each_alone(config):
+  _, params = make(config)
+  params = params | {"palm": params["palm"] | {"norm": 8 * params["palm"]["norm"]}}
+  prompt = np.random.default_rng(0).integers(0, 11, (2, 2, 6))
+  lengths = np.array([[1, 6], [3, 5]])
+  seen = []
+  tokens = generate(params, config, prompt, 9, prompt_lengths=lengths, temperature=0,
+                    on_token=lambda token: seen.append(np.asarray(token)))
+  jax.effects_barrier()
+  assert tokens.shape == (2, 2, 15)
+  for index in np.ndindex(2, 2):
+    n = lengths[index]
+    alone = generate(params, config, prompt[index][:n], 9, temperature=0)
+    np.testing.assert_array_equal(tokens[index][: n + 9], alone)
+    np.testing.assert_array_equal(np.stack(seen, -1)[index], alone[n:])
+    assert not np.any(tokens[index][n + 9 :])
+
+
+def test_equal_prompt_lengths_draw_what_none_draw():
+  _, params = make(CONFIG)
+  prompt = np.array([[1, 2, 3], [7, 7, 0]])
+  draw = lambda **more: np.asarray(generate(
+      params, CONFIG, prompt, 12, key=jax.random.key(0), **more))
+  np.testing.assert_array_equal(draw(prompt_lengths=np.array([3, 3])), draw())
+
+
 def frequencies(logits, count=20_000, **options):
   keys = jax.random.split(jax.random.key(0), count)
   draw = jax.jit(jax.vmap(lambda key: sample(logits, key, **options)))
@@ -117,6 +144,10 @@ def test_bfloat16():
     (dict(prompt=np.zeros((2, 0), int)), "prompt must be"),
     (dict(prompt=np.array([0.5])), "prompt must be"),
     (dict(prompt=np.array([11])), "prompt token 11 is outside the vocabulary of 11"),
+    (dict(prompt_lengths=np.array([1])), r"prompt_lengths must be int\[\], one per prompt"),
+    (dict(prompt_lengths=np.array(1.0)), "prompt_lengths must be int"),
+    (dict(prompt_lengths=np.array(0)), "prompt length 0 is outside 1 to 2"),
+    (dict(prompt_lengths=np.array(3)), "prompt length 3 is outside 1 to 2"),
     (dict(length=0), "length must be at least 1"),
     (dict(temperature=-1.0), "temperature must not be negative"),
     (dict(top_k=0), "top_k must be at least 1"),

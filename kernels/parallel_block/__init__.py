@@ -39,7 +39,8 @@ def parallel_attention_ffn(
     xpos_scale_base: xPos decay on top of rotary (arXiv:2212.10554); None for none.
     alibi_slopes: float[H]; see `flash_attention`.
     is_causal, segment_ids, local_window_size: see `flash_attention`.
-    query_offset: position of the first row of x.
+    query_offset: position of the first row of x; int[], or int[...] for sequences that have come
+      to different positions of their caches (then causal, without segments or window).
     kv_cache: (keys, values), or (keys,) where keys and values are the same array, each
       [..., S, Dh]: attention is to the cache, after the rows of x have been written to it at
       `query_offset`.
@@ -56,6 +57,8 @@ def parallel_attention_ffn(
   """
   backend.explain("parallel_attention_ffn", implementation)
   _check(x, params, norm, rotary, kv_cache)
+  if jnp.ndim(query_offset):
+    _check_offsets(x, query_offset, kv_cache, is_causal, segment_ids, local_window_size)
   return xla.parallel_attention_ffn(
       x,
       params,
@@ -107,3 +110,12 @@ def _check(x, params, norm, rotary, kv_cache):
   if kv_cache is not None and len(kv_cache) != (1 if shared else 2):
     raise ValueError(f"kv_cache must be {'(keys,)' if shared else '(keys, values)'}; "
                      f"got {len(kv_cache)} arrays")
+
+
+def _check_offsets(x, offsets, kv_cache, is_causal, segment_ids, window):
+  if jnp.shape(offsets) != x.shape[:-2]:
+    raise ValueError(f"query_offset must be one integer or {x.shape[:-2]}, one per sequence; "
+                     f"got {jnp.shape(offsets)}")
+  if kv_cache is None or not is_causal or segment_ids is not None or window is not None:
+    raise ValueError("a query_offset per sequence needs a kv_cache and causal attention without "
+                     "segment_ids or local_window_size")

@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 
 from .. import mesh as meshes
 from ..attention import flash_attention
+from ..decode import decode_attention
 
 
 def normalize(x, gain, *, kind, eps):
@@ -36,7 +37,7 @@ def rotate(x, positions, *, xpos_scale_base=None, xpos_sign=1):
 
   Args:
     x: float[..., T, heads, dim_head].
-    positions: int[T].
+    positions: int[..., T], its leading dimensions those of x or absent.
     xpos_scale_base: positions over which xPos decays by its base; None for plain rotary.
     xpos_sign: 1 for queries, -1 for keys.
 
@@ -47,11 +48,12 @@ def rotate(x, positions, *, xpos_scale_base=None, xpos_sign=1):
   accum = jnp.promote_types(x.dtype, jnp.float32)
   channel = np.arange(half)
   frequency = jnp.asarray(10_000.0 ** (-channel / half), accum)
-  angle = positions.astype(accum)[:, None, None] * frequency  # [T, 1, half]
+  positions = positions.astype(accum)[..., None, None]
+  angle = positions * frequency  # [..., T, 1, half]
   sin, cos = jnp.sin(angle), jnp.cos(angle)
   if xpos_scale_base is not None:
     base = jnp.asarray((channel / half + 0.4) / 1.4, accum)
-    decay = base ** (xpos_sign * positions.astype(accum)[:, None, None] / xpos_scale_base)
+    decay = base ** (xpos_sign * positions / xpos_scale_base)
     sin, cos = sin * decay, cos * decay
   first, second = x[..., :half].astype(accum), x[..., half:].astype(accum)
   return jnp.concatenate(
@@ -112,20 +114,35 @@ def parallel_attention_ffn(x, params, *, norm, norm_eps, rotary, xpos_scale_base
   The backward pass keeps x and what the matrix products made, and recomputes what is between
   them: of a layer's activations that is less than half, for hardly any time.
   """
-  positions = query_offset + jnp.arange(x.shape[-2])
+  positions = jnp.asarray(query_offset)[..., None] + jnp.arange(x.shape[-2])
   project_in = functools.partial(
       in_projection, norm=norm, norm_eps=norm_eps, rotary=rotary, xpos_scale_base=xpos_scale_base)
   query, key, value, gate, up = jax.checkpoint(project_in, prevent_cse=False)(
       x, params, positions)
   if kv_cache is not None:
     new = (key,) if len(kv_cache) == 1 else (key, value)
-    kv_cache = tuple(
-        jax.lax.dynamic_update_slice_in_dim(old, rows.astype(old.dtype), query_offset, axis=-2)
-        for old, rows in zip(kv_cache, new))
+    kv_cache = tuple(_write(old, rows, query_offset) for old, rows in zip(kv_cache, new))
     key, value = kv_cache[0].astype(x.dtype), kv_cache[-1].astype(x.dtype)
   # Where the values are the keys, they are one object, so that a kernel can read it once.
   key = key[..., None, :]
   value = key if values_are_keys(params, rotary) else value[..., None, :]
-  attended = flash_attention(query, key, value, query_offset=query_offset, **attention_options)
+  if jnp.ndim(query_offset):
+    attended = decode_attention(
+        query, key, value, query_offset + x.shape[-2],
+        alibi_slopes=attention_options["alibi_slopes"],
+        implementation=attention_options["implementation"])
+  else:
+    attended = flash_attention(query, key, value, query_offset=query_offset, **attention_options)
   y = jax.checkpoint(out_projection, prevent_cse=False)(x, attended, gate, up, params)
   return y if kv_cache is None else (y, kv_cache)
+
+
+def _write(cache, rows, offset):
+  """The cache [..., S, Dh] with rows [..., T, Dh] from position `offset` on, int[] or int[...]."""
+  rows = rows.astype(cache.dtype)
+  if not jnp.ndim(offset):
+    return jax.lax.dynamic_update_slice_in_dim(cache, rows, offset, axis=-2)
+  write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+  for _ in range(jnp.ndim(offset)):
+    write = jax.vmap(write)
+  return write(cache, rows, offset)

@@ -82,6 +82,41 @@ def test_cache_gives_what_the_whole_sequence_gives(architecture, qk_scales):
   chex.assert_trees_all_close(jnp.concatenate(got, 1), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", [{}, LITE, dict(xpos_scale_base=16)],
+                         ids=["palm", "palm-lite", "xpos"])
+def test_sequences_may_have_come_to_different_positions(architecture):
+  config = PaLMConfig(10, 12, 1, 3, 4, **architecture)
+  params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), random_params(config))
+  run = lambda x, **more: parallel_attention_ffn(
+      x, params, xpos_scale_base=config.xpos_scale_base, **options_of(config), **more)
+  x = jax.random.normal(jax.random.key(0), (2, 2, 9, 12))
+  want = run(x)
+  empty = (jnp.zeros((2, 2, 11, 4)),) * (1 if config.shared_kv else 2)
+  _, cache = run(x[..., :7, :], query_offset=0, kv_cache=empty)
+  offsets = jnp.array([[0, 3], [6, 7]])
+  rows = offsets[..., None] + jnp.arange(2)
+  part = jnp.take_along_axis(x, rows[..., None], -2)
+  # What stands behind the offset must have no influence.
+  cache = tuple(jnp.where(jnp.arange(11)[:, None] < offsets[..., None, None], a, 9.0) for a in cache)
+  y, cache = run(part, query_offset=offsets, kv_cache=cache)
+  chex.assert_trees_all_close(y, jnp.take_along_axis(want, rows[..., None], -2), atol=1e-5)
+  y, _ = run(x[..., 8:, :] * 0 + part[..., 1:, :], query_offset=offsets + 1, kv_cache=cache)
+  chex.assert_trees_all_close(y, jnp.take_along_axis(want, rows[..., 1:, None], -2), atol=1e-5)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(query_offset=jnp.zeros(3, int)), r"one integer or \(2,\), one per sequence; got \(3,\)"),
+    (dict(kv_cache=None), "needs a kv_cache"),
+    (dict(local_window_size=3), "without segment_ids or local_window_size"),
+    (dict(is_causal=False), "causal"),
+])
+def test_positions_of_sequences_that_do_not_fit_are_named(change, message):
+  config = PaLMConfig(10, 12, 1, 3, 4)
+  arguments = dict(query_offset=jnp.zeros(2, int), kv_cache=(jnp.zeros((2, 5, 4)),) * 2) | change
+  with pytest.raises(ValueError, match=message):
+    parallel_attention_ffn(jnp.zeros((2, 1, 12)), random_params(config), **arguments)
+
+
 def test_qk_norm_makes_attention_blind_to_the_scale_of_queries():
   config = PaLMConfig(10, 12, 1, 3, 4)
   params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), random_params(config))
