@@ -12,6 +12,7 @@ _COMMANDS = {
     "decode": ("attention of one token to a cache", "decode_attention"),
     "train": ("the whole model against PaLM-jax", None),
     "static": ("kernels compiled for chips that are not here", None),
+    "plan": ("plans of published training runs, against what was measured", None),
     "suite": ("everything worth running on a borrowed machine", None),
     "plot": ("draws the results", None),
     "report": ("writes the README's tables from the results", None),

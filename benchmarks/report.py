@@ -11,7 +11,7 @@ import re
 
 from palm_haiku.kernels import aot
 
-from . import measure, results, static, table
+from . import measure, plan, results, static, table
 
 _TRAIN = {"implementation": "implementation", "dtype": "dtype", "shape": "shape",
           "step": "train step s", "trained": "tokens/s", "peak_gb": "peak GB",
@@ -92,5 +92,7 @@ def _columns(result):
     return static.GPU_COLUMNS if gpu else static.TPU_COLUMNS
   if result["benchmark"] == "train":
     return _TRAIN
+  if result["benchmark"] == "plan":
+    return plan.COLUMNS
   case = {"shape": "shape", "pass": "pass"}
   return case | {k: v or "variant" for k, v in measure.COLUMNS.items() if k != "spread"}
