@@ -39,5 +39,6 @@ NETWORKS: dict[str, Network] = {
 
 # The share of the peak at which a step's products run, where published training runs tell: one
 # constant for a chip, the geometric mean of what each run needs. `python -m benchmarks plan` has
-# the runs and computes it again.
+# the runs and computes it; a chip whose runs have not been planned yet is not here, and its plans
+# give a bound instead of a forecast.
 ACHIEVED: dict[str, float] = {}
