@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from palm_haiku import cli, configs, plan
+from palm_haiku import cli, configs, plan, sharding
 from palm_haiku.hardware import NETWORKS
 from palm_haiku.kernels.aot import targets
 from palm_haiku.plan import child, flops, transfers
@@ -83,6 +83,18 @@ def test_collectives_have_axes_bytes_and_turns():
   assert rows["collective-permute", "model"]["bytes"] == 40
 
 
+@pytest.mark.parametrize("written, group", [
+    ("replica_groups=mesh['data'=2,'fsdp'=8,'model'=2] {'fsdp'}", list(range(0, 16, 2))),
+    ("replica_groups=mesh['data'=2,'fsdp'=8,'model'=2] {'fsdp':(2)4}", [0, 2, 4, 6]),
+    ("replica_groups=mesh['data'=2,'fsdp'=8,'model'=2] {'fsdp':(1)2,'model'}", [0, 1, 8, 9]),
+    ("replica_groups=mesh['data'=2,'fsdp'=8,'model'=2] {'data','model'}", [0, 1, 16, 17]),
+    ("source_target_pairs={{1,2},{2,1}}", [1, 2]), ("replica_groups={}", list(range(32))),
+])
+def test_replica_groups_are_understood(written, group):
+  axes = {"data": 2, "fsdp": 8, "model": 2}
+  assert transfers._group(f"%a = all-to-all(%b), {written}, dimensions={{0}}", axes) == group
+
+
 def test_a_torus_carries_what_its_dimension_can():
   where = [(0, 0), (0, 1), (1, 0), (1, 1)] * 2  # two slices of 2 x 2
   found, _ = transfers.collectives(HLO, {"data": 2, "model": 4}, slice_size=4, coordinates=where)
@@ -116,6 +128,13 @@ def test_a_small_plan(capsys):
   assert {"fsdp", "model"} <= {row["axis"] for row in found["collectives"]}
   assert found["implementations"]["flash_attention"]["implementation"] == "xla"
   assert found["kernels"] == 0
+
+
+@needs_libtpu
+def test_an_axis_may_be_a_part_of_a_row():
+  mesh = sharding.make_mesh("fsdp=32,model=2", plan.Machine("v5p:4x4x4").devices())
+  here, there = mesh.devices[0, 0, 0]
+  assert sum(abs(a - b) for a, b in zip(here.coords, there.coords)) == 1  # neighbours
 
 
 @needs_libtpu
