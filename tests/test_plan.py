@@ -143,7 +143,7 @@ def test_kernels_are_in_the_step(capsys, tmp_path):
   assert cli.main(["plan", *TINY, "--topology", "v5e:2x2", "--mesh", "fsdp=2,model=2",
                    "--batch-size", "8", "--plot", str(file)]) == 0
   out = capsys.readouterr().out
-  assert "the fused kernel for v5e" in out and "flash_attention" in out and "MFU" in out
+  assert "the fused kernel for v5e" in out and "flash_attention" in out and "forecast" in out
   assert file.read_bytes()[:4] == b"\x89PNG"
 
 
