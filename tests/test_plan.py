@@ -138,7 +138,8 @@ def test_an_axis_may_be_a_part_of_a_row():
 
 
 @needs_libtpu
-def test_kernels_are_in_the_step(capsys, tmp_path):
+def test_kernels_are_in_the_step(capsys, tmp_path, monkeypatch):
+  monkeypatch.setenv("COLUMNS", "200")  # so that no cell of a table is broken into lines
   file = tmp_path / "plan.png"
   assert cli.main(["plan", *TINY, "--topology", "v5e:2x2", "--mesh", "fsdp=2,model=2",
                    "--batch-size", "8", "--plot", str(file)]) == 0

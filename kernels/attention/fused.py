@@ -26,6 +26,7 @@ from ..guards import not_differentiable, reverse_only
 from . import ring as rings
 
 _OP = "flash_attention"
+on_one_device = meshes.attention_on_one_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _over_mesh(options, query, key, value, segment_ids, slopes, offset):
   free = meshes.to_take_over(mesh)
   if not free:
     return _one_device(options, query, key, value, segment_ids, slopes, offset)
-  batch, heads = _divided(query, key, mesh)
+  batch, heads = meshes.sequences_and_heads(query, key, mesh)
   kv_heads = key.shape[2]
   ring = rings.over(mesh, query, key, options.backend, is_causal=options.is_causal,
                     window=options.window, query_offset=options.query_offset)
@@ -87,35 +88,6 @@ def _over_mesh(options, query, key, value, segment_ids, slopes, offset):
   arrays = jax.tree.map(lambda x, spec: meshes.reshard(x, spec, mesh), arrays, specs)
   return jax.shard_map(
       attend, mesh=mesh, axis_names=free, in_specs=specs, out_specs=rows)(*arrays)
-
-
-def _divided(query, key, mesh):
-  """The mesh axes that sequences and that heads are divided over."""
-  batch = meshes.partition(query, 0, meshes.BATCH_AXES, mesh)
-  heads = meshes.partition(query, 2, (meshes.HEAD_AXIS,), mesh)
-  kv_heads = key.shape[2]
-  if kv_heads > 1 and kv_heads % meshes.devices(mesh, heads):
-    heads = ()  # A shard would need a part of the key heads that is not its own.
-  return batch, heads
-
-
-def on_one_device(query, key, value):
-  """The types of what a device's kernel is given, but for a ring, with all positions.
-
-  Args:
-    query, key, value: whole arrays or their types, [..., T or S, heads, dim_head]; value None for
-      the key.
-  """
-  mesh = meshes.current(query, key)
-  query, key = (meshes.with_one_batch(x, 3) for x in (query, key))
-  batch, heads = _divided(query, key, mesh) if meshes.to_take_over(mesh) else ((), ())
-
-  def shard(x, heads):
-    by = (meshes.devices(mesh, batch), 1, meshes.devices(mesh, heads), 1)
-    return jax.ShapeDtypeStruct(tuple(n // d for n, d in zip(x.shape, by)), x.dtype)
-
-  key = shard(key, heads if key.shape[2] > 1 else ())
-  return shard(query, heads), key, None if value is None else key
 
 
 def _one_device(options, query, key, value, segment_ids, slopes, offset):

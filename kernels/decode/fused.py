@@ -19,6 +19,7 @@ from .. import mesh as meshes
 from .xla import nan_outside
 
 OP = "decode_attention"
+on_one_device = meshes.attention_on_one_device
 
 
 def attention(arrays, alibi_slopes, *, scale, backend, chip):
@@ -35,15 +36,8 @@ def attention(arrays, alibi_slopes, *, scale, backend, chip):
   free = meshes.to_take_over(mesh)
   if not free:
     return local(arrays, slopes)
-  batch = meshes.partition(query, 0, meshes.BATCH_AXES, mesh) or None
-  heads = meshes.partition(query, 2, (meshes.HEAD_AXIS,), mesh)
-  shards = 1
-  for axis in heads:
-    shards *= mesh.shape[axis]
-  kv_heads = key.shape[2]
-  if kv_heads > 1 and kv_heads % shards:
-    heads = ()  # A shard would need a part of the key heads that is not its own.
-  heads = heads or None
+  batch, heads = meshes.sequences_and_heads(query, key, mesh)
+  batch, heads, kv_heads = batch or None, heads or None, key.shape[2]
   cache_heads = heads if kv_heads > 1 else None
   specs = dict(query=P(batch, None, heads, None), lengths=P(batch))
   for name in ("key", "value"):
