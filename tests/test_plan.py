@@ -79,6 +79,10 @@ HloModule step
 
 %body (p: (s32[], bf16[8])) -> (s32[], bf16[8]) {
   %g = bf16[64,32]{1,0} all-gather(%x), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  %k = s32[] get-tuple-element(%p), index=0
+  %one.1 = s32[] constant(1)
+  %next = s32[] add(%k, %one.1)
+  ROOT %turn = (s32[], bf16[8]) tuple(%next, %y.1)
 }
 
 %cond (p: (s32[], bf16[8])) -> pred[] {
