@@ -19,7 +19,7 @@ from palm_haiku.kernels.parallel_block.xla import normalize, positioned, write
 
 
 class Layer(NamedTuple):
-  """Weights of one layer; the matrices of a group have the columns, or rows, of one side by side."""
+  """Weights of one layer. Matrices of a group lie side by side, or are one."""
 
   norm: jax.Array  # [D]
   into: tuple[jax.Array | Int8, ...]  # [D, n]: query, key, value if it is not the key, gate, up

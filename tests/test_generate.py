@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from palm_haiku import PaLM, PaLMConfig, decoder
+from palm_haiku import PaLM, PaLMConfig, decoder, sharding
 from palm_haiku.generate import generate
 from palm_haiku.sampling import log_probabilities, sample
 
@@ -185,6 +185,19 @@ def test_int8_weights_generate_much_the_same():
   logits = np.asarray(model.apply(params, tokens))[:, 2:-1]
   taken = np.take_along_axis(logits, np.asarray(tokens)[:, 3:, None], -1)[..., 0]
   assert np.all(logits.max(-1) - taken < 0.1 * np.ptp(logits, -1))
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_many_devices_generate_what_one_does(weights):
+  config = PaLMConfig(12, 8, 2, 4, 4)
+  params = sharper(make(config)[1])
+  prompt = np.random.default_rng(0).integers(0, 12, (4, 5))
+  options = dict(prompt_lengths=np.array([5, 2, 3, 1]), temperature=0, weights=weights)
+  want = generate(params, config, prompt, 6, **options)
+  mesh = sharding.make_mesh("fsdp=2,model=4")
+  params = jax.device_put(params, sharding.params_shardings(params, mesh))
+  with jax.set_mesh(mesh):
+    np.testing.assert_array_equal(generate(params, config, prompt, 6, **options), want)
 
 
 def test_prepared_weights_are_as_good_as_parameters():
