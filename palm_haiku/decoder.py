@@ -83,7 +83,13 @@ def prepare(params, config: PaLMConfig, dtype=jnp.float32, weights: str | None =
 
 
 def empty_cache(config: PaLMConfig, lead: tuple[int, ...], max_len: int, dtype) -> Cache:
-  """Room for `max_len` positions of sequences with leading dimensions `lead`; dtype may be int8."""
+  """Room for at least `max_len` positions of sequences with leading dimensions `lead`.
+
+  Args:
+    dtype: of keys and values; int8 for `Int8Rows`.
+  """
+  max_len = -(-max_len // 8) * 8  # as kernels ask for
+
   def rows():
     values = jnp.zeros((*lead, max_len, config.dim_head), dtype)
     return Int8Rows(values, jnp.zeros((*lead, max_len))) if values.dtype == jnp.int8 else values
