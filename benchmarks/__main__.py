@@ -10,6 +10,7 @@ _COMMANDS = {
     "block": ("one layer of the model", "parallel_attention_ffn"),
     "loss": ("the loss from the last hidden states", "linear_cross_entropy"),
     "decode": ("attention of one token to a cache", "decode_attention"),
+    "generate": ("generation against PaLM-jax", None),
     "train": ("the whole model against PaLM-jax", None),
     "static": ("kernels compiled for chips that are not here", None),
     "plan": ("plans of published training runs, against what was measured", None),

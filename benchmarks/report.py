@@ -11,7 +11,7 @@ import re
 
 from palm_haiku.kernels import aot
 
-from . import measure, plan, results, static, table
+from . import generate, measure, plan, results, static, table
 
 _TRAIN = {"implementation": "implementation", "dtype": "dtype", "shape": "shape",
           "step": "train step s", "trained": "tokens/s", "peak_gb": "peak GB",
@@ -94,5 +94,7 @@ def _columns(result):
     return _TRAIN
   if result["benchmark"] == "plan":
     return plan.COLUMNS
+  if result["benchmark"] == "generate":
+    return generate.COLUMNS
   case = {"shape": "shape", "pass": "pass"}
   return case | {k: v or "variant" for k, v in measure.COLUMNS.items() if k != "spread"}

@@ -85,14 +85,14 @@ class PalmHaiku:
 class PalmJax:
   """PaLM-jax's `palm_lite.PaLM`, with the loss and the optimizer of this project."""
 
-  def __init__(self, shape: Shape):
+  def __init__(self, shape: Shape, num_tokens: int = 256):
     import jax
     import optax
     from palm_jax.palm_lite import PaLM
     from palm_haiku import optim
 
     self._build = lambda: PaLM(
-        num_tokens=256, dim=shape.dim, depth=shape.depth, heads=shape.heads,
+        num_tokens=num_tokens, dim=shape.dim, depth=shape.depth, heads=shape.heads,
         dim_head=shape.dim_head, max_seq_len=max(2048, shape.seq), key=jax.random.key(0))
     model = self._build()
     leaves, self._tree = jax.tree.flatten(model)
@@ -205,7 +205,7 @@ class _Worker:
     return json.loads(line)
 
 
-def _absent(name: str) -> str | None:
+def absent(name: str) -> str | None:
   """Why an implementation cannot be measured, or None."""
   if name != PEER:
     from palm_haiku import kernels
@@ -239,7 +239,7 @@ def measure(shape: Shape, names: list[str], dtype: str, rounds: int, say=print) 
   rows = {name: {"implementation": name, "dtype": "float32" if name == PEER else dtype}
           for name in names}
   for name, row in rows.items():
-    if reason := _absent(name):
+    if reason := absent(name):
       row["absent"] = reason
   running = []
   present = [name for name in names if "absent" not in rows[name]]

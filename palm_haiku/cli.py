@@ -138,6 +138,13 @@ def _parser() -> argparse.ArgumentParser:
                         "that make up probability P")
   generate.add_argument("--seed", type=int, default=0, help="default 0")
   generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+  generate.add_argument("--weights", choices=("int8",), help="keep matrices in fewer bytes")
+  generate.add_argument("--cache-dtype", choices=("int8", "bfloat16", "float32"),
+                        help="of keys and values (default --dtype)")
+  generate.add_argument("--draft", type=pathlib.Path, metavar="DIR", help="run of a smaller model "
+                        "with the same tokenizer, whose guesses are checked several at a time")
+  generate.add_argument("--draft-length", type=int, default=4, metavar="N",
+                        help="guesses at a time (default 4)")
   _add_implementation(generate)
 
   from palm_haiku.plan.command import add_arguments as add_plan_arguments
@@ -323,6 +330,13 @@ def _generate(args) -> int:
   if args.implementation is not None:
     kernels.explain("parallel_attention_ffn", args.implementation)
   config, params = _load_run(args.checkpoint)
+  draft = None
+  if args.draft is not None:
+    draft_config, draft_params = _load_run(args.draft)
+    if draft_config.tokenizer != config.tokenizer:
+      raise ValueError(f"the draft must have the tokenizer of the model, {config.tokenizer}; "
+                       f"{args.draft} has {draft_config.tokenizer}")
+    draft = draft_params, draft_config.model
   tokenizer = data.load_tokenizer(config.tokenizer)
   prompt = tokenizer.encode(args.prompt) if args.prompt else [tokenizer.eod]
   decoder = tokenizer.stream_decoder()
@@ -337,7 +351,8 @@ def _generate(args) -> int:
   generate(
       params, config.model, prompt, args.length, key=jax.random.key(args.seed),
       temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, eod=tokenizer.eod,
-      dtype=args.dtype, implementation=args.implementation or "auto", on_token=show)
+      dtype=args.dtype, weights=args.weights, cache_dtype=args.cache_dtype, draft=draft,
+      draft_length=args.draft_length, implementation=args.implementation or "auto", on_token=show)
   jax.effects_barrier()
   print(decoder.flush())
   if len(times) > 1:

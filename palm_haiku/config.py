@@ -61,6 +61,16 @@ class PaLMConfig:
     return cls(**fields)
 
   @property
+  def values_are_keys(self) -> bool:
+    """Whether attention reads one array as keys and values."""
+    return self.shared_kv and self.position == "alibi" and not self.qk_norm
+
+  @property
+  def logits_factor(self) -> float:
+    """What the logits are multiplied by: `logits_scale`, or 1/sqrt(dim)."""
+    return self.dim**-0.5 if self.logits_scale is None else self.logits_scale
+
+  @property
   def num_params(self) -> int:
     """Number of parameters, final norm included and the tied embedding counted once."""
     projections = self.heads * self.dim_head * 2 + self.dim_head * (1 if self.shared_kv else 2)

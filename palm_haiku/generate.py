@@ -3,54 +3,26 @@
 import functools
 from typing import Callable
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from palm_haiku import decoder, speculative
 from palm_haiku.config import PaLMConfig
-from palm_haiku.model import KVCache, PaLM
-
-
-def sample(logits, key, *, temperature=1.0, top_k: int | None = None, top_p=None):
-  """Draws a token from the distribution that the logits describe.
-
-  Args:
-    logits: float[..., num_tokens].
-    key: PRNG key.
-    temperature: divides the logits, before anything is cut off; must be positive (greedy
-      choice is `argmax`).
-    top_k: only the k most likely tokens can be drawn.
-    top_p: only the smallest set of most likely tokens that together have at least this
-      probability can be drawn (nucleus sampling, arXiv:1904.09751).
-
-  Returns:
-    int32[...].
-  """
-  logits = logits / temperature
-  if top_k is not None and top_k < logits.shape[-1]:
-    best, index = jax.lax.top_k(logits, top_k)
-  elif top_p is not None:
-    best, index = jax.lax.top_k(logits, logits.shape[-1])
-  else:
-    return jax.random.categorical(key, logits).astype(jnp.int32)
-  if top_p is not None:
-    # A token stays if the more likely ones have not reached top_p: the first one always does.
-    probability = jax.nn.softmax(best)
-    before = jnp.cumsum(probability, -1) - probability
-    best = jnp.where(before < top_p, best, -jnp.inf)
-  choice = jax.random.categorical(key, best)
-  return jnp.take_along_axis(index, choice[..., None], -1)[..., 0].astype(jnp.int32)
+from palm_haiku.sampling import log_probabilities, sample
 
 
 def generate(params, config: PaLMConfig, prompt, length: int, *, prompt_lengths=None, key=None,
              temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-             eod: int | None = None, dtype=jnp.float32, implementation: str = "auto",
+             eod: int | None = None, dtype=jnp.float32, weights: str | None = None,
+             cache_dtype=None, draft: tuple | None = None, draft_length: int = 4,
+             implementation: str = "auto",
              on_token: Callable[[np.ndarray], None] | None = None):
   """Continues prompts by up to `length` tokens.
 
   Args:
-    params: parameters of `PaLM.from_config(config)`.
+    params: parameters of `PaLM.from_config(config)`, or what `decoder.prepare` makes of them, which
+      saves making it again in each call.
     prompt: int[..., T], T >= 1.
     length: tokens to add, at least 1.
     prompt_lengths: int[...], tokens of each prompt, where they are not all T; what stands behind
@@ -60,15 +32,22 @@ def generate(params, config: PaLMConfig, prompt, length: int, *, prompt_lengths=
     top_k, top_p: see `sample`.
     eod: end-of-document token. A sequence that drew it is filled up with it, and generation
       ends when all have.
-    dtype, implementation: see `PaLM`.
-    on_token: called with int32[...] as soon as each token of the batch is known.
+    dtype: of products and activations.
+    weights: None, or "int8": of matrices, with a scale for each column; activations stay in dtype.
+    cache_dtype: of keys and values; "int8" keeps a scale for each position. None means dtype.
+    draft: (params, config) of a smaller model with the same vocabulary, which guesses
+      `draft_length` tokens at a time for this one to check (`speculative`): the same distribution
+      sooner, where its guesses are good.
+    implementation: see `PaLM`.
+    on_token: called with int32[...] as soon as each token of the batch is known; with a draft, of a
+      single sequence only.
 
   Returns:
     int32[..., T + length]: each prompt, right behind it what was drawn, then eod (0 without one).
 
   Raises:
-    ValueError: an empty prompt, tokens outside the vocabulary, prompt lengths that do not fit, or a
-      parameter out of range.
+    ValueError: an empty prompt, tokens outside the vocabulary, prompt lengths that do not fit, a
+      draft with another vocabulary, or a parameter out of range.
   """
   prompt = np.asarray(prompt)
   if not np.issubdtype(prompt.dtype, np.integer) or prompt.ndim < 1 or 0 in prompt.shape:
@@ -94,30 +73,76 @@ def generate(params, config: PaLMConfig, prompt, length: int, *, prompt_lengths=
     raise ValueError(f"top_k must be at least 1; got {top_k}")
   if top_p is not None and not 0 < top_p <= 1:
     raise ValueError(f"top_p must be in (0, 1]; got {top_p}")
+  if weights not in (None, "int8"):
+    raise ValueError(f"weights must be None or 'int8'; got {weights!r}")
+  if draft is not None:
+    if draft[1].num_tokens != config.num_tokens:
+      raise ValueError(f"the draft must have the vocabulary of the model, {config.num_tokens} "
+                       f"tokens; it has {draft[1].num_tokens}")
+    if draft_length < 1:
+      raise ValueError(f"draft_length must be at least 1; got {draft_length}")
+    if on_token is not None and prompt.ndim > 1:
+      raise ValueError("with a draft, sequences of a batch do not come to their tokens together: "
+                       "on_token is for a single sequence")
   greedy = temperature == 0
   if key is None:
     if not greedy:
       raise ValueError("sampling needs a key; pass one, or temperature=0 for the likeliest tokens")
     key = jax.random.key(0)
+  models = [(params, config)] if draft is None else [(params, config), draft]
+  dtype = jnp.dtype(dtype)
   return _generate(
-      params, jnp.asarray(prompt, jnp.int32), prompt_lengths, key,
-      None if greedy else float(temperature), top_p, config=config, length=length, top_k=top_k,
-      eod=eod, dtype=jnp.dtype(dtype), implementation=implementation, on_token=on_token)
+      tuple(p for p, _ in models), jnp.asarray(prompt, jnp.int32), prompt_lengths, key,
+      None if greedy else float(temperature), top_p, configs=tuple(c for _, c in models),
+      length=length, top_k=top_k, eod=eod, dtype=dtype, weights=weights,
+      cache_dtype=dtype if cache_dtype is None else jnp.dtype(cache_dtype),
+      draft_length=draft_length, implementation=implementation, on_token=on_token)
 
 
 @functools.partial(jax.jit, static_argnames=(
-    "config", "length", "top_k", "eod", "dtype", "implementation", "on_token"))
-def _generate(params, prompt, lengths, key, temperature, top_p, *, config, length, top_k, eod,
-              dtype, implementation, on_token):
+    "configs", "length", "top_k", "eod", "dtype", "weights", "cache_dtype", "draft_length",
+    "implementation", "on_token"))
+def _generate(params, prompt, lengths, key, temperature, top_p, *, configs, length, top_k, eod,
+              dtype, weights, cache_dtype, draft_length, implementation, on_token):
   lead, start = prompt.shape[:-1], prompt.shape[-1]
-  model = hk.without_apply_rng(hk.transform(lambda tokens, cache: PaLM.from_config(
-      config, dtype=dtype, implementation=implementation)(tokens, cache=cache)))
+  room = start + length + (draft_length + 1 if len(params) > 1 else 0)
+  models, caches = [], []
+  for one, config in zip(params, configs):
+    if not isinstance(one, decoder.Weights):
+      one = decoder.prepare(one, config, dtype, weights)
+    models.append(speculative.Model(
+        functools.partial(decoder.run, one, config, dtype=dtype, implementation=implementation),
+        functools.partial(decoder.logits, one, config)))
+    caches.append(decoder.empty_cache(config, lead, room, cache_dtype))
 
-  def choose(logits, key, done):
+  if len(models) > 1:
+    drawn = speculative.continuation(
+        *models, prompt, caches, jnp.full(lead, start) if lengths is None else lengths, key,
+        length=length, draft_length=draft_length, eod=eod, on_token=on_token,
+        distribution=functools.partial(
+            log_probabilities, temperature=temperature, top_k=top_k, top_p=top_p))
+    if eod is not None:
+      ended = jnp.cumsum(drawn == eod, -1) - (drawn == eod) > 0
+      drawn = jnp.where(ended, eod, drawn)
+  else:
+    draw = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
     if temperature is None:
-      token = jnp.argmax(logits, -1).astype(jnp.int32)
-    else:
-      token = sample(logits, key, temperature=temperature, top_k=top_k, top_p=top_p)
+      draw = lambda logits, key: jnp.argmax(logits, -1).astype(jnp.int32)
+    drawn = _continuation(*models, prompt, *caches, lengths, key, draw=draw, length=length,
+                          eod=eod, on_token=on_token)
+  if lengths is None:
+    return jnp.concatenate([prompt, drawn], -1)
+  behind = jnp.arange(start + length) - lengths[..., None]
+  tokens = jnp.where(behind < 0, jnp.pad(prompt, [(0, 0)] * len(lead) + [(0, length)]),
+                     jnp.take_along_axis(drawn, jnp.clip(behind, 0, length - 1), -1))
+  return jnp.where(behind < length, tokens, 0 if eod is None else eod)
+
+
+def _continuation(model, prompt, cache, lengths, key, *, draw, length, eod, on_token):
+  lead = prompt.shape[:-1]
+
+  def choose(x, key, done):
+    token = draw(model.logits(x), key)
     if eod is not None:
       token = jnp.where(done, eod, token)
       done |= token == eod
@@ -127,28 +152,19 @@ def _generate(params, prompt, lengths, key, temperature, top_p, *, config, lengt
 
   def step(carry):
     i, token, drawn, cache, done = carry
-    logits, cache = model.apply(params, token[..., None], cache)
-    token, done = choose(logits[..., 0, :], jax.random.fold_in(key, i), done)
+    x, cache = model.run(token[..., None], cache)
+    token, done = choose(x[..., 0, :], jax.random.fold_in(key, i), done)
     return i + 1, token, drawn.at[..., i].set(token), cache, done
 
-  cache = KVCache.empty(config, lead, start + length, dtype)
-  logits, cache = model.apply(params, prompt, cache)
+  x, cache = model.run(prompt, cache, fresh=True)
   if lengths is None:
-    logits = logits[..., -1, :]
+    x = x[..., -1, :]
   else:
     # What the padding left in the cache is overwritten before a query comes to its position.
     cache = cache._replace(length=lengths)
-    logits = jnp.take_along_axis(logits, lengths[..., None, None] - 1, -2)[..., 0, :]
-  token, done = choose(logits, jax.random.fold_in(key, 0), jnp.zeros(lead, bool))
-  filler = 0 if eod is None else eod
-  drawn = jnp.full((*lead, length), filler, jnp.int32).at[..., 0].set(token)
-  drawn = jax.lax.while_loop(
+    x = jnp.take_along_axis(x, lengths[..., None, None] - 1, -2)[..., 0, :]
+  token, done = choose(x, jax.random.fold_in(key, 0), jnp.zeros(lead, bool))
+  drawn = jnp.full((*lead, length), 0 if eod is None else eod, jnp.int32).at[..., 0].set(token)
+  return jax.lax.while_loop(
       lambda carry: (carry[0] < length) & ~jnp.all(carry[4]), step,
       (1, token, drawn, cache, done))[2]
-  if lengths is None:
-    return jnp.concatenate([prompt, drawn], -1)
-  position = jnp.arange(start + length)
-  behind = position - lengths[..., None]
-  tokens = jnp.where(behind < 0, jnp.pad(prompt, [(0, 0)] * len(lead) + [(0, length)]),
-                     jnp.take_along_axis(drawn, jnp.clip(behind, 0, length - 1), -1))
-  return jnp.where(behind < length, tokens, filler)

@@ -33,9 +33,8 @@ class KVCache(NamedTuple):
   def empty(cls, config: PaLMConfig, lead: tuple[int, ...], max_len: int,
             dtype=jnp.float32) -> "KVCache":
     """A cache with room for `max_len` positions of sequences with leading dimensions `lead`."""
-    one_array = config.shared_kv and config.position == "alibi" and not config.qk_norm
     zeros = jnp.zeros((config.depth, *lead, max_len, config.dim_head), dtype)
-    return cls((zeros,) if one_array else (zeros, zeros), jnp.zeros((), jnp.int32))
+    return cls((zeros,) if config.values_are_keys else (zeros, zeros), jnp.zeros((), jnp.int32))
 
 
 class ParallelBlock(hk.Module):
@@ -147,7 +146,7 @@ class PaLM(hk.Module):
     """
     x, embedding, cache = self._hidden(tokens, segment_ids, cache)
     # As one product of two matrices, for the reason that `kernels.parallel_block.xla` has.
-    logits = self._logits_scale * jnp.einsum(
+    logits = self.config.logits_factor * jnp.einsum(
         "td,vd->tv", x.reshape(-1, x.shape[-1]), jnp.asarray(embedding, self.dtype),
         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
     logits = logits.reshape(*x.shape[:-1], -1)
@@ -169,7 +168,7 @@ class PaLM(hk.Module):
     """
     x, embedding, _ = self._hidden(tokens, segment_ids, None)
     return kernels.linear_cross_entropy(
-        x, embedding, targets, z_loss=z_loss, scale=self._logits_scale, weights=weights,
+        x, embedding, targets, z_loss=z_loss, scale=self.config.logits_factor, weights=weights,
         implementation=self.implementation)
 
   @hk.transparent
@@ -194,10 +193,6 @@ class PaLM(hk.Module):
 
     gain = hk.get_parameter("norm", (c.dim,), init=jnp.ones)
     return normalize(x, gain, kind=c.norm, eps=c.norm_eps), embedding, cache
-
-  @property
-  def _logits_scale(self) -> float:
-    return self.config.dim**-0.5 if self.config.logits_scale is None else self.config.logits_scale
 
   def _layer(self, **inputs):
     def layer(x, **more):

@@ -91,6 +91,11 @@ def test_sampling_from_a_directory_alone(trained, capsys):
   draws = [call(capsys, "generate", trained, "--prompt", "To be", "--length", 20, "--top-p", 0.9,
                 "--seed", seed)[1] for seed in (1, 1, 2)]
   assert draws[0] == draws[1] != draws[2]
+  assert greedy == call(capsys, "generate", trained, "--prompt", "To be", "--length", 20,
+                        "--temperature", 0, "--draft", trained, "--draft-length", 3)[1]
+  status, small, _ = call(capsys, "generate", trained, "--prompt", "To be", "--length", 20,
+                          "--weights", "int8", "--cache-dtype", "int8", "--temperature", 0)
+  assert status == 0 and small.startswith("To be")
 
 
 TRAIN = ["train", *TINY]

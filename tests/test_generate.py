@@ -5,12 +5,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
-from palm_haiku import PaLM, PaLMConfig
-from palm_haiku.generate import generate, sample
+from palm_haiku import PaLM, PaLMConfig, decoder, sharding
+from palm_haiku.generate import generate
+from palm_haiku.sampling import log_probabilities, sample
 
 CONFIG = PaLMConfig(11, 8, 2, 3, 4)
 LITE = PaLMConfig(11, 8, 2, 3, 4, position="alibi", norm="rms", shared_kv=True)
+
+ALL = PaLMConfig(11, 8, 2, 2, 4, qk_norm=True, xpos_scale_base=32, shared_kv=True)
+DRAFT = PaLMConfig(11, 4, 1, 1, 4)
+
+
+def sharper(params, factor=8):
+  """Logits further apart than at the start, so that greedy choice has no ties."""
+  return params | {"palm": params["palm"] | {"norm": factor * params["palm"]["norm"]}}
 
 
 @functools.cache
@@ -22,8 +32,7 @@ def make(config):
 @pytest.mark.parametrize("config", [CONFIG, LITE], ids=["palm", "palm-lite"])
 def test_greedy_takes_the_argmax_of_the_full_forward(config):
   model, params = make(config)
-  # Sharper than at the start, so that no two logits tie.
-  params = params | {"palm": params["palm"] | {"norm": 8 * params["palm"]["norm"]}}
+  params = sharper(params)
   prompt = np.array([[1, 2, 3], [7, 7, 0]])
   tokens = generate(params, config, prompt, 12, temperature=0)
   assert tokens.shape == (2, 15)
@@ -35,7 +44,7 @@ def test_greedy_takes_the_argmax_of_the_full_forward(config):
 @pytest.mark.parametrize("config", [CONFIG, LITE], ids=["palm", "palm-lite"])
 def test_prompts_of_different_lengths_are_continued_as_each_alone(config):
   _, params = make(config)
-  params = params | {"palm": params["palm"] | {"norm": 8 * params["palm"]["norm"]}}
+  params = sharper(params)
   prompt = np.random.default_rng(0).integers(0, 11, (2, 2, 6))
   lengths = np.array([[1, 6], [3, 5]])
   seen = []
@@ -91,13 +100,110 @@ def test_samples_follow_the_distribution(options, kept, temperature):
   assert chi_square < 18.5
 
 
-def test_first_token_follows_the_models_distribution():
+@pytest.mark.parametrize("draft", [False, True], ids=["alone", "with a draft"])
+@pytest.mark.parametrize("options", [
+    dict(), dict(temperature=0.4), dict(temperature=2.0, top_k=4), dict(top_p=0.6),
+    dict(temperature=0.7, top_k=5, top_p=0.9)], ids=str)
+def test_two_tokens_follow_the_models_distribution(options, draft):
   model, params = make(CONFIG)
-  prompt = np.array([5, 1, 2])
-  draws = generate(params, CONFIG, np.tile(prompt, (4000, 1)), 1, key=jax.random.key(0))[:, 3]
-  want = np.asarray(jax.nn.softmax(model.apply(params, prompt)[-1]))
-  got = np.bincount(draws, minlength=11) / 4000
-  assert 4000 * ((got - want) ** 2 / want).sum() < 29.6  # 99.9th percentile, 10 degrees
+  params = sharper(params, 2)
+  count, prompt = 8000, np.array([5, 1, 2])
+  if draft:
+    options = options | dict(draft=(sharper(make(DRAFT)[1], 2), DRAFT), draft_length=2)
+  draws = generate(params, CONFIG, np.tile(prompt, (count, 1)), 2, key=jax.random.key(0), **options)
+  got = np.zeros((11, 11))
+  np.add.at(got, tuple(np.asarray(draws[:, 3:]).T), 1)
+  options = {name: x for name, x in options.items() if "draft" not in name}
+  log_p = lambda tokens: log_probabilities(model.apply(params, tokens)[:, -1], **options)
+  both = np.concatenate([np.tile(prompt, (11, 1)), np.arange(11)[:, None]], 1)
+  want = count * np.exp(np.asarray(log_p(prompt[None]).T + log_p(both), np.float64))
+  assert not np.any(got[want == 0])
+  # Pearson's chi-square; cells where less than five are expected are one cell.
+  few = want < 5
+  got, want = (np.append(x[~few], x[few].sum()) for x in (got, want))
+  chi_square = ((got - want)[want > 0] ** 2 / want[want > 0]).sum()
+  assert chi_square < scipy.stats.chi2.ppf(0.999, (want > 0).sum() - 1)
+
+
+@pytest.mark.parametrize("config", [CONFIG, LITE], ids=["palm", "palm-lite"])
+def test_greedy_with_a_draft_is_greedy(config):
+  params = sharper(make(config)[1])
+  prompt = np.random.default_rng(1).integers(0, 11, (2, 3, 6))
+  lengths = np.array([[1, 6, 2], [3, 5, 4]])
+  options = dict(prompt_lengths=lengths, temperature=0)
+  want = generate(params, config, prompt, 17, **options)
+  for draft, draft_length in ((DRAFT, 1), (config, 4)):  # mostly wrong; always right
+    more = dict(draft=(sharper(make(draft)[1]), draft), draft_length=draft_length)
+    np.testing.assert_array_equal(generate(params, config, prompt, 17, **options, **more), want)
+  eod = int(want[0, 0, 5])
+  np.testing.assert_array_equal(
+      generate(params, config, prompt, 17, eod=eod, **options, **more),
+      generate(params, config, prompt, 17, eod=eod, **options))
+
+
+def test_tokens_with_a_draft_are_streamed_in_order():
+  params, seen = sharper(make(CONFIG)[1]), []
+  tokens = generate(params, CONFIG, np.array([1, 2]), 9, key=jax.random.key(0), draft=(
+      make(DRAFT)[1], DRAFT), on_token=lambda token: seen.append(int(token)))
+  jax.effects_barrier()
+  np.testing.assert_array_equal(seen, tokens[2:])
+
+
+@pytest.mark.parametrize("config, dtype, cache_dtype, weights, tolerance", [
+    (CONFIG, "float32", "float32", None, 1e-5), (LITE, "float32", "float32", None, 1e-5),
+    (ALL, "float32", "float32", None, 1e-5), (CONFIG, "bfloat16", "bfloat16", None, 0.03),
+    (LITE, "bfloat16", "bfloat16", None, 0.03), (LITE, "float32", "int8", None, 0.03),
+    (CONFIG, "float32", "float32", "int8", 0.03), (ALL, "bfloat16", "int8", "int8", 0.05)])
+def test_decoding_is_the_full_forward_at_every_position(config, dtype, cache_dtype, weights,
+                                                        tolerance):
+  model, params = make(config)
+  tokens = np.random.default_rng(2).integers(0, 11, (3, 14))
+  want = np.asarray(model.apply(params, tokens))
+  prepared = decoder.prepare(params, config, dtype, weights)
+  run = jax.jit(functools.partial(decoder.run, prepared, config, dtype=dtype),
+                static_argnames="fresh")
+  starts = np.array([1, 5, 3])
+  cache = decoder.empty_cache(config, (3,), 16, cache_dtype)
+  x, cache = run(tokens[:, :5], cache, fresh=True)
+  cache, got = cache._replace(length=jnp.asarray(starts)), [[x[i, :n]] for i, n in enumerate(starts)]
+  for many in (1, 3, 1, 3):
+    part = np.stack([row[n : n + many] for row, n in zip(tokens, starts)])
+    x, cache = run(part, cache)
+    starts += many
+    for i in range(3):
+      got[i].append(x[i])
+  for i in range(3):
+    logits = decoder.logits(prepared, config, jnp.concatenate(got[i]))
+    np.testing.assert_allclose(logits, want[i, : starts[i]],
+                               atol=tolerance * np.abs(want).max(), rtol=0)
+
+
+def test_int8_weights_generate_much_the_same():
+  model, params = make(CONFIG)
+  prompt = np.array([[1, 2, 3], [7, 7, 0]])
+  tokens = generate(params, CONFIG, prompt, 8, temperature=0, weights="int8", cache_dtype="int8")
+  logits = np.asarray(model.apply(params, tokens))[:, 2:-1]
+  taken = np.take_along_axis(logits, np.asarray(tokens)[:, 3:, None], -1)[..., 0]
+  assert np.all(logits.max(-1) - taken < 0.1 * np.ptp(logits, -1))
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_many_devices_generate_what_one_does(weights):
+  config = PaLMConfig(12, 8, 2, 4, 4)
+  params = sharper(make(config)[1])
+  prompt = np.random.default_rng(0).integers(0, 12, (4, 5))
+  options = dict(prompt_lengths=np.array([5, 2, 3, 1]), temperature=0, weights=weights)
+  want = generate(params, config, prompt, 6, **options)
+  mesh = sharding.make_mesh("fsdp=2,model=4")
+  params = jax.device_put(params, sharding.params_shardings(params, mesh))
+  with jax.set_mesh(mesh):
+    np.testing.assert_array_equal(generate(params, config, prompt, 6, **options), want)
+
+
+def test_prepared_weights_are_as_good_as_parameters():
+  _, params = make(CONFIG)
+  draw = lambda params: generate(params, CONFIG, np.array([1, 2]), 9, key=jax.random.key(1))
+  np.testing.assert_array_equal(draw(decoder.prepare(params, CONFIG)), draw(params))
 
 
 def test_a_seed_fixes_the_sample():
@@ -154,6 +260,10 @@ def test_bfloat16():
     (dict(top_p=0.0), r"top_p must be in \(0, 1\]"),
     (dict(eod=11), "eod 11 is outside"),
     (dict(key=None), "sampling needs a key"),
+    (dict(weights="int4"), "weights must be None or 'int8'; got 'int4'"),
+    (dict(draft=({}, PaLMConfig(12, 8, 1, 1))), "vocabulary of the model, 11 tokens; it has 12"),
+    (dict(draft=({}, CONFIG), draft_length=0), "draft_length must be at least 1"),
+    (dict(draft=({}, CONFIG), prompt=np.ones((2, 2), int), on_token=print), "a single sequence"),
 ])
 def test_bad_input_is_named(change, message):
   _, params = make(CONFIG)

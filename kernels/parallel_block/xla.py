@@ -86,6 +86,13 @@ def in_projection(x, params, positions, *, norm, norm_eps, rotary, xpos_scale_ba
   query = project(h, params["query"])
   key = project(h, params["key"])
   value = project(h, params["value"]) if "value" in params else key
+  query, key = positioned(query, key, params, positions, rotary=rotary,
+                          xpos_scale_base=xpos_scale_base)
+  return query, key, value, project(h, params["gate"]), project(h, params["up"])
+
+
+def positioned(query, key, params, positions, *, rotary, xpos_scale_base):
+  """Query [..., T, H, Dh] and key [..., T, Dh] as attention takes them: QK-norm, rotary, xPos."""
   if "query_scale" in params:
     query = l2_normalize(query, params["query_scale"])
     key = l2_normalize(key, params["key_scale"])
@@ -93,7 +100,7 @@ def in_projection(x, params, positions, *, norm, norm_eps, rotary, xpos_scale_ba
     query = rotate(query, positions, xpos_scale_base=xpos_scale_base)
     key = rotate(key[..., None, :], positions, xpos_scale_base=xpos_scale_base, xpos_sign=-1)
     key = key[..., 0, :]
-  return query, key, value, project(h, params["gate"]), project(h, params["up"])
+  return query, key
 
 
 def values_are_keys(params, rotary) -> bool:
@@ -121,7 +128,7 @@ def parallel_attention_ffn(x, params, *, norm, norm_eps, rotary, xpos_scale_base
       x, params, positions)
   if kv_cache is not None:
     new = (key,) if len(kv_cache) == 1 else (key, value)
-    kv_cache = tuple(_write(old, rows, query_offset) for old, rows in zip(kv_cache, new))
+    kv_cache = tuple(write(old, rows, query_offset) for old, rows in zip(kv_cache, new))
     key, value = kv_cache[0].astype(x.dtype), kv_cache[-1].astype(x.dtype)
   # Where the values are the keys, they are one object, so that a kernel can read it once.
   key = key[..., None, :]
@@ -137,7 +144,7 @@ def parallel_attention_ffn(x, params, *, norm, norm_eps, rotary, xpos_scale_base
   return y if kv_cache is None else (y, kv_cache)
 
 
-def _write(cache, rows, offset):
+def write(cache, rows, offset):
   """The cache [..., S, Dh] with rows [..., T, Dh] from position `offset` on, int[] or int[...]."""
   rows = rows.astype(cache.dtype)
   if not jnp.ndim(offset):

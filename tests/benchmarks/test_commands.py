@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import attention, block, loss, loss_training, measure, peers, static, suite
+from benchmarks import attention, block, decode, generate, loss, loss_training, measure, peers
+from benchmarks import static, suite
 from benchmarks.shapes import Attention
 from palm_haiku.kernels import aot
 
@@ -90,6 +91,29 @@ def test_block_against_its_formula():
   assert case.error((out * 1.01, gradients)) > 1e-3
 
 
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+def test_decoding_against_its_formula(cache_dtype):
+  case = decode.case(decode.Shape(2, 40, 4, 16), "float32", cache_dtype, True, ["xla"])
+  query, keys, *rest = case.arrays
+  np.testing.assert_array_equal(rest[1], [20, 40])
+  attend = case.implementations["xla"]
+  out = attend(query, keys, *rest)
+  assert case.error(out) < 2e-5
+  assert case.error(out * 1.01) > 1e-3
+  assert case.error(attend(query, 2 * keys, *rest)) > 1e-3
+
+
+def test_generation_has_rows_without_the_peer(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(generate, "absent", lambda name: "not installed")
+  assert generate.main(["--shape", "16x1x2x8", "--length", "6", "--batch", "3", "--rounds", "2",
+                        "--out", str(tmp_path)]) == 0
+  capsys.readouterr()
+  result = json.loads(next(tmp_path.glob("*-generate.json")).read_text())
+  assert {(row["implementation"], row["batch"]) for row in result["rows"]} >= {
+      ("float32", 1), ("float32", 3), ("int8 weights", 1), ("float32, itself as draft", 3)}
+  assert all(len(row["rates"]) == 2 and row["rate"] > 0 for row in result["rows"])
+
+
 def test_loss_against_its_formula():
   case = loss.case(loss.Shape(70, 32, 300), True, "float32", ["xla", "logits"])
   for function in case.implementations.values():
@@ -150,7 +174,8 @@ def test_a_suite_without_time_leaves_everything_out(tmp_path, capsys):
 def test_all_stages_parse():
   for name, arguments in suite.STAGES:
     for at, word in enumerate(arguments):
-      parse = {"attention": Attention, "block": block.Shape, "loss": loss.Shape}.get(name)
+      parse = {"attention": Attention, "block": block.Shape, "loss": loss.Shape,
+               "decode": decode.Shape}.get(name)
       if parse and word[0].isdigit():
         assert str(parse.parse(word)) == word, arguments[at]
 
