@@ -148,9 +148,11 @@ def run(weights: Weights, config: PaLMConfig, tokens, cache: Cache, *, dtype=jnp
 
 def logits(weights: Weights, config: PaLMConfig, x) -> jax.Array:
   """float32[..., V] of what `run` returns."""
-  columns = weights.embedding
-  columns = columns if isinstance(columns, Int8) else columns.T
-  return config.logits_factor * product(x, columns, jnp.promote_types(x.dtype, jnp.float32))
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  if isinstance(weights.embedding, Int8):
+    return config.logits_factor * product(x, weights.embedding, wide)
+  return config.logits_factor * jnp.einsum(
+      "...d,vd->...v", x, weights.embedding, preferred_element_type=wide)
 
 
 def _write(old, rows, offset):
