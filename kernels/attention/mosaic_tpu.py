@@ -126,7 +126,8 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
       out_shape=[
           meshes.out_shape((batch * kv_heads, plan.num_rows, dim), query.dtype, query, key, value),
           meshes.out_shape((batch * kv_heads, 1, plan.num_rows), jnp.float32, query, key, value)],
-      compiler_params=pltpu.CompilerParams(disable_bounds_checks=True,
+      compiler_params=pltpu.CompilerParams(
+          disable_bounds_checks=True,  # of every copy, in every step; all indices are clipped
           dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"),
           vmem_limit_bytes=layout.vmem_bytes(
               plan, dim=dim, itemsize=query.dtype.itemsize, shared=value is None,

@@ -119,7 +119,8 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
           scratch_shapes=list(scratch.values())),
       out_shape=[shape for shape, _ in outputs.values()],
       input_output_aliases={4: 0} if several else {},  # after the four scalar operands
-      compiler_params=pltpu.CompilerParams(disable_bounds_checks=True,
+      compiler_params=pltpu.CompilerParams(
+          disable_bounds_checks=True,  # of every copy, in every step; all indices are clipped
           dimension_semantics=("parallel", "arbitrary", "arbitrary"),
           vmem_limit_bytes=layout.vmem_bytes(
               plan, dim=dim, itemsize=query.dtype.itemsize, shared=value is None,

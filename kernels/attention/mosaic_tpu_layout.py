@@ -457,9 +457,11 @@ def traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, st
   offset = key_block * per_block  # in chunks of `fine` keys, as all ranges here
   lows = [block * span + (query_offset + edge.start) // fine for edge in edges]
 
+  alone = False  # whether the diagonal is all that the block sees
   for n, edge in enumerate(edges):
     here = (lows[n] >= offset) & (lows[n] < offset + per_block)
     state = ranges.of_edge(refs, head, block, n)
+    alone |= (n == 0) & (state == 3)
     kinds = [(1, False), (2, False)] if ranges.has_ids else [(1, False)]
     if n == 0 and whole:
       kinds.append((3, True))
@@ -503,4 +505,6 @@ def traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, st
         0, before + last - rest,
         lambda t, _: small(jnp.where(t < before, first + t, rest + t - before), True), None)
 
-  jax.lax.fori_loop(0, plan.steps, of_rows, None)
+  @pl.when(jnp.logical_not(alone))
+  def _():
+    jax.lax.fori_loop(0, plan.steps, of_rows, None)
