@@ -267,8 +267,10 @@ def vmem_bytes(plan: Plan, *, dim, itemsize, shared, backward) -> int:
     dquery = 4 + (2 * itemsize if plan.padded_keys == plan.major else 3 * 4)
     return (row * (4 * itemsize + dquery) + (1 if shared else 2) * key * (itemsize + 4)
             + 2 * (plan.ahead + 3) * tile + vectors)
+  # One tile is finished after the next one's products.
   return (row * (4 * itemsize + 4) + 16 * 4 * plan.block_rows
-          + (1 if shared else 2) * 2 * key * itemsize + (plan.ahead + 3) * tile + vectors)
+          + (1 if shared else 2) * 2 * key * itemsize + (plan.ahead + 4) * tile
+          + 4 * dim * plan.lanes + vectors)
 
 
 class Tile(NamedTuple):
