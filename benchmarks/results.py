@@ -121,7 +121,9 @@ def _commit():
                           check=False).stdout.strip()
 
   commit = git("rev-parse", "--short=12", "HEAD")
-  return commit + ("-dirty" if commit and git("status", "--porcelain", "-uno") else "") or None
+  # Results written a moment ago do not make the code another one.
+  changed = git("status", "--porcelain", "-uno", "--", ":/", ":(exclude)results")
+  return commit + ("-dirty" if commit and changed else "") or None
 
 
 def _driver():

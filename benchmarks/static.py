@@ -189,24 +189,30 @@ def own_steps(name, shape, target, dtype, backward) -> dict[str, aot.Steps]:
   plan = layout.fit(blocks, length=shape.length, group=group, num_keys=shape.length,
                     itemsize=jnp.dtype(dtype).itemsize)
   positions = plan.block_rows // group
-  if plan.block_rows % group or shape.length % positions or plan.major % positions:
+  if plan.block_rows % group or any(
+      n % m for n, m in ((shape.length, positions), (plan.major, positions),
+                         (positions, plan.fine))):
     return {}  # no diagonal steps: how many there are of the others is not said here
   # A block of rows sees all keys before it in steps without a mask and one diagonal step; where
-  # the keys are several blocks, it meets each in turn.
+  # the keys are several blocks, it meets each in turn, and visits those that it sees.
   turns = plan.padded_keys // plan.major
-  large = (plan.num_blocks - 1) / 2 * positions / plan.chunk / turns
+  seen = (1 + turns) / 2 / turns
+  before = [n * positions for n in range(plan.num_blocks)]
+  visits = plan.num_blocks * turns * seen
+  inner = (sum(keys // plan.chunk for keys in before) / visits,
+           sum(keys % plan.chunk // plan.fine for keys in before) / visits, 0)
   first = 1 / plan.num_blocks  # that block of rows sees its diagonal alone
   if backward:
     # To begin with: gradients of keys and values, of rows whose diagonal is in other keys; at the
-    # end of rows that see the keys, and of those that see none of them.
-    seen = (1 + turns) / 2 / turns
-    begin_end = (plan.cores / plan.num_blocks, seen - 1 / turns, seen, 0)
-    active = (1 / turns, 1, 1)
+    # end of rows that see none of them. The end of rows that see some is a part of their visit.
+    begin_end = (plan.cores / plan.num_blocks, seen - 1 / turns, 0)
+    active = (1 / turns / seen, 1, 1, 1)
   else:
     # Rows without a diagonal, the end of all but the first rows.
     begin_end = (0, (1 - first) / turns)
-    active = ((1 - first) / turns, first / turns, 1, 1)
-  return {"": aot.Steps(active=active, edge=begin_end, inner=(large, 0))}
+    active = ((1 - first) / turns / seen, first / turns / seen, 1, 1, 1)
+  grid = plan.num_blocks * turns * shape.batch * shape.kv_heads // plan.cores
+  return {"": aot.Steps(grid=grid, active=active, visited=seen, edge=begin_end, inner=inner)}
 
 
 # ---- the table

@@ -68,12 +68,15 @@ class Steps:
       work; several fractions are those of the guards of more than 128 bundles, likewise.
     inner: trips of those loops inside the grid's loop whose counters do not say them, in the order
       of their addresses; a mean where they differ from step to step.
+    visited: the fraction of the steps in which the outermost guard runs that holds such guards; the
+      other fractions and trips are then those of such a step.
   """
 
   grid: int | None = None
   active: float | Sequence[float] = 1.0
   edge: float | Sequence[float] = 1.0
   inner: float | Sequence[float] | None = None
+  visited: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +249,11 @@ def _trips(body, definitions) -> int | None:
 
   def follow(value):
     while definitions.get(value, ("",))[0] in ("smov.u32", "sld"):
-      value, = definitions[value][1]
+      # A move under a condition alone is that of whoever reaches the loop; of two values, neither.
+      operands = [a for a in definitions[value][1] if not re.fullmatch(r"\(!?%\w+\)", a)]
+      if len(operands) != 1:
+        break
+      value, = operands
     return value
 
   operation, operands = definitions.get(follow(counter), ("", ()))
@@ -280,6 +287,7 @@ def _set_runs(root, steps):
   active = list(steps.active) if isinstance(steps.active, Sequence) else None
   inner = list(steps.inner) if isinstance(steps.inner, Sequence) else None
   edges = list(steps.edge) if isinstance(steps.edge, Sequence) else None
+  visited = []
   matrix = lambda region: region.total(_MATMUL) > 0
   any_matrix = matrix(root)
 
@@ -310,6 +318,9 @@ def _set_runs(root, steps):
         elif not any(r.kind == "if" and matrix(r) for r in part if r is not part):
           part.runs = active.pop(0) if active else steps.active if active is None else 1.0
           body_of = True
+        elif drained and not visited:
+          visited.append(part)
+          part.runs = steps.visited
         if not drained:
           part.runs *= grid / (grid + 2)
           drained_of = True

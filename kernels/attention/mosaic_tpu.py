@@ -127,6 +127,7 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
           meshes.out_shape((batch * kv_heads, plan.num_rows, dim), query.dtype, query, key, value),
           meshes.out_shape((batch * kv_heads, 1, plan.num_rows), jnp.float32, query, key, value)],
       compiler_params=pltpu.CompilerParams(
+          disable_bounds_checks=True,  # of every copy, in every step; all indices are clipped
           dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"),
           vmem_limit_bytes=layout.vmem_bytes(
               plan, dim=dim, itemsize=query.dtype.itemsize, shared=value is None,
@@ -199,16 +200,24 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
       weights = jnp.exp2(x - (new - shift)).astype(v.dtype)
       sums = dot(v[:, slice(*tile.keys)], weights, (((1,), (0,)), ((), ())))
       if whole:
-        finish(at, sums, new)
+        waiting.append((at, sums, new))
+        if len(waiting) > 1:
+          finish(*waiting.pop(0))
       else:
         top[:, at] = new
         accum[:, at] = sums if fresh else accum[:, at] * jnp.exp2(old - new) + sums
 
+    waiting = []
     layout.interleave(plan, tiles, scores, update)
+    for result in waiting:
+      finish(*result)
 
-  first_position = block * (plan.block_rows // plan.group) + query_offset if edges else None
-  layout.traverse(ranges, refs, head, block, key_block, first_position, plan, edges, step,
-                  whole=True)
+  low, high = ranges.key_blocks((refs["chunks"], refs["blocks"]), head, block)
+
+  @pl.when((low <= key_block) & (key_block <= high))
+  def _():
+    layout.traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, step,
+                    whole=True)
 
   @pl.when((turn == last_turn) & (diagonal != 3))
   def _():

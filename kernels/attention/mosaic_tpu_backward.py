@@ -120,6 +120,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
       out_shape=[shape for shape, _ in outputs.values()],
       input_output_aliases={4: 0} if several else {},  # after the four scalar operands
       compiler_params=pltpu.CompilerParams(
+          disable_bounds_checks=True,  # of every copy, in every step; all indices are clipped
           dimension_semantics=("parallel", "arbitrary", "arbitrary"),
           vmem_limit_bytes=layout.vmem_bytes(
               plan, dim=dim, itemsize=query.dtype.itemsize, shared=value is None,
@@ -168,10 +169,10 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
     if "slope" in refs:
       layout.fill_bias(refs, plan)
 
-  first_position = block * (plan.block_rows // plan.group) + query_offset if edges else None
   diagonal = jnp.int32(0)  # how the diagonal is visited, if it lies in these keys
   if edges:
-    diagonal = jnp.where(first_position // plan.major == key_block,
+    distance = block * (plan.block_rows // plan.group) + query_offset - key_block * plan.major
+    diagonal = jnp.where((distance >= 0) & (distance < plan.major),
                          ranges.of_edge(refs, head, block, 0), 0)
 
   low, high = ranges.key_blocks((refs["chunks"], refs["blocks"]), head, block)
@@ -231,8 +232,10 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
     layout.interleave(plan, tiles, products, update)
 
   # Short documents are diagonals and little else; the first block alone would not pay.
-  layout.traverse(ranges, refs, head, block, key_block, first_position, plan, edges, step,
-                  whole=ranges.has_ids)
+  @pl.when(visits)
+  def _():
+    layout.traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, step,
+                    whole=ranges.has_ids)
 
   @pl.when(visits & ((diagonal != 3) | (not ranges.has_ids)))
   def _():

@@ -243,7 +243,7 @@ class Plan(NamedTuple):
 
     The causal triangle and short documents split evenly.
     """
-    return n * self.cores + (core + n) % self.cores if self.cores > 1 else n
+    return 2 * n + (core ^ n & 1) if self.cores > 1 else n
 
   @property
   def period(self) -> int | None:
@@ -267,8 +267,10 @@ def vmem_bytes(plan: Plan, *, dim, itemsize, shared, backward) -> int:
     dquery = 4 + (2 * itemsize if plan.padded_keys == plan.major else 3 * 4)
     return (row * (4 * itemsize + dquery) + (1 if shared else 2) * key * (itemsize + 4)
             + 2 * (plan.ahead + 3) * tile + vectors)
+  # One tile is finished after the next one's products.
   return (row * (4 * itemsize + 4) + 16 * 4 * plan.block_rows
-          + (1 if shared else 2) * 2 * key * itemsize + (plan.ahead + 3) * tile + vectors)
+          + (1 if shared else 2) * 2 * key * itemsize + (plan.ahead + 4) * tile
+          + 4 * dim * plan.lanes + vectors)
 
 
 class Tile(NamedTuple):
@@ -439,13 +441,13 @@ def interleave(plan, tiles, scores, update):
     ready[n] = None  # frees it for the interpreter, too
 
 
-def traverse(ranges, refs, head, block, key_block, first_position, plan, edges, step, whole=False):
+def traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, step, whole=False):
   """Visits what a block of rows sees of a block of keys.
 
   Args:
     ranges: `Ranges`.
     head, block, key_block: int32 scalars.
-    first_position: that of the block's first row, if there are edges.
+    query_offset: the first query's position, an int if there are edges.
     step: called as step(first_row, first_key, tiles, size, masked, ids, fresh, whole) with the
       first row and key within their blocks, dynamic; whether the mask counts, whether segment
       ids do, whether it is the first step of all its rows, and whether it is their only one.
@@ -455,11 +457,13 @@ def traverse(ranges, refs, head, block, key_block, first_position, plan, edges, 
   span = plan.block_rows // plan.group // fine
   per_block, every = plan.major // fine, range(0, plan.rows, plan.lanes)
   offset = key_block * per_block  # in chunks of `fine` keys, as all ranges here
-  lows = [(first_position + edge.start) // fine for edge in edges]
+  lows = [block * span + (query_offset + edge.start) // fine for edge in edges]
 
+  alone = False  # whether the diagonal is all that the block sees
   for n, edge in enumerate(edges):
     here = (lows[n] >= offset) & (lows[n] < offset + per_block)
     state = ranges.of_edge(refs, head, block, n)
+    alone |= (n == 0) & (state == 3)
     kinds = [(1, False), (2, False)] if ranges.has_ids else [(1, False)]
     if n == 0 and whole:
       kinds.append((3, True))
@@ -491,12 +495,18 @@ def traverse(ranges, refs, head, block, key_block, first_position, plan, edges, 
       step(n * plan.rows, (full + t * ratio) * fine, tiles, ratio * fine, False, False, False,
            False)
 
-    def small(t, _):
-      chunk = jnp.where(t < before, first + t, middle + t - before)
+    def small(chunk, masked):
       tiles = [Tile(row, (0, fine), (0, fine)) for row in every]
-      step(n * plan.rows, chunk * fine, tiles, fine, True, ranges.has_ids, False, False)
+      step(n * plan.rows, chunk * fine, tiles, fine, masked, masked and ranges.has_ids, False,
+           False)
 
     jax.lax.fori_loop(0, num_large, large, None)
-    jax.lax.fori_loop(0, before + last - middle, small, None)
+    if ratio > 1:
+      jax.lax.fori_loop(middle, rest, lambda chunk, _: small(chunk, False), None)
+    jax.lax.fori_loop(
+        0, before + last - rest,
+        lambda t, _: small(jnp.where(t < before, first + t, rest + t - before), True), None)
 
-  jax.lax.fori_loop(0, plan.steps, of_rows, None)
+  @pl.when(jnp.logical_not(alone))
+  def _():
+    jax.lax.fori_loop(0, plan.steps, of_rows, None)

@@ -162,6 +162,19 @@ def test_each_guard_without_matrix_work_may_have_its_own_fraction():
     assert work.runs == pytest.approx(10 / 12)
 
 
+def test_a_guard_around_guards_has_a_fraction_of_its_own():
+  slots = tuple(int(name == "MATMUL") for name in llo.SLOTS)
+  one, other = (llo.Region("if", first, first + 100, [], 100, slots) for first in (300, 500))
+  around = llo.Region("if", 200, 800, [one, other], 400, (0,) * len(llo.SLOTS))
+  step = llo.Region("if", 100, 900, [around], 200, (0,) * len(llo.SLOTS))
+  grid = llo.Region("loop", 0, 1000, [step], 200, (0,) * len(llo.SLOTS), 12)
+  root = llo.Region("kernel", 0, 1000, [grid], 0, (0,) * len(llo.SLOTS))
+  llo.Schedule("guards", root, (1,) * len(llo.SLOTS)).set_runs(
+      llo.Steps(active=(0.5, 1), visited=0.25))
+  assert [r.runs for r in (around, one, other)] == [0.25, 0.5, 1]
+  assert step.runs == pytest.approx(10 / 12)
+
+
 @pytest.mark.parametrize("change, trips", [
     (lambda text: re.sub(r"%s209_s17 = sadd.s32 1, ", "%s209_s17 = sadd.s32 2, ", text), 34),
     (lambda text: re.sub(r"%s209_s17 = sadd.s32 1, ", "%s209_s17 = sadd.s32 %s7, ", text), None),
