@@ -2,9 +2,10 @@
 
 The queries of all heads of one key/value head are the rows of one matrix. The positions of a
 sequence are divided into blocks, and the blocks of all sequences, one after the other, are one
-list. Each core walks its share of the list: it fetches the blocks ahead of the one it computes on,
-over the ends of sequences as well, and of a sequence's last block only what is filled. The one
-sequence that two cores share is merged by plain JAX.
+list, of which each core walks its share: blocks ahead of it are fetched, over the ends of
+sequences too, and of a sequence's last block only what is filled. A step computes the scores of
+the next block and, from the scores of the step before, the sum over the values of this one: two
+chains that do not wait for each other.
 """
 
 import functools
@@ -27,14 +28,15 @@ class Plan(NamedTuple):
   """How one problem is divided."""
 
   size: int  # positions in a block
-  slots: int  # blocks in VMEM, one of them being computed on
+  slots: int  # blocks in VMEM, two of them being computed on
+  chunk: int  # positions in one product
   cores: int
+  sequences: int  # times key/value heads
+  kv_heads: int
   num_queries: int
   group: int  # heads of a key/value head
-  kv_heads: int
-  sequences: int  # times key/value heads
+  dim: int
   max_len: int
-  scale: float
 
   @property
   def rows(self) -> int:
@@ -51,227 +53,284 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
   """Attention to the cache; the contract of every backend, in `fused`.
 
   Args:
-    blocks: (positions, slots, cores) to use instead of those for the chip.
+    blocks: (positions, slots, chunk, cores) to use instead of those for the chip.
   """
   batch, num_queries, heads, dim = query.shape
   max_len, kv_heads = key.shape[1:3]
-  size, slots, cores = blocks or fit(query, key, value, chip)
-  plan = Plan(min(size, round_up(max_len, LANES)), slots, cores, num_queries, heads // kv_heads,
-              kv_heads, batch * kv_heads, max_len, scale)
+  size, slots, chunk, cores = blocks
+  plan = Plan(min(size, round_up(max_len, LANES)), slots, chunk, cores, batch * kv_heads, kv_heads,
+              num_queries, heads // kv_heads, dim, max_len)
 
-  rows = query.reshape(batch, num_queries, kv_heads, plan.group, dim).swapaxes(1, 2)
   cache = lambda x: x.swapaxes(1, 2).reshape(plan.sequences, max_len, dim)
-  streams = dict(query=rows.reshape(plan.sequences, plan.rows, dim), key=cache(key))
+  grouped = query.reshape(batch, num_queries, kv_heads, plan.group, dim)
+  streams = dict(query=grouped.swapaxes(1, 2).reshape(plan.sequences, plan.rows, dim),
+                 key=cache(key))
   if value is not None:
     streams["value"] = cache(value)
   for name, x in (("key_scales", key_scales), ("value_scales", value_scales)):
     if x is not None:
       x = x.swapaxes(1, 2).reshape(plan.sequences, 1, max_len)
       streams[name] = jnp.pad(x, ((0, 0), (0, 0), (0, -max_len % LANES)))
-  block_shapes = dict(query=(plan.rows, dim), key=(plan.size, dim), value=(plan.size, dim),
-                      key_scales=(1, plan.size), value_scales=(1, plan.size))
   tables = {}
   if alibi_slopes is not None:
     slopes = jnp.tile(alibi_slopes.reshape(kv_heads, 1, plan.group), (1, num_queries, 1))
     tables["slopes"] = slopes.reshape(kv_heads, plan.rows, 1) * LOG2E
 
-  f32 = jnp.float32
-  scratch = {f"{name}_block": pltpu.VMEM((slots, *block_shapes[name]), x.dtype)
-             for name, x in streams.items()}
+  f32, vmem = jnp.float32, pltpu.VMEM
+  shape = lambda name: ((plan.rows, dim) if name == "query" else
+                        (1, plan.size) if name.endswith("_scales") else (plan.size, dim))
+  scratch = {f"{name}_block": vmem((slots, *shape(name)), x.dtype) for name, x in streams.items()}
   scratch |= dict(
-      rows=pltpu.VMEM((plan.rows, dim), query.dtype), result=pltpu.VMEM((2, plan.rows, dim), query.dtype),
-      top=pltpu.VMEM((plan.rows, LANES), f32), total=pltpu.VMEM((plan.rows, LANES), f32),
-      accum=pltpu.VMEM((plan.rows, dim), f32),
+      scores=vmem((plan.rows, plan.size), f32), peak=vmem((plan.rows, LANES), f32),
+      top=vmem((plan.rows, LANES), f32), total=vmem((plan.rows, LANES), f32),
+      accum=vmem((plan.rows, dim), f32), result=vmem((2, plan.rows, dim), query.dtype),
       fetched=pltpu.SemaphoreType.DMA((slots, len(streams))),
       written=pltpu.SemaphoreType.DMA((2,)))
+  outputs = dict(out=((plan.sequences, plan.rows, dim), query.dtype))
+  if cores > 1:
+    outputs["shared"] = (cores, plan.rows, dim + LANES), f32
+    scratch |= dict(piece=vmem((plan.rows, dim + LANES), f32), sent=pltpu.SemaphoreType.DMA)
+
+  ranges, owner = deal(plan, lengths)
 
   def kernel(*refs):
-    names = ("lengths", *streams, *tables, "out", *scratch)
-    _kernel(dict(zip(names, refs, strict=True)), plan, list(streams))
+    names = ("ranges", "lengths", *streams, *tables, *outputs, *scratch)
+    _kernel(dict(zip(names, refs, strict=True)), plan, list(streams), scale * LOG2E)
 
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
-  whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
-  out = pl.pallas_call(
+  out, *shared = pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=1, grid=(cores,),
-          in_specs=[anywhere] * len(streams) + [whole(x) for x in tables.values()],
-          out_specs=anywhere,
+          num_scalar_prefetch=2, grid=(cores,),
+          in_specs=[anywhere] * len(streams) + [
+              pl.BlockSpec(x.shape, lambda *_: (0, 0, 0)) for x in tables.values()],
+          out_specs=[anywhere] * len(outputs),
           scratch_shapes=list(scratch.values())),
-      out_shape=meshes.out_shape(
-          streams["query"].shape, query.dtype, query, key, value, lengths),
+      out_shape=[meshes.out_shape(*x, query, key, value, lengths) for x in outputs.values()],
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel",), vmem_limit_bytes=60*2**20),
       name="decode_attention",
-  )(lengths, *streams.values(), *tables.values())
-  return out.reshape(batch, kv_heads, num_queries, plan.group, dim).swapaxes(1, 2).reshape(
-      query.shape)
+  )(ranges, lengths, *streams.values(), *tables.values())
+  if shared:
+    out = merge(out, *shared, owner, dim)
+  out = out.reshape(batch, kv_heads, num_queries, plan.group, dim)
+  return out.swapaxes(1, 2).reshape(query.shape)
 
 
-def _kernel(refs, plan, streams):
-  """The blocks of one core, one after the other."""
+def deal(plan, lengths):
+  """What each core walks.
+
+  Returns:
+    int32[cores, 4], (sequence, block) of the first block and of the one after the last; and of
+    two cores the sequence that they may share and whether they do.
+  """
+  if plan.cores == 1:
+    return jnp.array([[0, 0, plan.sequences, 0]], jnp.int32), None
+  blocks = jnp.repeat(jnp.maximum(-(-lengths // plan.size), 1), plan.kv_heads)
+  ends = jnp.cumsum(blocks, dtype=jnp.int32)
+  half = ends[-1] // 2
+  sequence = (ends <= half).sum(dtype=jnp.int32)
+  block = half - jnp.where(ends <= half, blocks, 0).sum(dtype=jnp.int32)
+  ranges = jnp.stack([jnp.int32(0), jnp.int32(0), sequence, block,
+                      sequence, block, jnp.int32(plan.sequences), jnp.int32(0)])
+  return ranges.reshape(2, 4), (sequence, block > 0)
+
+
+def merge(out, pieces, owner, dim):
+  """`out` with the sequence that two cores share: softmax over the pieces of both."""
+  sequence, is_shared = owner
+  values, lse = pieces[..., :dim], pieces[..., dim : dim + 1]
+  first = jnp.arange(2)[:, None, None] == 0
+  hidden = first & ~is_shared  # the first core has then written nothing there
+  lse = jnp.where(hidden, -jnp.inf, lse)
+  weights = jnp.exp2(lse - jnp.maximum(lse.max(axis=0), LOWEST))
+  merged = (jnp.where(hidden, 0, values) * weights).sum(axis=0)
+  total = weights.sum(axis=0)
+  merged = (merged / jnp.where(total > 0, total, 1)).astype(out.dtype)
+  return out.at[sequence].set(merged)
+
+
+def _kernel(refs, plan, streams, scale):
+  """The blocks of one core, one after the other; `scale` of scores to base 2."""
   size, slots = plan.size, plan.slots
-  lengths = refs["lengths"]
-  block = lambda name: refs[f"{name}_block"]
+  core = pl.program_id(0)
+  first = refs["ranges"][core, 0], refs["ranges"][core, 1]
+  end = refs["ranges"][core, 2], refs["ranges"][core, 3]
+  before_end = lambda i, n: (i < end[0]) | (i == end[0]) & (n < end[1])
 
   def length(i):
-    return lengths[jax.lax.div(i, plan.kv_heads) if plan.kv_heads > 1 else i]
-
-  def num_blocks(i):
-    return jnp.maximum(pl.cdiv(length(i), size), 1)
+    i = jnp.minimum(i, plan.sequences - 1)
+    return refs["lengths"][jax.lax.div(i, plan.kv_heads) if plan.kv_heads > 1 else i]
 
   def after(i, n):
-    last = n + 1 >= num_blocks(jnp.minimum(i, plan.sequences - 1))
+    last = (n + 1) * size >= length(i)
     return jnp.where(last, i + 1, i), jnp.where(last, 0, n + 1)
 
-  whole = plan.max_len - plan.max_len % GRANULE
-
-  def copies(i, n, slot):
-    """(condition or None, copy) of all that block n of sequence i needs."""
-    begin = pl.multiple_of(n * size, size)
-    left = jnp.clip(length(i) - begin, 1, size)
-    upto = lambda grain: pl.multiple_of(pl.cdiv(left, grain) * grain, grain)
-    for number, name in enumerate(streams):
-      ref, to, arrived = refs[name], block(name).at[slot], refs["fetched"].at[slot, number]
-      copy = lambda source, target: pltpu.make_async_copy(source, target, arrived)
-      if name == "query":
-        yield None, copy(ref.at[i], to)
-      elif name.endswith("_scales"):
-        lanes = upto(LANES)
-        yield None, copy(ref.at[i, :, pl.ds(begin, lanes)], to.at[:, pl.ds(0, lanes)])
-      elif whole == plan.max_len:
-        yield None, copy(ref.at[i, pl.ds(begin, upto(GRANULE))], to.at[pl.ds(0, upto(GRANULE))])
-      else:
-        rows = pl.multiple_of(jnp.minimum(upto(GRANULE), whole - begin), GRANULE)
-        rest = plan.max_len - whole
-        yield rows > 0, copy(ref.at[i, pl.ds(begin, rows)], to.at[pl.ds(0, rows)])
-        yield begin + left > whole, copy(
-            ref.at[i, pl.ds(whole, rest)],
-            to.at[pl.ds(pl.multiple_of(whole - begin, GRANULE), rest)])
-
-  def fetch(i, n, slot, fresh):
-    @pl.when(fresh & (length(i) - n * size < size))
+  def fetch(t, at):
+    @pl.when(before_end(*at))
     def _():
-      clear_stale(refs, slot)
-    for condition, copy in copies(i, n, slot):
-      copy.start() if condition is None else pl.when(condition)(copy.start)
-
-  def wait(i, n, slot):
-    for condition, copy in copies(i, n, slot):
-      copy.wait() if condition is None else pl.when(condition)(copy.wait)
-
-  first, end = (jnp.int32(0), jnp.int32(0)), (jnp.int32(plan.sequences), jnp.int32(0))
-  before = lambda at, end: (at[0] < end[0]) | (at[0] == end[0]) & (at[1] < end[1])
-
-  def prefetch(t, at):
-    @pl.when(before(at, end))
-    def _():
-      fetch(*at, jax.lax.rem(t, slots), t < slots)
+      slot, left = jax.lax.rem(t, slots), length(at[0]) - at[1] * size
+      pl.when((t < slots) & (left < size))(lambda: clear_stale(refs, slot))
+      copy_block(refs, plan, streams, *at, slot, left, "start")
     return after(*at)
 
   def written(i):
     slot = jax.lax.rem(i, 2)
-    return pltpu.make_async_copy(refs["result"].at[slot], refs["out"].at[i], refs["written"].at[slot])
+    return pltpu.make_async_copy(
+        refs["result"].at[slot], refs["out"].at[i], refs["written"].at[slot])
+
+  own = first[0] + (core > 0).astype(jnp.int32)  # the first sequence that is this core's alone
+
+  def finish(i, is_shared):
+    total = refs["total"][...].sum(axis=1, keepdims=True)
+    out = refs["accum"][...] / jnp.where(total > 0, total, 1)
+
+    def store():
+      pl.when(i - 2 >= own)(written(i - 2).wait)
+      refs["result"][jax.lax.rem(i, 2)] = out.astype(refs["result"].dtype)
+      written(i).start()
+
+    if plan.cores == 1:
+      return store()
+    pl.when(~is_shared)(store)
+
+    @pl.when(is_shared)
+    def _():
+      lse = jnp.where(total > 0, refs["top"][...] + jnp.log2(jnp.where(total > 0, total, 1)), -jnp.inf)
+      refs["piece"][:, : plan.dim] = out
+      refs["piece"][:, plan.dim :] = lse
+      copy = pltpu.make_async_copy(refs["piece"], refs["shared"].at[core], refs["sent"])
+      copy.start()
+      copy.wait()
 
   def body(carry):
-    t, at, ahead = carry
-    i, n = at
-    ahead = prefetch(t + slots - 1, ahead)
-    slot = jax.lax.rem(t, slots)
-    wait(i, n, slot)
-
-    @pl.when((n == 0) | (t == 0))
-    def _():
-      start(refs, slot)
-
-    left = length(i) - n * size
-    low = -1
+    t, now, then, ahead = carry
+    ahead = fetch(t + slots - 1, ahead)
+    more = before_end(*then)
+    slot, next_slot = jax.lax.rem(t + slots, slots), jax.lax.rem(t + 1, slots)
+    left = jnp.where(t < 0, 0, length(now[0]) - now[1] * size)
+    next_left = jnp.where(more, length(then[0]) - then[1] * size, 0)
+    pl.when(more)(lambda: copy_block(
+        refs, plan, streams, *then, next_slot, next_left, "wait"))
+    fresh = (t == 0) | (now[1] == 0)
+    low, needed = -2**31, jnp.maximum(left, next_left)
     for part in plan.parts:
-      fits = (left > low) if part == size else (left > low) & (left <= part)
-      pl.when(fits)(lambda: step(refs, plan, i, slot, left, part))
+      high = part if part < size else 2**31 - 1
+      pl.when((needed > low) & (needed <= high))(functools.partial(
+          step, refs, plan, scale, part, slot, fresh, next_slot, then[0], next_left))
       low = part
+    whole = then[1] == 0  # this was the sequence's last block
 
-    nxt = after(i, n)
-    @pl.when((nxt[1] == 0))
+    @pl.when((t >= 0) & (whole | ~more))
     def _():
-      pl.when(i - 2 >= first[0])(lambda: written(i - 2).wait())
-      total = refs["total"][...].sum(axis=1, keepdims=True)
-      refs["result"][jax.lax.rem(i, 2)] = (refs["accum"][...] / jnp.where(total > 0, total, 1)).astype(refs["out"].dtype)
-      written(i).start()
-      @pl.when(i + 1 == plan.sequences)
-      def _():
-        pl.when(i > first[0])(lambda: written(i - 1).wait())
-        written(i).wait()
+      finish(now[0], ~whole | (core > 0) & (now[0] == first[0]))
+    return t + 1, then, after(*then), ahead
 
-    return t + 1, nxt, ahead
+  ahead = jax.lax.fori_loop(0, slots - 1, fetch, first)
+  jax.lax.while_loop(lambda carry: before_end(*carry[1]), body,
+                     (jnp.int32(-1), (first[0], first[1] - 1), first, ahead))
+  for i in (end[0] - 2, end[0] - 1):
+    pl.when(i >= own)(written(i).wait)
 
-  ahead = jax.lax.fori_loop(0, slots - 1, prefetch, first)
-  jax.lax.while_loop(lambda c: before(c[1], end), body, (jnp.int32(0), first, ahead))
+
+def copy_block(refs, plan, streams, i, n, slot, left, act):
+  """Starts the copies of block n of sequence i, of which `left` positions are filled, or waits."""
+  begin = pl.multiple_of(n * plan.size, plan.size)
+  left = jnp.clip(left, 1, plan.size)
+  upto = lambda grain: pl.multiple_of(pl.cdiv(left, grain) * grain, grain)
+  rest = plan.max_len % GRANULE  # at the end of a cache that does not end with a granule
+  for number, name in enumerate(streams):
+    source, target = refs[name].at[i], refs[f"{name}_block"].at[slot]
+
+    def copy(source, target):
+      getattr(pltpu.make_async_copy(source, target, refs["fetched"].at[slot, number]), act)()
+
+    if name == "query":
+      copy(source, target)
+    elif name.endswith("_scales"):
+      copy(source.at[:, pl.ds(begin, upto(LANES))], target.at[:, pl.ds(0, upto(LANES))])
+    elif not rest:
+      copy(source.at[pl.ds(begin, upto(GRANULE))], target.at[pl.ds(0, upto(GRANULE))])
+    else:
+      most = plan.max_len - rest - begin
+      rows = pl.multiple_of(jnp.minimum(upto(GRANULE), most), GRANULE)
+      pl.when(rows > 0)(functools.partial(
+          copy, source.at[pl.ds(begin, rows)], target.at[pl.ds(0, rows)]))
+      pl.when(left > most)(functools.partial(
+          copy, source.at[pl.ds(plan.max_len - rest, rest)],
+          target.at[pl.ds(pl.multiple_of(most, GRANULE), rest)]))
 
 
 def clear_stale(refs, slot):
-  """What no copy will have written is multiplied by 0: it has to be finite."""
-  for name in ("key", "value", "key_scales", "value_scales"):
-    ref = refs.get(f"{name}_block")
-    if ref is not None and ref.dtype != jnp.int8:
-      ref[slot] = jnp.zeros(ref.shape[1:], ref.dtype)
+  """Zeros where no copy will write: the weights there are 0, and 0 * NaN is not."""
+  for name in ("key_block", "value_block", "key_scales_block", "value_scales_block"):
+    if name in refs and refs[name].dtype != jnp.int8:
+      refs[name][slot] = jnp.zeros(refs[name].shape[1:], refs[name].dtype)
 
 
-def start(refs, slot):
-  refs["rows"][...] = refs["query_block"][slot]
-  refs["top"][...] = jnp.full_like(refs["top"], LOWEST)
-  refs["total"][...] = jnp.zeros_like(refs["total"])
-  refs["accum"][...] = jnp.zeros_like(refs["accum"])
+def step(refs, plan, scale, part, slot, fresh, next_slot, sequence, left):
+  """The values of the block in `slot`, and the scores of the first `part` positions of the next.
 
-
-def step(refs, plan, i, slot, left, part):
-  """The first `part` positions of a block, `left` of which are filled."""
-  query = refs["rows"][...]
-  dim = query.shape[-1]
+  Args:
+    fresh: whether the block in `slot` is the first that this core sees of its sequence.
+    sequence, left: of the next block; its filled positions.
+  """
+  query = refs["query_block"][next_slot]
+  dtype, tile = query.dtype, (plan.rows, LANES)
   dot = functools.partial(
       jax.lax.dot_general, preferred_element_type=jnp.float32,
-      precision=jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None)
-  key = refs["key_block"][slot, :part].astype(query.dtype)
-  scores = dot(query, key, (((1,), (1,)), ((), ())))
-  value = refs["value_block"][slot, :part].astype(query.dtype) if "value_block" in refs else key
+      precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None)
+  value, value_scales = "value_block", "value_scales_block"
+  if value not in refs:
+    value, value_scales = "key_block", "key_scales_block"
 
-  shape = plan.rows, LANES
+  old = jnp.where(fresh, LOWEST, refs["top"][...])
+  new = jnp.maximum(old, refs["peak"][...])
+  refs["top"][...] = new
   lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
   behind = 0
   if plan.num_queries > 1:
-    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    row = jax.lax.broadcasted_iota(jnp.int32, tile, 0)
     behind = plan.num_queries - 1 - jax.lax.div(row, plan.group)
   if "slopes" in refs:
-    slopes = jnp.broadcast_to(refs["slopes"][jax.lax.rem(i, plan.kv_heads)], shape)
-  tiles = []
-  for j in range(0, part, LANES):
-    x = scores[:, j : j + LANES] * (plan.scale * LOG2E)
-    if "key_scales" in refs:
-      x *= refs["key_scales_block"][slot, :, j : j + LANES]
-    distance = lane + (j + 1 - left) + behind
-    if "slopes" in refs:
-      x += slopes * distance.astype(jnp.float32)
-    tiles.append(jnp.where(jnp.broadcast_to(distance, shape) <= 0, x, -jnp.inf))
+    slopes = jnp.broadcast_to(refs["slopes"][jax.lax.rem(sequence, plan.kv_heads)], tile)
 
-  old = refs["top"][...]
-  new = functools.reduce(jnp.maximum, tiles).max(axis=1, keepdims=True)
-  new = jnp.maximum(old, jnp.broadcast_to(new, shape))
+  peak, total, product = jnp.full(tile, LOWEST), 0.0, 0.0
+  for begin in range(0, part, plan.chunk):
+    chunk = slice(begin, min(begin + plan.chunk, part))
+    key = refs["key_block"][next_slot, chunk].astype(dtype)
+    scores = dot(query, key, (((1,), (1,)), ((), ())))
+
+    weights = []
+    for j in range(begin, chunk.stop, LANES):
+      at = slice(j, j + LANES)
+      weight = jnp.exp2(refs["scores"][:, at] - new)
+      total += weight
+      if value_scales in refs:
+        weight *= refs[value_scales][slot, :, at]
+      weights.append(weight)
+
+      x, factor = scores[:, j - begin : j - begin + LANES], scale
+      if "key_scales_block" in refs:
+        factor = refs["key_scales_block"][next_slot, :, at] * scale
+      distance = lane + (j + 1 - left) + behind
+      x *= factor
+      if "slopes" in refs:
+        x += slopes * distance.astype(jnp.float32)
+      x = jnp.where(jnp.broadcast_to(distance, tile) <= 0, x, -jnp.inf)
+      refs["scores"][:, at] = x
+      peak = jnp.maximum(peak, x)
+    product += dot(jnp.concatenate(weights, axis=1).astype(dtype), refs[value][slot, chunk].astype(dtype),
+                   (((1,), (0,)), ((), ())))
+
+  if part < plan.size:  # The step that reads the scores may be a longer one.
+    refs["scores"][:, part:] = jnp.full((plan.rows, plan.size - part), -jnp.inf)
+  refs["peak"][...] = jnp.broadcast_to(peak.max(axis=1, keepdims=True), tile)
   shrink = jnp.exp2(old - new)
-  tiles = [jnp.exp2(x - new) for x in tiles]
-  refs["top"][...] = new
-  refs["total"][...] = refs["total"][...] * shrink + sum(tiles)
-  scales = refs.get("value_scales_block" if "value" in refs else "key_scales_block")
-  if scales is not None:
-    tiles = [x * scales[slot, :, n * LANES : (n + 1) * LANES] for n, x in enumerate(tiles)]
-  weights = jnp.concatenate([x.astype(query.dtype) for x in tiles], axis=1)
-  product = dot(weights, value, (((1,), (0,)), ((), ())))
-  refs["accum"][...] = refs["accum"][...] * wide(shrink, dim) + product
-
-
-def wide(x, dim):
-  if dim <= LANES:
-    return x[:, :dim]
-  return jnp.concatenate([x] * -(-dim // LANES), axis=1)[:, :dim]
+  kept = lambda name: jnp.where(fresh, 0, refs[name][...])
+  refs["total"][...] = kept("total") * shrink + total
+  shrink = jnp.concatenate([shrink] * -(-plan.dim // LANES), axis=1)[:, : plan.dim]
+  refs["accum"][...] = kept("accum") * shrink + product
 
 
 def round_up(n: int, multiple: int) -> int:
