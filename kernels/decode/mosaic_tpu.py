@@ -45,7 +45,56 @@ class Plan(NamedTuple):
   @property
   def parts(self) -> list[int]:
     """Positions that a step may compute on: a block, or what holds the end of a sequence."""
-    return [n for n in (self.size // 4, self.size // 2) if n and n % LANES == 0] + [self.size]
+    return [n for n in (self.size // 8, self.size // 4, self.size // 2)
+            if n and n % LANES == 0] + [self.size]
+
+  def vmem_bytes(self, query_size: int, cache_size: int, caches: int) -> int:
+    """Of scratch, and of the arrays of a step that the compiler keeps there, by their itemsizes."""
+    lanes = round_up(self.dim, LANES)
+    rows = round_up(self.rows, 16)
+    block = self.size * caches * (lanes * cache_size + (4 if cache_size == 1 else 0))
+    wide = rows * 4 * (2 * self.size + 8 * (lanes + LANES)) + self.slots * rows * lanes * query_size
+    return self.slots * block + wide + self.chunk * lanes * query_size * caches + 2**20
+
+
+def unsupported(query, key, value, *, chip) -> str | None:
+  """The first requirement that these shapes and dtypes fail, in words; None if they fit.
+
+  Args:
+    query, key, value: arrays or their types, as for `forward`.
+    chip: "v4", "v5e", "v5p", "v6e" or "tpu7x"; None asks whether any of them could.
+  """
+  if query.dtype not in (jnp.bfloat16, jnp.float32):
+    return f"bfloat16 or float32, for the matrix unit takes no float16; got {query.dtype}"
+  if chip is None:
+    return None
+  if chip not in tuning.VMEM:
+    return f"one of the chips {', '.join(tuning.VMEM)}; got {chip}"
+  if chip == "v4" and key.dtype == jnp.int8:
+    return "caches in the dtype of query on a v4, which widens int8 too slowly; got int8"
+  plan = fit(query, key, value, chip)
+  taken = _vmem(plan, query, key, value) / 2**20
+  if taken > tuning.VMEM[chip]:
+    return (f"a block of {plan.size} positions within the {tuning.VMEM[chip]} MiB of VMEM of a "
+            f"{chip}; with {plan.rows} rows for a key/value head it takes {taken:.1f} MiB")
+  return None
+
+
+def fit(query, key, value, chip, blocks=None) -> Plan:
+  """The plan for a chip, those for a v4 where it is None: blocks as large as its VMEM lets be."""
+  batch, num_queries, heads, dim = query.shape
+  max_len, kv_heads = key.shape[1:3]
+  size, *rest = blocks or tuning.decode_mosaic_tpu(chip, key.dtype.itemsize, dim)
+  plan = Plan(min(size, round_up(max_len, LANES)), *rest, batch * kv_heads, kv_heads, num_queries,
+              heads // kv_heads, dim, max_len)
+  while (plan.size > LANES
+         and _vmem(plan, query, key, value) > tuning.VMEM[chip or "v4"] * 2**20):
+    plan = plan._replace(size=round_up(plan.size // 2, LANES))
+  return plan
+
+
+def _vmem(plan, query, key, value):
+  return plan.vmem_bytes(query.dtype.itemsize, key.dtype.itemsize, 1 if value is None else 2)
 
 
 def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value_scales, chip,
@@ -53,17 +102,13 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
   """Attention to the cache; the contract of every backend, in `fused`.
 
   Args:
-    blocks: (positions, slots, chunk, cores) to use instead of those for the chip.
+    blocks: `tuning.DecodeTpu` to use instead of that for the chip.
   """
-  batch, num_queries, heads, dim = query.shape
-  max_len, kv_heads = key.shape[1:3]
-  size, slots, chunk, cores = blocks
-  plan = Plan(min(size, round_up(max_len, LANES)), slots, chunk, cores, batch * kv_heads, kv_heads,
-              num_queries, heads // kv_heads, dim, max_len)
-
+  plan = fit(query, key, value, chip, blocks)
+  batch, (rows, dim, max_len) = query.shape[0], (plan.rows, plan.dim, plan.max_len)
+  grouped = batch, plan.num_queries, plan.kv_heads, plan.group, dim
   cache = lambda x: x.swapaxes(1, 2).reshape(plan.sequences, max_len, dim)
-  grouped = query.reshape(batch, num_queries, kv_heads, plan.group, dim)
-  streams = dict(query=grouped.swapaxes(1, 2).reshape(plan.sequences, plan.rows, dim),
+  streams = dict(query=query.reshape(grouped).swapaxes(1, 2).reshape(plan.sequences, rows, dim),
                  key=cache(key))
   if value is not None:
     streams["value"] = cache(value)
@@ -73,56 +118,62 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
       streams[name] = jnp.pad(x, ((0, 0), (0, 0), (0, -max_len % LANES)))
   tables = {}
   if alibi_slopes is not None:
-    slopes = jnp.tile(alibi_slopes.reshape(kv_heads, 1, plan.group), (1, num_queries, 1))
-    tables["slopes"] = slopes.reshape(kv_heads, plan.rows, 1) * LOG2E
+    tables["slopes"] = row_slopes(plan, alibi_slopes)
 
   f32, vmem = jnp.float32, pltpu.VMEM
-  shape = lambda name: ((plan.rows, dim) if name == "query" else
-                        (1, plan.size) if name.endswith("_scales") else (plan.size, dim))
-  scratch = {f"{name}_block": vmem((slots, *shape(name)), x.dtype) for name, x in streams.items()}
+  block = dict(query=(rows, dim), key=(plan.size, dim), value=(plan.size, dim),
+               key_scales=(1, plan.size), value_scales=(1, plan.size))
+  scratch = {f"{name}_block": vmem((plan.slots, *block[name]), x.dtype)
+             for name, x in streams.items()}
   scratch |= dict(
-      scores=vmem((plan.rows, plan.size), f32), peak=vmem((plan.rows, LANES), f32),
-      top=vmem((plan.rows, LANES), f32), total=vmem((plan.rows, LANES), f32),
-      accum=vmem((plan.rows, dim), f32), result=vmem((2, plan.rows, dim), query.dtype),
-      fetched=pltpu.SemaphoreType.DMA((slots, len(streams))),
+      scores=vmem((rows, plan.size), f32), peak=vmem((rows, LANES), f32),
+      top=vmem((rows, LANES), f32), total=vmem((rows, LANES), f32), accum=vmem((rows, dim), f32),
+      result=vmem((2, rows, dim), query.dtype),
+      fetched=pltpu.SemaphoreType.DMA((plan.slots, len(streams))),
       written=pltpu.SemaphoreType.DMA((2,)))
-  outputs = dict(out=((plan.sequences, plan.rows, dim), query.dtype))
-  if cores > 1:
-    outputs["shared"] = (cores, plan.rows, dim + LANES), f32
-    scratch |= dict(piece=vmem((plan.rows, dim + LANES), f32), sent=pltpu.SemaphoreType.DMA)
-
-  ranges, owner = deal(plan, lengths)
+  outputs = dict(out=((plan.sequences, rows, dim), query.dtype))
+  if plan.cores > 1:
+    piece = rows, round_up(dim, LANES) + LANES
+    outputs["pieces"] = (plan.cores, *piece), f32
+    scratch |= dict(piece=vmem(piece, f32), sent=pltpu.SemaphoreType.DMA)
 
   def kernel(*refs):
     names = ("ranges", "lengths", *streams, *tables, *outputs, *scratch)
     _kernel(dict(zip(names, refs, strict=True)), plan, list(streams), scale * LOG2E)
 
+  ranges, common = deal(plan, lengths)
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
-  out, *shared = pl.pallas_call(
+  out, *pieces = pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=2, grid=(cores,),
+          num_scalar_prefetch=2, grid=(plan.cores,),
           in_specs=[anywhere] * len(streams) + [
               pl.BlockSpec(x.shape, lambda *_: (0, 0, 0)) for x in tables.values()],
           out_specs=[anywhere] * len(outputs),
           scratch_shapes=list(scratch.values())),
       out_shape=[meshes.out_shape(*x, query, key, value, lengths) for x in outputs.values()],
       compiler_params=pltpu.CompilerParams(
-          dimension_semantics=("parallel",), vmem_limit_bytes=60*2**20),
+          dimension_semantics=("parallel",), vmem_limit_bytes=_vmem(plan, query, key, value)),
       name="decode_attention",
   )(ranges, lengths, *streams.values(), *tables.values())
-  if shared:
-    out = merge(out, *shared, owner, dim)
-  out = out.reshape(batch, kv_heads, num_queries, plan.group, dim)
+  if pieces:
+    out = merge(out, *pieces, *common)
+  out = out.reshape(batch, plan.kv_heads, plan.num_queries, plan.group, dim)
   return out.swapaxes(1, 2).reshape(query.shape)
 
 
+def row_slopes(plan, slopes):
+  """float32[kv_heads, rows, 1]: the slope of each row, for scores to base 2."""
+  slopes = slopes.astype(jnp.float32).reshape(plan.kv_heads, 1, plan.group) * LOG2E
+  return jnp.tile(slopes, (1, plan.num_queries, 1)).reshape(plan.kv_heads, plan.rows, 1)
+
+
 def deal(plan, lengths):
-  """What each core walks.
+  """What each core walks: half of the blocks.
 
   Returns:
     int32[cores, 4], (sequence, block) of the first block and of the one after the last; and of
-    two cores the sequence that they may share and whether they do.
+    two cores the sequence that the second begins with, and whether the first has some of it.
   """
   if plan.cores == 1:
     return jnp.array([[0, 0, plan.sequences, 0]], jnp.int32), None
@@ -136,106 +187,104 @@ def deal(plan, lengths):
   return ranges.reshape(2, 4), (sequence, block > 0)
 
 
-def merge(out, pieces, owner, dim):
-  """`out` with the sequence that two cores share: softmax over the pieces of both."""
-  sequence, is_shared = owner
-  values, lse = pieces[..., :dim], pieces[..., dim : dim + 1]
-  first = jnp.arange(2)[:, None, None] == 0
-  hidden = first & ~is_shared  # the first core has then written nothing there
-  lse = jnp.where(hidden, -jnp.inf, lse)
-  weights = jnp.exp2(lse - jnp.maximum(lse.max(axis=0), LOWEST))
-  merged = (jnp.where(hidden, 0, values) * weights).sum(axis=0)
-  total = weights.sum(axis=0)
-  merged = (merged / jnp.where(total > 0, total, 1)).astype(out.dtype)
-  return out.at[sequence].set(merged)
+def merge(out, pieces, sequence, is_shared):
+  """`out` with the sequence that the second core begins with, of which the first may have some."""
+  (first, second), (lse, other) = pieces[..., : out.shape[-1]], pieces[..., -1:]
+  weight = jnp.where(is_shared & (lse > -jnp.inf), 1 / (1 + jnp.exp2(other - lse)), 0)
+  # Where it has nothing, the first core has written nothing.
+  merged = jnp.where(weight > 0, weight * first + (1 - weight) * second, second)
+  return out.at[sequence].set(merged.astype(out.dtype))
 
 
 def _kernel(refs, plan, streams, scale):
-  """The blocks of one core, one after the other; `scale` of scores to base 2."""
-  size, slots = plan.size, plan.slots
+  """The blocks of one core, one after the other; `scale` makes scores to base 2."""
   core = pl.program_id(0)
-  first = refs["ranges"][core, 0], refs["ranges"][core, 1]
-  end = refs["ranges"][core, 2], refs["ranges"][core, 3]
+  first, end = ((refs["ranges"][core, i], refs["ranges"][core, i + 1]) for i in (0, 2))
   before_end = lambda i, n: (i < end[0]) | (i == end[0]) & (n < end[1])
+  own = first[0] + (core > 0).astype(jnp.int32)  # the first sequence that is this core's alone
 
-  def length(i):
+  def left(i, n):
+    """Filled positions from block n of sequence i on."""
     i = jnp.minimum(i, plan.sequences - 1)
-    return refs["lengths"][jax.lax.div(i, plan.kv_heads) if plan.kv_heads > 1 else i]
-
-  def after(i, n):
-    last = (n + 1) * size >= length(i)
-    return jnp.where(last, i + 1, i), jnp.where(last, 0, n + 1)
+    i = jax.lax.div(i, plan.kv_heads) if plan.kv_heads > 1 else i
+    return refs["lengths"][i] - n * plan.size
 
   def fetch(t, at):
     @pl.when(before_end(*at))
     def _():
-      slot, left = jax.lax.rem(t, slots), length(at[0]) - at[1] * size
-      pl.when((t < slots) & (left < size))(lambda: clear_stale(refs, slot))
-      copy_block(refs, plan, streams, *at, slot, left, "start")
-    return after(*at)
+      slot, filled = jax.lax.rem(t, plan.slots), left(*at)
+      pl.when((t < plan.slots) & (filled < plan.size))(lambda: clear_stale(refs, slot))
+      copy_block(refs, plan, streams, *at, slot, filled, "start")
+    return following(*at, left(*at), plan.size)
 
   def written(i):
     slot = jax.lax.rem(i, 2)
     return pltpu.make_async_copy(
         refs["result"].at[slot], refs["out"].at[i], refs["written"].at[slot])
 
-  own = first[0] + (core > 0).astype(jnp.int32)  # the first sequence that is this core's alone
-
-  def finish(i, is_shared):
+  def finish(i, is_common):
     total = refs["total"][...].sum(axis=1, keepdims=True)
-    out = refs["accum"][...] / jnp.where(total > 0, total, 1)
+    sums = jnp.where(total > 0, total, 1)
+    out = refs["accum"][...] / sums
 
     def store():
-      pl.when(i - 2 >= own)(written(i - 2).wait)
+      pl.when(i - 2 >= own)(lambda: written(i - 2).wait())
       refs["result"][jax.lax.rem(i, 2)] = out.astype(refs["result"].dtype)
       written(i).start()
 
     if plan.cores == 1:
       return store()
-    pl.when(~is_shared)(store)
+    pl.when(~is_common)(store)
 
-    @pl.when(is_shared)
+    @pl.when(is_common)
     def _():
-      lse = jnp.where(total > 0, refs["top"][...] + jnp.log2(jnp.where(total > 0, total, 1)), -jnp.inf)
-      refs["piece"][:, : plan.dim] = out
-      refs["piece"][:, plan.dim :] = lse
-      copy = pltpu.make_async_copy(refs["piece"], refs["shared"].at[core], refs["sent"])
+      lse = jnp.where(total > 0, refs["top"][...] + jnp.log2(sums), -jnp.inf)
+      refs["piece"][:, : plan.dim], refs["piece"][:, -LANES:] = out, lse
+      copy = pltpu.make_async_copy(refs["piece"], refs["pieces"].at[core], refs["sent"])
       copy.start()
       copy.wait()
 
-  def body(carry):
+  def turn(carry):
     t, now, then, ahead = carry
-    ahead = fetch(t + slots - 1, ahead)
-    more = before_end(*then)
-    slot, next_slot = jax.lax.rem(t + slots, slots), jax.lax.rem(t + 1, slots)
-    left = jnp.where(t < 0, 0, length(now[0]) - now[1] * size)
-    next_left = jnp.where(more, length(then[0]) - then[1] * size, 0)
-    pl.when(more)(lambda: copy_block(
-        refs, plan, streams, *then, next_slot, next_left, "wait"))
+    ahead = fetch(t + plan.slots - 1, ahead)
+    slot, next_slot = jax.lax.rem(t + plan.slots, plan.slots), jax.lax.rem(t + 1, plan.slots)
+    more, filled = before_end(*then), left(*then)
+    pl.when(more)(lambda: copy_block(refs, plan, streams, *then, next_slot, filled, "wait"))
+
     fresh = (t == 0) | (now[1] == 0)
-    low, needed = -2**31, jnp.maximum(left, next_left)
+    needed = jnp.maximum(jnp.where(t < 0, 0, left(*now)), jnp.where(more, filled, 0))
+    above = -1
     for part in plan.parts:
-      high = part if part < size else 2**31 - 1
-      pl.when((needed > low) & (needed <= high))(functools.partial(
-          step, refs, plan, scale, part, slot, fresh, next_slot, then[0], next_left))
-      low = part
-    whole = then[1] == 0  # this was the sequence's last block
+      upto = part if part < plan.size else 2**31 - 1
+      pl.when((needed > above) & (needed <= upto))(functools.partial(
+          step, refs, plan, scale, part, slot, fresh, next_slot, then[0], filled))
+      above = part
+
+    whole = then[1] == 0  # the sequence ends with this block
 
     @pl.when((t >= 0) & (whole | ~more))
     def _():
       finish(now[0], ~whole | (core > 0) & (now[0] == first[0]))
-    return t + 1, then, after(*then), ahead
 
-  ahead = jax.lax.fori_loop(0, slots - 1, fetch, first)
-  jax.lax.while_loop(lambda carry: before_end(*carry[1]), body,
+    return t + 1, then, following(*then, filled, plan.size), ahead
+
+  # The turn before the first block computes nothing but its scores.
+  ahead = jax.lax.fori_loop(0, plan.slots - 2, fetch, first)
+  jax.lax.while_loop(lambda carry: before_end(*carry[1]), turn,
                      (jnp.int32(-1), (first[0], first[1] - 1), first, ahead))
   for i in (end[0] - 2, end[0] - 1):
-    pl.when(i >= own)(written(i).wait)
+    pl.when(i >= own)(lambda: written(i).wait())
+
+
+def following(i, n, left, size):
+  """(sequence, block) after block n of sequence i, from which on `left` positions are filled."""
+  last = left <= size
+  return jnp.where(last, i + 1, i), jnp.where(last, 0, n + 1)
 
 
 def copy_block(refs, plan, streams, i, n, slot, left, act):
-  """Starts the copies of block n of sequence i, of which `left` positions are filled, or waits."""
-  begin = pl.multiple_of(n * plan.size, plan.size)
+  """Starts the copies of block n of sequence i, `left` positions of it, or waits for them."""
+  begin = pl.multiple_of(n * plan.size, LANES)
   left = jnp.clip(left, 1, plan.size)
   upto = lambda grain: pl.multiple_of(pl.cdiv(left, grain) * grain, grain)
   rest = plan.max_len % GRANULE  # at the end of a cache that does not end with a granule
@@ -252,13 +301,12 @@ def copy_block(refs, plan, streams, i, n, slot, left, act):
     elif not rest:
       copy(source.at[pl.ds(begin, upto(GRANULE))], target.at[pl.ds(0, upto(GRANULE))])
     else:
-      most = plan.max_len - rest - begin
-      rows = pl.multiple_of(jnp.minimum(upto(GRANULE), most), GRANULE)
-      pl.when(rows > 0)(functools.partial(
-          copy, source.at[pl.ds(begin, rows)], target.at[pl.ds(0, rows)]))
-      pl.when(left > most)(functools.partial(
-          copy, source.at[pl.ds(plan.max_len - rest, rest)],
-          target.at[pl.ds(pl.multiple_of(most, GRANULE), rest)]))
+      granules = plan.max_len - rest
+      rows = pl.multiple_of(jnp.minimum(upto(GRANULE), granules - begin), GRANULE)
+      pl.when(rows > 0)(lambda: copy(source.at[pl.ds(begin, rows)], target.at[pl.ds(0, rows)]))
+      pl.when(left > granules - begin)(lambda: copy(
+          source.at[pl.ds(granules, rest)],
+          target.at[pl.ds(pl.multiple_of(granules - begin, GRANULE), rest)]))
 
 
 def clear_stale(refs, slot):
@@ -284,7 +332,7 @@ def step(refs, plan, scale, part, slot, fresh, next_slot, sequence, left):
   if value not in refs:
     value, value_scales = "key_block", "key_scales_block"
 
-  old = jnp.where(fresh, LOWEST, refs["top"][...])
+  old = carried(fresh, refs["top"][...], LOWEST)
   new = jnp.maximum(old, refs["peak"][...])
   refs["top"][...] = new
   lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
@@ -317,7 +365,7 @@ def step(refs, plan, scale, part, slot, fresh, next_slot, sequence, left):
       x *= factor
       if "slopes" in refs:
         x += slopes * distance.astype(jnp.float32)
-      x = jnp.where(jnp.broadcast_to(distance, tile) <= 0, x, -jnp.inf)
+      x = hide(x, jnp.broadcast_to(distance, tile))
       refs["scores"][:, at] = x
       peak = jnp.maximum(peak, x)
     product += dot(jnp.concatenate(weights, axis=1).astype(dtype), refs[value][slot, chunk].astype(dtype),
@@ -327,10 +375,19 @@ def step(refs, plan, scale, part, slot, fresh, next_slot, sequence, left):
     refs["scores"][:, part:] = jnp.full((plan.rows, plan.size - part), -jnp.inf)
   refs["peak"][...] = jnp.broadcast_to(peak.max(axis=1, keepdims=True), tile)
   shrink = jnp.exp2(old - new)
-  kept = lambda name: jnp.where(fresh, 0, refs[name][...])
-  refs["total"][...] = kept("total") * shrink + total
+  refs["total"][...] = carried(fresh, refs["total"][...], 0) * shrink + total
   shrink = jnp.concatenate([shrink] * -(-plan.dim // LANES), axis=1)[:, : plan.dim]
-  refs["accum"][...] = kept("accum") * shrink + product
+  refs["accum"][...] = carried(fresh, refs["accum"][...], 0) * shrink + product
+
+
+def carried(fresh, state, first):
+  """What a sequence's blocks so far have left; `first` before there are any."""
+  return jnp.where(fresh, first, state)
+
+
+def hide(scores, distance):
+  """Scores without those of later positions."""
+  return jnp.where(distance <= 0, scores, -jnp.inf)
 
 
 def round_up(n: int, multiple: int) -> int:
