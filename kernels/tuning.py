@@ -8,6 +8,8 @@ def unknown(chip: str | None, op: str, array) -> str | None:
   """What keeps `auto` from a kernel that could run: a shape of which nothing is known."""
   if chip is None:
     return "a chip of known block sizes"
+  if op == "decode_attention":
+    return None
   number, rows = {"flash_attention": (array.shape[1:2], "queries"),
                   "linear_cross_entropy": (array.shape[:1], "tokens")}[op]
   if number[0] < 128:  # As when decoding: most rows of a tile would be empty.

@@ -45,8 +45,10 @@ class Plan(NamedTuple):
   @property
   def parts(self) -> list[int]:
     """Positions that a step may compute on: a block, or what holds the end of a sequence."""
-    return [n for n in (self.size // 8, self.size // 4, self.size // 2)
-            if n and n % LANES == 0] + [self.size]
+    parts = [self.size]
+    while parts[0] >= 2 * self.chunk and parts[0] % (2 * LANES) == 0:
+      parts.insert(0, parts[0] // 2)
+    return parts
 
   def vmem_bytes(self, query_size: int, cache_size: int, caches: int) -> int:
     """Of scratch, and of the arrays of a step that the compiler keeps there, by their itemsizes."""
