@@ -79,7 +79,8 @@ class Figures:
 
   def share(self, lengths) -> float:
     """Cycles over those of the copies for sequences of these lengths on one core."""
-    blocks = [min(n - begin, self.plan.size) for n in lengths for begin in range(0, n, self.plan.size)]
+    size = self.plan.size
+    blocks = [min(n - begin, size) for n in lengths for begin in range(0, n, size)]
     part = lambda n: next(p for p in self.plan.parts if n <= p)
     turns = [part(max(now, then)) for now, then in zip([0, *blocks], [*blocks, 0])]
     cycles = sum(self.steps[p] for p in turns) + len(lengths) * self.finish

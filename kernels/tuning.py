@@ -302,7 +302,9 @@ class DecodeTpu(NamedTuple):
   cores: int  # that the blocks are dealt to
 
 
-# By chip: positions of a block at dim_head 128 in bfloat16 and in int8.
+DECODE_TPU_LEAST = 1024  # positions, where there are few in all
+
+# By chip: positions of a block at dim_head 128, bfloat16 and int8.
 _DECODE_SIZES = {"v4": (4096, 4096), "v5e": (4096, 8192), "v5p": (4096, 16384),
                  "v6e": (4096, 16384), "tpu7x": (8192, 16384)}
 
@@ -310,6 +312,7 @@ _DECODE_SIZES = {"v4": (4096, 4096), "v5e": (4096, 8192), "v5p": (4096, 16384),
 def decode_mosaic_tpu(chip: str | None, itemsize: int, dim_head: int) -> DecodeTpu:
   """Block sizes for a chip, those of a v4 for None; itemsize is that of the cache."""
   chip = chip or "v4"
-  narrow, int8 = _DECODE_SIZES[chip]
-  positions = (int8 if itemsize == 1 else narrow * 2 // itemsize) * 128 // max(dim_head, 128)
-  return DecodeTpu(max(positions // 1024 * 1024, 1024), 4, 512, 2 if chip in ("v4", "v5p") else 1)
+  bfloat16, int8 = _DECODE_SIZES[chip]
+  size = (int8 if itemsize == 1 else bfloat16 * 2 // itemsize) * 128 // max(dim_head, 128)
+  return DecodeTpu(max(size // 1024 * 1024, 1024), slots=4, chunk=512,
+                   cores=2 if chip in ("v4", "v5p") else 1)

@@ -37,6 +37,9 @@ class Plan(NamedTuple):
   group: int  # heads of a key/value head
   dim: int
   max_len: int
+  query_size: int  # bytes of a number, and of one of the cache
+  cache_size: int
+  caches: int  # one where the values are the keys
 
   @property
   def rows(self) -> int:
@@ -50,13 +53,14 @@ class Plan(NamedTuple):
       parts.insert(0, parts[0] // 2)
     return parts
 
-  def vmem_bytes(self, query_size: int, cache_size: int, caches: int) -> int:
-    """Of scratch, and of the arrays of a step that the compiler keeps there, by their itemsizes."""
-    lanes = round_up(self.dim, LANES)
-    rows = round_up(self.rows, 16)
-    block = self.size * caches * (lanes * cache_size + (4 if cache_size == 1 else 0))
-    wide = rows * 4 * (2 * self.size + 8 * (lanes + LANES)) + self.slots * rows * lanes * query_size
-    return self.slots * block + wide + self.chunk * lanes * query_size * caches + 2**20
+  @property
+  def vmem_bytes(self) -> int:
+    """Of scratch, and of what the compiler keeps of a step: scores twice, a few columns."""
+    lanes, rows = round_up(self.dim, LANES), round_up(self.rows, 16)
+    position = self.caches * (lanes * self.cache_size + (4 if self.cache_size == 1 else 0))
+    row = 8 * self.size + 32 * (lanes + LANES) + self.slots * lanes * self.query_size
+    widened = self.chunk * lanes * self.query_size * self.caches
+    return self.slots * self.size * position + rows * row + widened + 2**20
 
 
 def unsupported(query, key, value, *, chip) -> str | None:
@@ -75,7 +79,7 @@ def unsupported(query, key, value, *, chip) -> str | None:
   if chip == "v4" and key.dtype == jnp.int8:
     return "caches in the dtype of query on a v4, which widens int8 too slowly; got int8"
   plan = fit(query, key, value, chip)
-  taken = _vmem(plan, query, key, value) / 2**20
+  taken = plan.vmem_bytes / 2**20
   if taken > tuning.VMEM[chip]:
     return (f"a block of {plan.size} positions within the {tuning.VMEM[chip]} MiB of VMEM of a "
             f"{chip}; with {plan.rows} rows for a key/value head it takes {taken:.1f} MiB")
@@ -83,20 +87,22 @@ def unsupported(query, key, value, *, chip) -> str | None:
 
 
 def fit(query, key, value, chip, blocks=None) -> Plan:
-  """The plan for a chip, those for a v4 where it is None: blocks as large as its VMEM lets be."""
+  """The plan for a chip, that for a v4 where it is None; `blocks` as for `forward`."""
   batch, num_queries, heads, dim = query.shape
   max_len, kv_heads = key.shape[1:3]
-  size, *rest = blocks or tuning.decode_mosaic_tpu(chip, key.dtype.itemsize, dim)
-  plan = Plan(min(size, round_up(max_len, LANES)), *rest, batch * kv_heads, kv_heads, num_queries,
-              heads // kv_heads, dim, max_len)
-  while (plan.size > LANES
-         and _vmem(plan, query, key, value) > tuning.VMEM[chip or "v4"] * 2**20):
+  size, slots, chunk, cores = blocks or tuning.decode_mosaic_tpu(chip, key.dtype.itemsize, dim)
+  sequences = batch * kv_heads
+  if not blocks:
+    # Nothing is computed before the first block is there, so it should be a small part of all.
+    while size > tuning.DECODE_TPU_LEAST and size * 8 * cores > sequences * max_len:
+      size //= 2
+  plan = Plan(
+      min(size, round_up(max_len, LANES)), slots, chunk, cores, sequences, kv_heads, num_queries,
+      heads // kv_heads, dim, max_len, query.dtype.itemsize, key.dtype.itemsize,
+      1 if value is None else 2)
+  while plan.size > LANES and plan.vmem_bytes > tuning.VMEM[chip or "v4"] * 2**20:
     plan = plan._replace(size=round_up(plan.size // 2, LANES))
   return plan
-
-
-def _vmem(plan, query, key, value):
-  return plan.vmem_bytes(query.dtype.itemsize, key.dtype.itemsize, 1 if value is None else 2)
 
 
 def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value_scales, chip,
@@ -155,13 +161,13 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
           scratch_shapes=list(scratch.values())),
       out_shape=[meshes.out_shape(*x, query, key, value, lengths) for x in outputs.values()],
       compiler_params=pltpu.CompilerParams(
-          dimension_semantics=("parallel",), vmem_limit_bytes=_vmem(plan, query, key, value)),
+          dimension_semantics=("parallel",), vmem_limit_bytes=plan.vmem_bytes),
       name="decode_attention",
   )(ranges, lengths, *streams.values(), *tables.values())
   if pieces:
     out = merge(out, *pieces, *common)
-  out = out.reshape(batch, plan.kv_heads, plan.num_queries, plan.group, dim)
-  return out.swapaxes(1, 2).reshape(query.shape)
+  grouped = batch, plan.kv_heads, plan.num_queries, plan.group, dim
+  return out.reshape(grouped).swapaxes(1, 2).reshape(query.shape)
 
 
 def row_slopes(plan, slopes):
@@ -255,12 +261,11 @@ def _kernel(refs, plan, streams, scale):
 
     fresh = (t == 0) | (now[1] == 0)
     needed = jnp.maximum(jnp.where(t < 0, 0, left(*now)), jnp.where(more, filled, 0))
-    above = -1
-    for part in plan.parts:
-      upto = part if part < plan.size else 2**31 - 1
-      pl.when((needed > above) & (needed <= upto))(functools.partial(
-          step, refs, plan, scale, part, slot, fresh, next_slot, then[0], filled))
-      above = part
+    part = functools.reduce(
+        lambda smaller, n: jnp.where(needed <= n, n, smaller), reversed(plan.parts))
+    for n in plan.parts:
+      pl.when(part == n)(functools.partial(
+          step, refs, plan, scale, n, slot, fresh, next_slot, then[0], filled))
 
     whole = then[1] == 0  # the sequence ends with this block
 
@@ -270,8 +275,10 @@ def _kernel(refs, plan, streams, scale):
 
     return t + 1, then, following(*then, filled, plan.size), ahead
 
-  # The turn before the first block computes nothing but its scores.
   ahead = jax.lax.fori_loop(0, plan.slots - 2, fetch, first)
+  # Each turn leaves no scores above -inf beyond what the next one computes on.
+  refs["scores"][...] = jnp.full_like(refs["scores"], -jnp.inf)
+  # The turn before the first block computes nothing but its scores.
   jax.lax.while_loop(lambda carry: before_end(*carry[1]), turn,
                      (jnp.int32(-1), (first[0], first[1] - 1), first, ahead))
   for i in (end[0] - 2, end[0] - 1):
@@ -303,12 +310,11 @@ def copy_block(refs, plan, streams, i, n, slot, left, act):
     elif not rest:
       copy(source.at[pl.ds(begin, upto(GRANULE))], target.at[pl.ds(0, upto(GRANULE))])
     else:
-      granules = plan.max_len - rest
-      rows = pl.multiple_of(jnp.minimum(upto(GRANULE), granules - begin), GRANULE)
+      most = pl.multiple_of(plan.max_len - rest - begin, GRANULE)
+      rows = pl.multiple_of(jnp.minimum(upto(GRANULE), most), GRANULE)
       pl.when(rows > 0)(lambda: copy(source.at[pl.ds(begin, rows)], target.at[pl.ds(0, rows)]))
-      pl.when(left > granules - begin)(lambda: copy(
-          source.at[pl.ds(granules, rest)],
-          target.at[pl.ds(pl.multiple_of(granules - begin, GRANULE), rest)]))
+      pl.when(left > most)(lambda: copy(
+          source.at[pl.ds(plan.max_len - rest, rest)], target.at[pl.ds(most, rest)]))
 
 
 def clear_stale(refs, slot):
@@ -370,11 +376,9 @@ def step(refs, plan, scale, part, slot, fresh, next_slot, sequence, left):
       x = hide(x, jnp.broadcast_to(distance, tile))
       refs["scores"][:, at] = x
       peak = jnp.maximum(peak, x)
-    product += dot(jnp.concatenate(weights, axis=1).astype(dtype), refs[value][slot, chunk].astype(dtype),
-                   (((1,), (0,)), ((), ())))
+    weights = jnp.concatenate(weights, axis=1).astype(dtype)  # Packed one by one, it takes longer.
+    product += dot(weights, refs[value][slot, chunk].astype(dtype), (((1,), (0,)), ((), ())))
 
-  if part < plan.size:  # The step that reads the scores may be a longer one.
-    refs["scores"][:, part:] = jnp.full((plan.rows, plan.size - part), -jnp.inf)
   refs["peak"][...] = jnp.broadcast_to(peak.max(axis=1, keepdims=True), tile)
   shrink = jnp.exp2(old - new)
   refs["total"][...] = carried(fresh, refs["total"][...], 0) * shrink + total
