@@ -65,7 +65,7 @@ RUNS = (
 COLUMNS = {"implementation": "run", "shape": "machine", "variant": "mesh, remat", "batch": "batch",
            "billions": "B parameters", "published": "published MFU, %", "forecast": "planned MFU, %",
            "off": "off by, %", "most": "at most, %", "needs": "share of peak it needs, %",
-           "used": "achieved, %", "limit": "limited by", "gib": "GiB of a chip", "room": "room"}
+           "limit": "limited by", "gib": "GiB of a chip", "room": "room"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,9 +79,11 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--timeout", type=float, default=1800, metavar="SECONDS")
   args = parser.parse_args(argv)
   result = results.document("plan", "TPUs of published runs")
-  if args.again:
-    if not (result := results.newest("plan", args.out)):
+  if args.again or args.only:
+    earlier = results.newest("plan", args.out)
+    if args.again and not earlier:
       raise ValueError("no result to estimate anew")
+    result["rows"] = earlier["rows"] if earlier else []
   wanted = [run for run in RUNS if args.only in f"{run.implementation} {run.machine.topology}"]
   before = {(row["implementation"], row["shape"]): row.get("compiled") for row in result["rows"]}
 
@@ -123,8 +125,8 @@ def row(run: Run, compiled: dict) -> dict:
   return _named(run) | {
       "batch": run.batch_size, "billions": run.model.num_params / 1e9,
       "published": 100 * run.published, "forecast": 100 * found["mfu"],
-      "off": 100 * (found["mfu"] / run.published - 1), "most": 100 * most, "needs": 100 * needs,
-      "used": 100 * found["achieved"], "limit": max(busy, key=busy.get),
+      "off": round(100 * (found["mfu"] / run.published - 1), 1), "most": 100 * most, "needs": 100 * needs,
+      "limit": max(busy, key=busy.get),
       "gib": found["hbm_per_chip_bytes"] / 2**30,
       "room": (found["hbm_limit_bytes"] - found["hbm_per_chip_bytes"]) / 2**30,
       "source": run.source, "note": run.note, "compiled": compiled}

@@ -117,9 +117,10 @@ def make_mesh(text: str, devices=None) -> Mesh:
                        f"{sizes['data']}")
     inside = (sizes["data"] // slices, *shape[1:])
     grid = mesh_utils.create_hybrid_device_mesh(
-        inside, (slices, *[1] * (len(shape) - 1)), devices)
+        inside, (slices, *[1] * (len(shape) - 1)), devices, allow_split_physical_axes=True)
   elif devices[0].platform == "tpu":
-    grid = mesh_utils.create_device_mesh(shape, devices)
+    # An axis of 4 on 8x8x8 chips is half of a row, where no whole row will do.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   else:
     grid = np.array(devices).reshape(shape)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -117,7 +117,8 @@ _EXIT = re.compile(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT
 def calls(text: str) -> tuple[dict[str, int], bool]:
   """How often each instruction runs, by name, and whether all loops around them are known.
 
-  A loop is known if it counts from one constant to another, as JAX's do; another one counts once.
+  A loop is known if it counts from one constant to another in steps of a third, as JAX's do; another
+  one counts once.
   """
   computations, inside, entry = {}, None, None
   for line in text.splitlines():
@@ -150,22 +151,39 @@ def calls(text: str) -> tuple[dict[str, int], bool]:
 
 
 def _trips(computations, around, line) -> int | None:
-  condition = computations.get(re.search(r"condition=%?([\w.<>\-]+)", line)[1], {})
-  exits = [found for found in map(_EXIT.search, condition.values()) if found]
+  named = {part: computations.get(re.search(part + r"=%?([\w.<>\-]+)", line)[1], {})
+           for part in ("condition", "body")}
+  exits = [found for found in map(_EXIT.search, named["condition"].values()) if found]
   if len(exits) != 1:
     return None
-  counter, limit = (condition.get(name, "") for name in exits[0].groups())
-  index, limit = re.search(r"index=(\d+)", counter), re.search(r" constant\((\d+)\)", limit)
-  start = around.get(re.search(r" while\(%?([\w.\-]+)\)", line)[1], "")
-  operands = re.search(r" tuple\((.*?)\)", re.sub(r"/\*.*?\*/", "", start))
-  if not (index and limit and operands):
+  counter, limit = (named["condition"].get(name, "") for name in exits[0].groups())
+  index, limit = re.search(r"index=(\d+)", counter), _constant(limit)
+  if index is None or limit is None:
     return None
-  first = around.get(operands[1].split(",")[int(index[1])].strip().lstrip("%"), "")
-  while copied := re.search(r" copy\(%?([\w.\-]+)\)", first):
-    first = around.get(copied[1], "")
+  start = around.get(re.search(r" while\(%?([\w.\-]+)\)", line)[1], "")
+  root = next((line for line in named["body"].values() if line.startswith("ROOT ")), "")
   # One whose first turns were peeled off, to overlap transfers with products, starts later.
-  begin = re.search(r" constant\((\d+)\)", first)
-  return int(limit[1]) - int(begin[1]) if begin else None
+  begin = _constant(_operand(around, start, int(index[1])))
+  turn = re.search(r" add\(%?([\w.\-]+), %?([\w.\-]+)\)",
+                   _operand(named["body"], root, int(index[1])))
+  # Products that a ring of devices shares count in twos, one for each direction.
+  steps = [_constant(named["body"].get(name, "")) for name in turn.groups()] if turn else []
+  step = next(filter(None, steps), None)
+  return None if begin is None or step is None else -(-(limit - begin) // step)
+
+
+def _operand(computation, line, index) -> str:
+  """The instruction that computes an element of a tuple, past copies."""
+  operands = re.search(r" tuple\((.*?)\)", re.sub(r"/\*.*?\*/", "", line))
+  found = computation.get(operands[1].split(",")[index].strip().lstrip("%"), "") if operands else ""
+  while copied := re.search(r" copy\(%?([\w.\-]+)\)", found):
+    found = computation.get(copied[1], "")
+  return found
+
+
+def _constant(line) -> int | None:
+  found = re.search(r" constant\((\d+)\)", line)
+  return int(found[1]) if found else None
 
 
 def product_steps(text: str) -> dict[str, int]:

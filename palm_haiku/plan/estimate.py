@@ -46,11 +46,11 @@ def estimate(config: TrainConfig, machine: Machine, compiled: dict[str, Any]) ->
   chip, network = targets.chip(machine.chip), NETWORKS[machine.chip]
   peak, achieved = chip.tflops * 1e12, ACHIEVED.get(machine.chip, 1.0)
   tokens = config.batch_size * config.seq_len
-  flops = flops_per_token(config)
   # Parameters, moments and gradients pass through memory; weights once more in each pass over a
   # layer, for each part of a batch. Activations between products are left out.
   passes = (3 if config.remat == "none" else 4) * config.accumulate
   model_axis = next((c["size"] for c in compiled["axes"] if c["name"] == "model"), 1)
+  flops = flops_per_token(config, model_axis)
   moved = 3 * compiled["state_bytes"] + passes * 2 * config.model.num_params / model_axis
   networks = transfers.seconds(compiled["collectives"], network.inside, network.between,
                                network.dims)

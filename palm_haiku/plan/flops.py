@@ -13,18 +13,35 @@ from palm_haiku.recipe import TrainConfig
 from palm_haiku.train_step import init, train_step
 
 
-def flops_per_token(config: TrainConfig) -> float:
+def flops_per_token(config: TrainConfig, model_axis: int = 1) -> float:
   """FLOPs of one token that the hardware does: products counted in the step as it is traced.
 
-  The step of plain JAX is counted, with all of attention's square; kernels do the same products
-  but leave out blocks that the causal mask hides.
+  The step of plain JAX is counted; kernels do the same products but leave out blocks that the
+  causal mask hides.
+
+  Args:
+    config: of the run.
+    model_axis: devices that share a layer; `repeated_flops_per_token` is for all but one of them.
   """
   one = dataclasses.replace(config, batch_size=1, batch_ramp="", accumulate=1,
                             implementation="xla", mesh="", shard_residual=False)
   state = jax.eval_shape(lambda: init(one))
   batch = {"tokens": jax.ShapeDtypeStruct((1, config.seq_len + 1), "int32")}
   closed = jax.make_jaxpr(lambda *args: train_step(one, *args))(state, batch)
-  return count_flops(closed.jaxpr) / config.seq_len
+  return count_flops(closed.jaxpr) / config.seq_len + repeated_flops_per_token(config, model_axis)
+
+
+def repeated_flops_per_token(config: TrainConfig, model_axis: int) -> float:
+  """FLOPs of one token that devices of the model axis do once more than is needed.
+
+  The one key and value head of multi-query attention belongs to all of them, and so do its
+  projections. A divided residual stream divides their products too, but for the gradient of their
+  weights.
+  """
+  model = config.model
+  product = 2 * model.depth * model.dim * model.dim_head * (1 if model.shared_kv else 2)
+  products = 1 if config.shard_residual else 3 if config.remat == "none" else 4
+  return (model_axis - 1) * products * product
 
 
 def model_flops_per_token(model: PaLMConfig, seq_len: int) -> float:

@@ -106,10 +106,15 @@ def _group(line, axes) -> list[int]:
     return order.reshape(int(iota[1]), int(iota[2]))[0].tolist()
   if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
     sizes = {k: int(n) for k, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
-    over = re.findall(r"'(\w+)'(:)?", named[2])
-    if all(not part for _, part in over):
-      index = tuple(slice(None) if k in {k for k, _ in over} else 0 for k in sizes)
-      return np.atleast_1d(devices.reshape(list(sizes.values()))[index]).ravel().tolist()
+    # 'fsdp':(4)2 is a part of an axis: of its 4 x 2 x ... devices, those along the 2.
+    over = {k: (int(before or 1), int(size or sizes[k]))
+            for k, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[2])}
+    shape, index = [], []
+    for k, n in sizes.items():
+      before, size = over.get(k, (1, 1))
+      shape += [before, size, n // before // size]
+      index += [0, slice(None), 0]
+    return devices.reshape(shape)[tuple(index)].ravel().tolist()
   if "replica_groups={}" in line:
     return devices.tolist()
   raise hlo.UnknownDump(f"replica groups of unknown form: {line.strip()[:200]}")

@@ -317,7 +317,9 @@ LOOP = """HloModule jit_f
   %count = s32[] get-tuple-element(%p), index=0
   %x = f32[8]{0} get-tuple-element(%p), index=1
   %product.1 = f32[8]{0} fusion(%x), kind=kOutput, calls=%inside, backend_config={CONFIG}
-  ROOT %out = (s32[], f32[8]{0}) tuple(%count, %product.1)
+  %one = s32[] constant(1)
+  %next = s32[] add(%count, %one), metadata={op_name="add"}
+  ROOT %out = (s32[], f32[8]{0}) tuple(%next, %product.1)
 }
 
 %inside (a: f32[8]) -> f32[8] {
@@ -348,7 +350,10 @@ def test_what_is_in_a_loop_runs_as_often_as_the_loop():
   assert hlo.product_steps(LOOP) == {"product.1": 10}
   calls, known = hlo.calls(LOOP.replace("constant(0)", "constant(1)"))  # a peeled first turn
   assert known and calls["product.1"] == 34
+  calls, known = hlo.calls(LOOP.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)"))
+  assert known and calls["product.1"] == 18
   for change in (("direction=LT", "direction=NE"),
-                 ("s32[]{:T(128)} constant(35)", "s32[] copy(%now)")):
+                 ("s32[]{:T(128)} constant(35)", "s32[] copy(%now)"),
+                 ("%one = s32[] constant(1)", "%one = s32[] copy(%count)")):
     calls, known = hlo.calls(LOOP.replace(*change))
     assert not known and calls["product.1"] == 1
