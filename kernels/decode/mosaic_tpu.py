@@ -72,6 +72,8 @@ def unsupported(query, key, value, *, chip) -> str | None:
   """
   if query.dtype not in (jnp.bfloat16, jnp.float32):
     return f"bfloat16 or float32, for the matrix unit takes no float16; got {query.dtype}"
+  if key.shape[1] % 8:
+    return f"a cache of a multiple of 8 positions, which copies end with; got {key.shape[1]}"
   if chip is None:
     return None
   if chip not in tuning.VMEM:
@@ -296,7 +298,7 @@ def copy_block(refs, plan, streams, i, n, slot, left, act):
   begin = pl.multiple_of(n * plan.size, LANES)
   left = jnp.clip(left, 1, plan.size)
   upto = lambda grain: pl.multiple_of(pl.cdiv(left, grain) * grain, grain)
-  rest = plan.max_len % GRANULE  # at the end of a cache that does not end with a granule
+  rest = plan.max_len % GRANULE  # where a cache does not end with a granule
   for number, name in enumerate(streams):
     source, target = refs[name].at[i], refs[f"{name}_block"].at[slot]
 

@@ -181,6 +181,7 @@ def test_through_the_op():
 @pytest.mark.parametrize("chip, change, message", [
     (None, dict(dtype="float16", cache="float16"), "bfloat16 or float32"),
     ("v9", {}, "one of the chips v4, v5e, v5p, v6e, tpu7x; got v9"),
+    (None, dict(length=2047), "a multiple of 8 positions, which copies end with; got 2047"),
     ("v4", dict(cache="int8"), "caches in the dtype of query on a v4"),
     ("v4", dict(num_queries=512, heads=64), "within the 16 MiB of VMEM of a v4; with 32768 rows"),
 ])
@@ -196,7 +197,7 @@ def test_what_it_cannot_take_is_named(chip, change, message):
 def test_the_table_fits_the_chip(chip, cache):
   for dim in (64, 128, 256, 512):
     for heads, kv_heads in ((16, 1), (48, 1), (71, 1), (32, 8)):
-      for length in (4, 700, 32768):
+      for length in (8, 696, 32768):
         for num_queries in (1, 4):
           query, key, value, *_ = decode_static.arguments(
               batch=3, length=length, heads=heads, dim=dim, cache=cache, kv_heads=kv_heads,
@@ -206,10 +207,12 @@ def test_the_table_fits_the_chip(chip, cache):
 
 
 def check_that_copies_bind(chip, **shape):
+  """A turn on a whole block, with its part of what the end of 65,536 positions takes."""
   pytest.importorskip("libtpu", reason="the compiler for TPUs is in libtpu")
   found = decode_static.figures(chip, **shape)
-  cycles, copies = found.steps[found.plan.size], found.copies(found.plan.size)
-  assert cycles + found.finish <= copies, (cycles, found.finish, copies)
+  size = found.plan.size
+  cycles, copies = found.steps[size] + found.finish * size / 65536, found.copies(size)
+  assert cycles <= copies, (cycles, copies)
   return found
 
 
@@ -232,9 +235,9 @@ def test_its_copies_take_longer_everywhere(chip, heads, dim, cache):
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("chip", tuning.VMEM)
 @pytest.mark.parametrize("shape", [
-    dict(heads=3, dim=80, cache="bfloat16", length=300),
-    dict(heads=8, dim=64, cache="bfloat16", length=4),
-    dict(heads=71, dim=64, cache="int8", length=2047),
+    dict(heads=3, dim=80, cache="bfloat16", length=1000),
+    dict(heads=8, dim=64, cache="bfloat16", length=8),
+    dict(heads=71, dim=64, cache="int8", length=2040),
     dict(heads=32, dim=128, cache="bfloat16", kv_heads=8, num_queries=5),
     dict(heads=16, dim=128, cache="float32", dtype="float32", num_queries=4),
     dict(heads=16, dim=128, cache="int8", dtype="float32", batch=300),
