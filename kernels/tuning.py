@@ -302,9 +302,16 @@ class DecodeTpu(NamedTuple):
   cores: int  # that the blocks are dealt to
 
 
-DECODE_TPU_LEAST = 1024  # positions, where there are few in all
+DECODE_TPU_LEAST = 1024  # positions, where there are few in all; below, a turn costs the same
 
-# By chip: positions of a block at dim_head 128, bfloat16 and int8.
+# By chip: positions of a block at dim_head 128, bfloat16 and int8. Figures: cycles of a turn over
+# cycles of its copies, from the bundles of libtpu 0.0.52 and the published bandwidth; below 1 the
+# copies are what binds (`python -m benchmarks.decode_static`). What chose a value:
+#   bfloat16, 2048 / 4096 / 8192 gives 0.82 / 0.59 / 0.47 (v6e, 16 heads), in as much more code.
+#   int8, 4096 / 8192 / 16384 gives 1.23 / 0.95 / 0.81 (v6e, 16 heads), 1.24 / 0.96 / 0.82 (v6e, 48
+#   heads), 1.24 / 1.07 / 0.97 (v5p, 48 heads), 0.85 / 0.73 (v5e, 48 heads).
+#   chunk 256 / 512 / 1024 gives 2197 / 2186 / 2184 cycles (v6e, int8, 48 heads, 8192).
+#   slots: two are computed on, so four let copies of two blocks be under way.
 _DECODE_SIZES = {"v4": (4096, 4096), "v5e": (4096, 8192), "v5p": (4096, 16384),
                  "v6e": (4096, 16384), "tpu7x": (8192, 16384)}
 
