@@ -9,6 +9,7 @@ chains that do not wait for each other.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -128,7 +129,7 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
       streams[name] = jnp.pad(x, ((0, 0), (0, 0), (0, -max_len % LANES)))
   tables = {}
   if alibi_slopes is not None:
-    tables["slopes"] = row_slopes(plan, alibi_slopes)
+    tables["slopes"] = row_slopes(plan, alibi_slopes) * powers(query.dtype).factor
 
   f32, vmem = jnp.float32, pltpu.VMEM
   block = dict(query=(rows, dim), key=(plan.size, dim), value=(plan.size, dim),
@@ -149,7 +150,7 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
 
   def kernel(*refs):
     names = ("ranges", "lengths", *streams, *tables, *outputs, *scratch)
-    _kernel(dict(zip(names, refs, strict=True)), plan, list(streams), scale * LOG2E)
+    _kernel(dict(zip(names, refs, strict=True)), plan, list(streams), scale)
 
   ranges, common = deal(plan, lengths)
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
@@ -172,9 +173,22 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
   return out.reshape(grouped).swapaxes(1, 2).reshape(query.shape)
 
 
+class Powers(NamedTuple):
+  """Of scores times a factor, and their inverse."""
+
+  exp: Callable
+  log: Callable
+  factor: float
+
+
+def powers(dtype) -> Powers:
+  """Those of 2, which a chip has; of e for float32, where the factor's rounding would be seen."""
+  return Powers(jnp.exp, jnp.log, 1) if dtype == jnp.float32 else Powers(jnp.exp2, jnp.log2, LOG2E)
+
+
 def row_slopes(plan, slopes):
-  """float32[kv_heads, rows, 1]: the slope of each row, for scores to base 2."""
-  slopes = slopes.astype(jnp.float32).reshape(plan.kv_heads, 1, plan.group) * LOG2E
+  """float32[kv_heads, rows, 1]: the slope of each row."""
+  slopes = slopes.astype(jnp.float32).reshape(plan.kv_heads, 1, plan.group)
   return jnp.tile(slopes, (1, plan.num_queries, 1)).reshape(plan.kv_heads, plan.rows, 1)
 
 
@@ -200,17 +214,19 @@ def deal(plan, lengths):
 def merge(out, pieces, sequence, is_shared):
   """`out` with the sequence that the second core begins with, of which the first may have some."""
   (first, second), (lse, other) = pieces[..., : out.shape[-1]], pieces[..., -1:]
-  weight = jnp.where(is_shared & (lse > -jnp.inf), 1 / (1 + jnp.exp2(other - lse)), 0)
+  weight = 1 / (1 + powers(out.dtype).exp(other - lse))
+  weight = jnp.where(is_shared & (lse > -jnp.inf), weight, 0)
   # Where it has nothing, the first core has written nothing.
   merged = jnp.where(weight > 0, weight * first + (1 - weight) * second, second)
   return out.at[sequence].set(merged.astype(out.dtype))
 
 
 def _kernel(refs, plan, streams, scale):
-  """The blocks of one core, one after the other; `scale` makes scores to base 2."""
+  """The blocks of one core, one after the other."""
   core = pl.program_id(0)
   first, end = ((refs["ranges"][core, i], refs["ranges"][core, i + 1]) for i in (0, 2))
   before_end = lambda i, n: (i < end[0]) | (i == end[0]) & (n < end[1])
+  log = powers(refs["result"].dtype).log
   own = first[0] + (core > 0).astype(jnp.int32)  # the first sequence that is this core's alone
 
   def left(i, n):
@@ -248,7 +264,7 @@ def _kernel(refs, plan, streams, scale):
 
     @pl.when(is_common)
     def _():
-      lse = jnp.where(total > 0, refs["top"][...] + jnp.log2(sums), -jnp.inf)
+      lse = jnp.where(total > 0, refs["top"][...] + log(sums), -jnp.inf)
       refs["piece"][:, : plan.dim], refs["piece"][:, -LANES:] = out, lse
       copy = pltpu.make_async_copy(refs["piece"], refs["pieces"].at[core], refs["sent"])
       copy.start()
@@ -335,6 +351,8 @@ def step(refs, plan, scale, part, slot, fresh, next_slot, sequence, left):
   """
   query = refs["query_block"][next_slot]
   dtype, tile = query.dtype, (plan.rows, LANES)
+  exp, _, factor = powers(dtype)
+  scale *= factor
   dot = functools.partial(
       jax.lax.dot_general, preferred_element_type=jnp.float32,
       precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None)
@@ -362,7 +380,7 @@ def step(refs, plan, scale, part, slot, fresh, next_slot, sequence, left):
     weights = []
     for j in range(begin, chunk.stop, LANES):
       at = slice(j, j + LANES)
-      weight = jnp.exp2(refs["scores"][:, at] - new)
+      weight = exp(refs["scores"][:, at] - new)
       total += weight
       if value_scales in refs:
         weight *= refs[value_scales][slot, :, at]
@@ -382,7 +400,7 @@ def step(refs, plan, scale, part, slot, fresh, next_slot, sequence, left):
     product += dot(weights, refs[value][slot, chunk].astype(dtype), (((1,), (0,)), ((), ())))
 
   refs["peak"][...] = jnp.broadcast_to(peak.max(axis=1, keepdims=True), tile)
-  shrink = jnp.exp2(old - new)
+  shrink = exp(old - new)
   refs["total"][...] = carried(fresh, refs["total"][...], 0) * shrink + total
   shrink = jnp.concatenate([shrink] * -(-plan.dim // LANES), axis=1)[:, : plan.dim]
   refs["accum"][...] = carried(fresh, refs["accum"][...], 0) * shrink + product
