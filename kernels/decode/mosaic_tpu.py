@@ -9,8 +9,6 @@ chains that do not wait for each other.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,50 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import mesh as meshes, tuning
+from .mosaic_tpu_plan import LANES, deal, fit, merge, powers, round_up
 
-LOG2E = 1.4426950408889634
 LOWEST = -1e30  # below every score; finite, so that an empty row's arithmetic stays finite
-LANES = 128
 GRANULE = 32  # positions: a tile of int8, two of bfloat16; the end of a sequence is fetched to it
-
-
-class Plan(NamedTuple):
-  """How one problem is divided."""
-
-  size: int  # positions in a block
-  slots: int  # blocks in VMEM, two of them being computed on
-  chunk: int  # positions in one product
-  cores: int
-  sequences: int  # times key/value heads
-  kv_heads: int
-  num_queries: int
-  group: int  # heads of a key/value head
-  dim: int
-  max_len: int
-  query_size: int  # bytes of a number, and of one of the cache
-  cache_size: int
-  caches: int  # one where the values are the keys
-
-  @property
-  def rows(self) -> int:
-    return self.num_queries * self.group
-
-  @property
-  def parts(self) -> list[int]:
-    """Positions that a step may compute on: a block, or what holds the end of a sequence."""
-    parts = [self.size]
-    while parts[0] >= 2 * self.chunk and parts[0] % (2 * LANES) == 0:
-      parts.insert(0, parts[0] // 2)
-    return parts
-
-  @property
-  def vmem_bytes(self) -> int:
-    """Of scratch, and of what the compiler keeps of a step: scores twice, a few columns."""
-    lanes, rows = round_up(self.dim, LANES), round_up(self.rows, 16)
-    position = self.caches * (lanes * self.cache_size + (4 if self.cache_size == 1 else 0))
-    row = 8 * self.size + 32 * (lanes + LANES) + self.slots * lanes * self.query_size
-    widened = self.chunk * lanes * self.query_size * self.caches
-    return self.slots * self.size * position + rows * row + widened + 2**20
 
 
 def unsupported(query, key, value, *, chip) -> str | None:
@@ -89,25 +47,6 @@ def unsupported(query, key, value, *, chip) -> str | None:
   return None
 
 
-def fit(query, key, value, chip, blocks=None) -> Plan:
-  """The plan for a chip, that for a v4 where it is None; `blocks` as for `forward`."""
-  batch, num_queries, heads, dim = query.shape
-  max_len, kv_heads = key.shape[1:3]
-  size, slots, chunk, cores = blocks or tuning.decode_mosaic_tpu(chip, key.dtype.itemsize, dim)
-  sequences = batch * kv_heads
-  if not blocks:
-    # Nothing is computed before the first block is there, so it should be a small part of all.
-    while size > tuning.DECODE_TPU_LEAST and size * 8 * cores > sequences * max_len:
-      size //= 2
-  plan = Plan(
-      min(size, round_up(max_len, LANES)), slots, chunk, cores, sequences, kv_heads, num_queries,
-      heads // kv_heads, dim, max_len, query.dtype.itemsize, key.dtype.itemsize,
-      1 if value is None else 2)
-  while plan.size > LANES and plan.vmem_bytes > tuning.VMEM[chip or "v4"] * 2**20:
-    plan = plan._replace(size=round_up(plan.size // 2, LANES))
-  return plan
-
-
 def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value_scales, chip,
             blocks=None):
   """Attention to the cache; the contract of every backend, in `fused`.
@@ -123,13 +62,12 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
                  key=cache(key))
   if value is not None:
     streams["value"] = cache(value)
-  for name, x in (("key_scales", key_scales), ("value_scales", value_scales)):
+  for name, x in dict(key_scales=key_scales, value_scales=value_scales).items():
     if x is not None:
       x = x.swapaxes(1, 2).reshape(plan.sequences, 1, max_len)
       streams[name] = jnp.pad(x, ((0, 0), (0, 0), (0, -max_len % LANES)))
-  tables = {}
-  if alibi_slopes is not None:
-    tables["slopes"] = row_slopes(plan, alibi_slopes) * powers(query.dtype).factor
+  tables = {} if alibi_slopes is None else dict(
+      slopes=row_slopes(plan, alibi_slopes) * powers(query.dtype)[2])
 
   f32, vmem = jnp.float32, pltpu.VMEM
   block = dict(query=(rows, dim), key=(plan.size, dim), value=(plan.size, dim),
@@ -173,52 +111,10 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
   return out.reshape(grouped).swapaxes(1, 2).reshape(query.shape)
 
 
-class Powers(NamedTuple):
-  """Of scores times a factor, and their inverse."""
-
-  exp: Callable
-  log: Callable
-  factor: float
-
-
-def powers(dtype) -> Powers:
-  """Those of 2, which a chip has; of e for float32, where the factor's rounding would be seen."""
-  return Powers(jnp.exp, jnp.log, 1) if dtype == jnp.float32 else Powers(jnp.exp2, jnp.log2, LOG2E)
-
-
 def row_slopes(plan, slopes):
   """float32[kv_heads, rows, 1]: the slope of each row."""
   slopes = slopes.astype(jnp.float32).reshape(plan.kv_heads, 1, plan.group)
   return jnp.tile(slopes, (1, plan.num_queries, 1)).reshape(plan.kv_heads, plan.rows, 1)
-
-
-def deal(plan, lengths):
-  """What each core walks: half of the blocks.
-
-  Returns:
-    int32[cores, 4], (sequence, block) of the first block and of the one after the last; and of
-    two cores the sequence that the second begins with, and whether the first has some of it.
-  """
-  if plan.cores == 1:
-    return jnp.array([[0, 0, plan.sequences, 0]], jnp.int32), None
-  blocks = jnp.repeat(jnp.maximum(-(-lengths // plan.size), 1), plan.kv_heads)
-  ends = jnp.cumsum(blocks, dtype=jnp.int32)
-  half = ends[-1] // 2
-  sequence = (ends <= half).sum(dtype=jnp.int32)
-  block = half - jnp.where(ends <= half, blocks, 0).sum(dtype=jnp.int32)
-  ranges = jnp.stack([jnp.int32(0), jnp.int32(0), sequence, block,
-                      sequence, block, jnp.int32(plan.sequences), jnp.int32(0)])
-  return ranges.reshape(2, 4), (sequence, block > 0)
-
-
-def merge(out, pieces, sequence, is_shared):
-  """`out` with the sequence that the second core begins with, of which the first may have some."""
-  (first, second), (lse, other) = pieces[..., : out.shape[-1]], pieces[..., -1:]
-  weight = 1 / (1 + powers(out.dtype).exp(other - lse))
-  weight = jnp.where(is_shared & (lse > -jnp.inf), weight, 0)
-  # Where it has nothing, the first core has written nothing.
-  merged = jnp.where(weight > 0, weight * first + (1 - weight) * second, second)
-  return out.at[sequence].set(merged.astype(out.dtype))
 
 
 def _kernel(refs, plan, streams, scale):
@@ -226,7 +122,7 @@ def _kernel(refs, plan, streams, scale):
   core = pl.program_id(0)
   first, end = ((refs["ranges"][core, i], refs["ranges"][core, i + 1]) for i in (0, 2))
   before_end = lambda i, n: (i < end[0]) | (i == end[0]) & (n < end[1])
-  log = powers(refs["result"].dtype).log
+  _, log, _ = powers(refs["result"].dtype)
   own = first[0] + (core > 0).astype(jnp.int32)  # the first sequence that is this core's alone
 
   def left(i, n):
@@ -356,9 +252,8 @@ def step(refs, plan, scale, part, slot, fresh, next_slot, sequence, left):
   dot = functools.partial(
       jax.lax.dot_general, preferred_element_type=jnp.float32,
       precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None)
-  value, value_scales = "value_block", "value_scales_block"
-  if value not in refs:
-    value, value_scales = "key_block", "key_scales_block"
+  values = "value" if "value_block" in refs else "key"
+  value, value_scales = f"{values}_block", f"{values}_scales_block"
 
   old = carried(fresh, refs["top"][...], LOWEST)
   new = jnp.maximum(old, refs["peak"][...])
@@ -414,7 +309,3 @@ def carried(fresh, state, first):
 def hide(scores, distance):
   """Scores without those of later positions."""
   return jnp.where(distance <= 0, scores, -jnp.inf)
-
-
-def round_up(n: int, multiple: int) -> int:
-  return -(-n // multiple) * multiple
