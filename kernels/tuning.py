@@ -8,6 +8,8 @@ def unknown(chip: str | None, op: str, array) -> str | None:
   """What keeps `auto` from a kernel that could run: a shape of which nothing is known."""
   if chip is None:
     return "a chip of known block sizes"
+  if op == "decode_attention":
+    return None
   number, rows = {"flash_attention": (array.shape[1:2], "queries"),
                   "linear_cross_entropy": (array.shape[:1], "tokens")}[op]
   if number[0] < 128:  # As when decoding: most rows of a tile would be empty.
@@ -295,3 +297,35 @@ CROSS_ENTROPY_MOSAIC_TPU = {
 def cross_entropy_mosaic_tpu(chip: str | None) -> tuple[CrossEntropyTpu, CrossEntropyTpu]:
   """Block sizes of the forward and the gradient kernel; those of a v4 for None."""
   return CROSS_ENTROPY_MOSAIC_TPU[chip or "v4"]
+
+
+class DecodeTpu(NamedTuple):
+  """Block sizes of the decode kernel for TPUs, before they are fitted to a problem."""
+
+  size: int  # positions of a block
+  slots: int  # blocks in VMEM
+  chunk: int  # positions of a product
+  cores: int  # that the blocks are dealt to
+
+
+DECODE_TPU_LEAST = 1024  # positions, where there are few in all; below, a turn costs the same
+
+# By chip: positions of a block at dim_head 128, bfloat16 and int8. Figures: cycles of a turn over
+# cycles of its copies, from the bundles of libtpu 0.0.52 and the published bandwidth; below 1 the
+# copies are what binds (`python -m benchmarks.decode_static`). What chose a value:
+#   bfloat16, 2048 / 4096 / 8192 gives 0.82 / 0.59 / 0.47 (v6e, 16 heads), in as much more code.
+#   int8, 4096 / 8192 / 16384 gives 1.23 / 0.95 / 0.81 (v6e, 16 heads), 1.24 / 0.96 / 0.82 (v6e, 48
+#   heads), 1.24 / 1.07 / 0.97 (v5p, 48 heads), 0.85 / 0.73 (v5e, 48 heads).
+#   chunk 256 / 512 / 1024 gives 2197 / 2186 / 2184 cycles (v6e, int8, 48 heads, 8192).
+#   slots: two are computed on, so four let copies of two blocks be under way.
+_DECODE_SIZES = {"v4": (4096, 4096), "v5e": (4096, 8192), "v5p": (4096, 16384),
+                 "v6e": (4096, 16384), "tpu7x": (8192, 16384)}
+
+
+def decode_mosaic_tpu(chip: str | None, itemsize: int, dim_head: int) -> DecodeTpu:
+  """Block sizes for a chip, those of a v4 for None; itemsize is that of the cache."""
+  chip = chip or "v4"
+  bfloat16, int8 = _DECODE_SIZES[chip]
+  size = (int8 if itemsize == 1 else bfloat16 * 2 // itemsize) * 128 // max(dim_head, 128)
+  return DecodeTpu(max(size // 1024 * 1024, 1024), slots=4, chunk=512,
+                   cores=2 if chip in ("v4", "v5p") else 1)
