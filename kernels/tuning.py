@@ -8,6 +8,8 @@ def unknown(chip: str | None, op: str, array) -> str | None:
   """What keeps `auto` from a kernel that could run: a shape of which nothing is known."""
   if chip is None:
     return "a chip of known block sizes"
+  if op == "decode_attention":
+    return None
   number, rows = {"flash_attention": (array.shape[1:2], "queries"),
                   "linear_cross_entropy": (array.shape[:1], "tokens")}[op]
   if number[0] < 128:  # As when decoding: most rows of a tile would be empty.
@@ -209,6 +211,29 @@ def walk(tiles: int, blocks: int, depth: int, start: int, processors: int = 132)
     return waves * (walk * depth + start)
 
   return min(range(1, min(most, 64) + 1), key=time)
+
+
+class DecodeTriton(NamedTuple):
+  """Tile sizes and launch of the Triton decode kernel."""
+
+  rows: int  # (query, head of the group) pairs
+  keys: int  # positions of the cache
+  warps: int
+  stages: int
+
+
+def decode_triton(chip: str | None, dim_head: int, rows: int, itemsize: int) -> DecodeTriton:
+  """Tiles for a chip; for None, those that any has room for.
+
+  Args:
+    rows: that there are.
+    itemsize: of the cache.
+  """
+  most = 64 if dim_head == 256 and chip in (None, "a100", "rtx4090") else 128
+  rows = min(max(16, 1 << (rows - 1).bit_length()), most)
+  keys = max(16, 8192 // max(dim_head, 64) // (2 if itemsize == 4 else 1))
+  stages = 2 if chip in (None, "rtx4090") else 3
+  return DecodeTriton(rows, keys, 4 if rows < 128 else 8, stages)
 
 
 class TpuBlocks(NamedTuple):
