@@ -60,7 +60,7 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
   batch, num_queries, heads, dim = query.shape
   max_len, kv_heads = key.shape[1:3]
   rows = num_queries * heads // kv_heads
-  blocks = tuning.decode_triton(chip, dim, rows, key.dtype.itemsize)
+  blocks = tuning.decode_triton(chip, dim, rows, query.dtype)
   tiles = -(-rows // blocks.rows)
   limits = splits.limits(query, key, blocks.keys, triton_call.CHIPS[chip or "rtx4090"][2], tiles)
   table, starts = splits.split(lengths, limits)
