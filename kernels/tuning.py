@@ -246,6 +246,27 @@ def decode_triton(chip: str | None, dim_head: int, rows: int, dtype) -> DecodeTr
       rows, keys, 4 if rows < 128 else 8, 2 if chip in (None, "rtx4090") else 3)
 
 
+class DecodeMosaicGpu(NamedTuple):
+  """What the Hopper decode kernel has in flight; tiles are of 64 rows and 64 positions, always."""
+
+  stages: int  # tiles of keys and values
+  programs: int  # that fill the chip
+
+
+_DECODE_HOPPER = {
+    (64, 2): DecodeMosaicGpu(6, 2 * 132), (64, 1): DecodeMosaicGpu(8, 2 * 132),
+    (128, 2): DecodeMosaicGpu(3, 2 * 132), (128, 1): DecodeMosaicGpu(4, 2 * 132),
+    (256, 2): DecodeMosaicGpu(3, 132), (256, 1): DecodeMosaicGpu(3, 132),
+}
+DECODE_MOSAIC_GPU = {(chip, *key): value
+                     for chip in ("h100", "h200") for key, value in _DECODE_HOPPER.items()}
+
+
+def decode_mosaic_gpu(chip: str | None, dim_head: int, itemsize: int) -> DecodeMosaicGpu:
+  """For a chip and an itemsize of the cache; that of an h200 where the chip is not known."""
+  return DECODE_MOSAIC_GPU[chip or "h200", dim_head, itemsize]
+
+
 class TpuBlocks(NamedTuple):
   """Block sizes of an attention kernel for TPUs, before they are fitted to a problem."""
 

@@ -14,6 +14,7 @@ from . import splits
 
 _DIMS = (16, 32, 64, 128, 256)
 _DTYPES = ("bfloat16", "float16", "float32")
+_PROGRAMS = 2  # a multiprocessor: one computes while the other waits for memory
 _PARTS = 64  # of a row that the merge loads at a time
 
 
@@ -62,7 +63,8 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
   rows = num_queries * heads // kv_heads
   blocks = tuning.decode_triton(chip, dim, rows, query.dtype)
   tiles = -(-rows // blocks.rows)
-  limits = splits.limits(query, key, blocks.keys, triton_call.CHIPS[chip or "rtx4090"][2], tiles)
+  programs = _PROGRAMS * triton_call.CHIPS[chip or "rtx4090"][2] // tiles
+  limits = splits.limits(query, key, blocks.keys, programs)
   table, starts = splits.split(lengths, limits)
 
   # Row maxima are taken before scaling, so the sign of the scale goes to the query.
