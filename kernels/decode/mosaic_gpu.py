@@ -44,7 +44,7 @@ def _transforms(dtype, dim):
 
 def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_ref, slopes_ref,
             out_ref, lse_ref, q_smem, k_smem, v_smem, k_scale_smem, v_scale_smem, k_wide, v_wide,
-            lse_smem, q_ready, ready, free, *, kv_heads, tiles_of_rows, group, num_queries, scale):
+            q_ready, ready, free, *, kv_heads, tiles_of_rows, group, num_queries, scale):
   """One slot of the table, one key/value head, 64 rows: one warpgroup, which copies for itself."""
   index, stages = lax.axis_index("block"), k_smem.shape[0]
   slot, index = lax.div(index, kv_heads * tiles_of_rows), lax.rem(index, kv_heads * tiles_of_rows)
@@ -169,12 +169,11 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
     q_smem[...] = acc.astype(q_smem.dtype)
     to = b
     if lse_ref is not None:
-      lse_smem[...] = jnp.where(empty, -jnp.inf, top + jnp.log2(total))
+      lse_ref.at[slot, kv, pl.ds(row0, ROWS)][...] = jnp.where(
+          empty, -jnp.inf, top + jnp.log2(total))
       to = slot
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q_smem, out_ref.at[tiles.rows_at(out_ref, to, kv, kv_heads, row0, ROWS)])
-    if lse_ref is not None:
-      plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[slot, kv, pl.ds(row0, ROWS)])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -223,7 +222,6 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
           k_smem=tile(key, stages), v_smem=tile(value, stages),
           k_scale_smem=column(key_scales), v_scale_smem=column(value_scales),
           k_wide=wide(key), v_wide=wide(value),
-          lse_smem=plgpu.SMEM((ROWS,), jnp.float32) if limits.parts else None,
           q_ready=plgpu.Barrier(),
           ready=plgpu.Barrier(num_barriers=stages, num_arrivals=copies),
           free=plgpu.Barrier(),
