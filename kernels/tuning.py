@@ -261,7 +261,7 @@ class DecodeMosaicGpu(NamedTuple):
 _DECODE_HOPPER = {
     (64, 2): DecodeMosaicGpu(6, 2 * 132), (64, 1): DecodeMosaicGpu(8, 2 * 132),
     (128, 2): DecodeMosaicGpu(2, 2 * 132), (128, 1): DecodeMosaicGpu(3, 2 * 132),
-    (256, 2): DecodeMosaicGpu(3, 132), (256, 1): DecodeMosaicGpu(3, 132),
+    (256, 2): DecodeMosaicGpu(3, 132),
 }
 DECODE_MOSAIC_GPU = {(chip, *key): value
                      for chip in ("h100", "h200") for key, value in _DECODE_HOPPER.items()}

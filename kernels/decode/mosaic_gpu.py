@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .. import mesh, tuning
 from ..attention import mosaic_gpu_tiles as tiles
 from ..attention.mosaic_gpu_tiles import COL, LOG2E, QUAD, ROW, TILE, across, down, fold
-from . import splits
+from . import mosaic_gpu_merge, splits
 
 ROWS = tiles.WARPGROUP_ROWS  # M of one wgmma: (query, head of the group) pairs of a program
 BLOCK = 64  # positions of a tile
@@ -31,6 +31,8 @@ def unsupported(query, key, value, *, chip):
     return f"queries of bfloat16 or float16; got {query.dtype}"
   if query.shape[-1] not in (64, 128, 256):
     return f"dim_head in {{64, 128, 256}}; got {query.shape[-1]}"
+  if key.dtype == jnp.int8 and query.shape[-1] == 256:  # it would spill
+    return "a dim_head of 64 or 128 for an int8 cache; got 256"
   if key.shape[1] % 8:
     return f"caches of a length that is a multiple of 8; got {key.shape[1]}"
   return None
@@ -44,7 +46,7 @@ def _transforms(dtype, dim):
 
 def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_ref, slopes_ref,
             out_ref, lse_ref, q_smem, k_smem, v_smem, k_scale_smem, v_scale_smem, k_wide, v_wide,
-            q_ready, ready, free, *, kv_heads, tiles_of_rows, group, num_queries, scale):
+            q_ready, ready, *, kv_heads, tiles_of_rows, group, num_queries, scale):
   """One slot of the table, one key/value head, 64 rows: one warpgroup, which copies for itself."""
   index, stages = lax.axis_index("block"), k_smem.shape[0]
   slot, index = lax.div(index, kv_heads * tiles_of_rows), lax.rem(index, kv_heads * tiles_of_rows)
@@ -140,12 +142,8 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
       v_tile = k_tile if v_ref is None else operand(v_smem, v_wide, at)
       acc = tiles.product_onto(acc, weights, v_tile)
 
-      @pl.when(i + stages < steps)
-      def _():
-        plgpu.barrier_arrive(free)  # every warp has read the slot
-        plgpu.barrier_wait(free)
-        copy(i + stages)
-
+      plgpu.commit_smem()  # every warp has read these tiles
+      pl.when(i + stages < steps)(lambda: copy(i + stages))
       return acc, new_top, total
 
     cast = plgpu.layout_cast
@@ -167,13 +165,14 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
     empty = total == 0
     acc *= across(1 / jnp.where(empty, 1.0, total), acc.shape)
     q_smem[...] = acc.astype(q_smem.dtype)
-    to = b
-    if lse_ref is not None:
-      lse_ref.at[slot, kv, pl.ds(row0, ROWS)][...] = jnp.where(
-          empty, -jnp.inf, top + jnp.log2(total))
-      to = slot
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_smem, out_ref.at[tiles.rows_at(out_ref, to, kv, kv_heads, row0, ROWS)])
+    if lse_ref is None:
+      to = out_ref.at[rows]
+    else:
+      rows = pl.ds(row0, ROWS)
+      to = out_ref.at[kv, rows, slot]
+      lse_ref.at[kv, slot, rows][...] = jnp.where(empty, -jnp.inf, top + jnp.log2(total))
+    plgpu.copy_smem_to_gmem(q_smem, to)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -196,8 +195,9 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
               None if alibi_slopes is None else tiles.row_slopes(alibi_slopes, kv_heads)]
   out_types = [array(packed.shape, query.dtype)]
   if limits.parts:
-    out_types = [array((limits.slots, *rows.shape[1:]), query.dtype),
-                 array((limits.slots, kv_heads, tiles_of_rows * ROWS), jnp.float32)]
+    out_types = [array((kv_heads, num_rows, limits.slots, dim), query.dtype),
+                 array((kv_heads, limits.slots + mosaic_gpu_merge.PARTS, tiles_of_rows * ROWS),
+                       jnp.float32)]
   kernel = functools.partial(
       _kernel, kv_heads=kv_heads, tiles_of_rows=tiles_of_rows,
       group=query.shape[2] // kv_heads, num_queries=query.shape[1], scale=scale)
@@ -224,14 +224,16 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
           k_wide=wide(key), v_wide=wide(value),
           q_ready=plgpu.Barrier(),
           ready=plgpu.Barrier(num_barriers=stages, num_arrivals=copies),
-          free=plgpu.Barrier(),
       ),
   )(*operands)
+  if limits.parts:
+    most = min(limits.programs, key.shape[1] // limits.least)
+    parts, lse2 = out
+    # The store of one part's column, in the order that the merge loads, is no whole sector.
+    out = [mosaic_gpu_merge.merge(
+        parts, lse2.swapaxes(1, 2), starts, most, _transforms(query.dtype, dim))]
+    if packed.shape[2] != kv_heads:  # one key/value head after the other, as `pack` has them
+      out = [out[0].swapaxes(1, 2).reshape(packed.shape)]
   # Inside shard_map what JAX knows of a kernel's results is their shapes.
-  out = mesh.varying_together(*out, *operands)[:len(out_types)]
-  if not limits.parts:
-    return tiles.unpack(out[0], query.shape, kv_heads)
-  out = splits.merge(*out[:1], out[1][:, :, :num_rows], starts, limits, key.shape[1])
-  if packed.shape[2] != kv_heads:  # one key/value head after the other, as `pack` has them
-    out = out.swapaxes(1, 2).reshape(packed.shape)
-  return tiles.unpack(out.astype(query.dtype), query.shape, kv_heads)
+  out = mesh.varying_together(*out, *operands)[0]
+  return tiles.unpack(out, query.shape, kv_heads)

@@ -46,10 +46,23 @@ def interpret(detect_races: bool = True):
 _wgmma_of_refs = gpu_callbacks.wgmma
 
 
+def _check_read(key, transforms, rest):
+  """That the right operand was there before the product began, which the interpreter leaves out."""
+  memory, thread = gpu_callbacks._get_shared_memory(), rest["thread"]
+  if memory.detect_races:
+    key = gpu_callbacks.HostAllocationKey.from_array(key)
+    where = memory.access(
+        key, jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms)))
+    gpu_callbacks.get_races().check_read(
+        thread, memory.incr_clock(thread).generic_clock, key, where,
+        source_info=rest.get("source_info"))
+
+
 def _wgmma(*, a_allocation_key_as_array, acc_allocation_key_as_array, acc_transforms,
            b_allocation_key_as_array, b_transforms, **rest):
   """`gpu_callbacks.wgmma`, which takes the left operand from shared memory only."""
   a = np.asarray(a_allocation_key_as_array)
+  _check_read(b_allocation_key_as_array, b_transforms, rest)
   if a.ndim == 1:
     return _wgmma_of_refs(
         a_allocation_key_as_array=a_allocation_key_as_array, acc_transforms=acc_transforms,

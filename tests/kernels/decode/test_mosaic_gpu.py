@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from palm_haiku.kernels import alibi_slopes, decode_attention
-from palm_haiku.kernels.decode import mosaic_gpu, splits
+from palm_haiku.kernels.decode import mosaic_gpu, mosaic_gpu_merge, splits
 from tests.kernels import hopper
 from tests.kernels.decode import contract
 from tests.kernels.decode.contract import Case
 
 
-def result(case, per_row=16, arrays=None, module=mosaic_gpu):
+def result(case, per_row=32, arrays=None, module=mosaic_gpu):
   """What the kernel computes for a case, in slots of `per_row` positions a row."""
   forward = jax.jit(functools.partial(module.forward, scale=case.scale, chip=None))
   with pytest.MonkeyPatch.context() as patch, hopper.interpret():
@@ -37,11 +37,11 @@ def whole(case):
 
 
 drawn = given(case=contract.cases(dims=(64, 128), dtypes=("bfloat16", "float16")).map(whole),
-              per_row=st.sampled_from([2, 16, 64]))
+              per_row=st.sampled_from([4, 16, 64]))
 
 
 @pytest.mark.timeout(900)
-@settings(max_examples=12)
+@settings(max_examples=10)
 @drawn
 def test_results_are_as_near_to_float64_as_the_xla_path(case, per_row):
   check(case, per_row=per_row)
@@ -58,16 +58,16 @@ def test_fuzz(case, per_row):
 
 @pytest.mark.parametrize("case", [
     Case(lengths=(700, 0, 77), max_len=704, heads=16, dim_head=256),  # slots of the ring again
-    Case(lengths=(450,), max_len=456, heads=8, kv_heads=2, dim_head=256, int8=True),
+    Case(lengths=(450,), max_len=456, heads=8, kv_heads=2, int8=True),
     Case(lengths=(200, 3), max_len=208, heads=30, num_queries=3),  # 90 rows: two tiles
     Case(lengths=(200, 128), max_len=200, heads=4, scale=0.0, shared=True, int8=True)], ids=str)
 def test_edges(case):
   check(case)
 
 
-# Planted mistakes: each must fail the very check that the kernel passes. The barrier `free` is not
-# among them: it orders the warps of one warpgroup, which the interpreter runs as one.
-ONE = Case(lengths=(512, 0, 3), max_len=512, num_queries=2, dtype="float16")
+# Planted mistakes: each must fail the very check that the kernel passes. The commit of a tile that
+# was int8 is not among them: the interpreter does not know what wgmma may not see yet.
+ONE = Case(lengths=(512, 0, 3), max_len=512, num_queries=2, heads=4, dtype="float16")
 INT8 = dataclasses.replace(ONE, int8=True, lengths=(512, 3))
 GROUPS = dataclasses.replace(ONE, kv_heads=2)
 MUTANTS = {
@@ -89,19 +89,20 @@ MUTANTS = {
     "no wait for a tile": (ONE, "plgpu.barrier_wait(ready.at[at])", ""),
     "no wait for the queries": (ONE, "plgpu.barrier_wait(q_ready)", ""),
     "no commit of the result": (ONE, "plgpu.commit_smem()\n    plgpu.copy_smem", "plgpu.copy_smem"),
-    "no commit of widened tiles": (INT8, "plgpu.commit_smem()\n      return wide", "return wide"),
+    "no commit before a refill": (
+        dataclasses.replace(INT8, shared=True), "plgpu.commit_smem()  # every", "# every"),
     "no scales of the keys": (INT8, "scores *= down(k_scale, shape)", ""),
     "no scales of the values": (INT8, "weights *= down(k_scale, shape)", ""),
     "the values have the keys' scales": (INT8, "if v_scale_ref is not None:", "if False:"),
 }
 
 
-def mutant(old, new):
+def mutant(old, new, module=mosaic_gpu):
   """The module with another source text."""
-  text = pathlib.Path(mosaic_gpu.__file__).read_text()
+  text = pathlib.Path(module.__file__).read_text()
   assert old in text
-  module = types.ModuleType("mutant")
-  module.__package__ = mosaic_gpu.__package__
+  package, module = module.__package__, types.ModuleType("mutant")
+  module.__package__ = package
   exec(compile(text.replace(old, new), "mutant", "exec"), module.__dict__)
   return module
 
@@ -126,15 +127,16 @@ def _split(change):
     table, starts = original(*args)
     return splits.Splits(change(table), starts)
 
-  return "split", wrong
+  return splits, "split", wrong
 
 
 def _merge(change):
-  original = splits.merge
-  return "merge", lambda parts, lse2, starts, *rest: original(parts, *change(lse2, starts), *rest)
+  original = mosaic_gpu_merge.merge
+  return mosaic_gpu_merge, "merge", lambda parts, lse2, starts, *rest: original(
+      parts, *change(lse2, starts), *rest)
 
 
-@pytest.mark.parametrize("function, wrong", [
+@pytest.mark.parametrize("module, function, wrong", [
     _split(lambda table: table.at[0, 2].set(table[0, 1])),  # a slot is lost
     _split(lambda table: table.at[1, 2].add(-16)),
     _split(lambda table: table.at[0, 0].set(1)),
@@ -142,11 +144,34 @@ def _merge(change):
     _merge(lambda lse2, starts: (lse2, starts.at[1].add(-1))),
     _merge(lambda lse2, starts: (0 * jnp.maximum(lse2, -9), starts)),  # parts weigh the same
 ])
-def test_wrong_slots_are_noticed(function, wrong, monkeypatch):
+def test_wrong_slots_are_noticed(module, function, wrong, monkeypatch):
   check_unmutated(ONE)
-  monkeypatch.setattr(splits, function, wrong)
+  monkeypatch.setattr(module, function, wrong)
   with pytest.raises(AssertionError):
     check(ONE)
+
+
+MANY = Case(lengths=(70 * 64, 60), max_len=70 * 64, heads=1, dtype="float16", dim_head=64)
+MERGE_MUTANTS = {
+    "the accumulator is not faded": ("acc *= across(decay, acc.shape)", "acc *= 1"),
+    "the sum is not faded": ("total * across(decay, total.shape)", "total"),
+    "parts behind the last weigh something": ("(None, end), first", "(None, end + 1), first"),
+    "the last tile is skipped": ("lax.fori_loop(0, steps, step,", "lax.fori_loop(0, 1, step,"),
+    "no wait for a tile": ("plgpu.barrier_wait(ready.at[i])", ""),
+    "no commit of the result": ("plgpu.commit_smem()", ""),
+}
+
+
+@pytest.mark.parametrize("name", MERGE_MUTANTS)
+def test_a_planted_mistake_in_the_merge_is_noticed(name, monkeypatch):
+  """Of 70 parts, in two tiles."""
+  run = functools.partial(check, MANY, per_row=8)
+  if name == next(iter(MERGE_MUTANTS)):
+    run()
+  monkeypatch.setattr(mosaic_gpu, "mosaic_gpu_merge", mutant(
+      *MERGE_MUTANTS[name], mosaic_gpu_merge))
+  with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+    run()
 
 
 def test_what_lies_behind_a_sequence_is_not_loaded():
@@ -199,6 +224,8 @@ def struct(length=128, heads=1, dim_head=64, dtype="bfloat16"):
     (struct(1, 16, 80), struct(dim_head=80), "h200", r"dim_head in {64, 128, 256}; got 80"),
     (struct(1, dtype="float32"), struct(), None, "queries of bfloat16 or float16; got float32"),
     (struct(1), struct(), "a100", "a Hopper GPU .*; got a100"),
+    (struct(1, dim_head=256), struct(dim_head=256, dtype="int8"), None,
+     "a dim_head of 64 or 128 for an int8 cache; got 256"),
     (struct(1), struct(100), "h100", "a length that is a multiple of 8; got 100"),
 ])
 def test_requirements_are_named(query, key, chip, message):
@@ -243,8 +270,10 @@ TWO = (228 // 2 - 1) * 1024
 def compiled(**options):
   aot = pytest.importorskip("palm_haiku.kernels.aot", reason="compiles ahead of time")
   report = aot.report("tests.kernels.decode.test_mosaic_gpu:program", target="h200", **options)
-  (kernel,) = (k for k in report.kernels if k.source == "mosaic_gpu")
+  kernels = [k for k in report.kernels if k.source == "mosaic_gpu"]
+  (kernel,) = (k for k in kernels if "merge" not in k.name)
   assert not report.problems, report.problems
+  assert len(kernels) == 1 + (options.get("max_len") is None)
   assert kernel.code.main_loop.mix.get("HGMMA"), kernel
   if options["dim_head"] < 256:
     assert kernel.shared_memory <= TWO and 2 * 128 * kernel.resources.registers <= 65_536
@@ -253,7 +282,7 @@ def compiled(**options):
 
 @pytest.mark.parametrize("options", [
     dict(heads=16, dim_head=128),
-    pytest.param(dict(heads=16, dim_head=256, int8=True), marks=pytest.mark.slow)], ids=str)
+    pytest.param(dict(heads=16, dim_head=64, int8=True), marks=pytest.mark.slow)], ids=str)
 def test_compiles_without_spills_or_serialized_products(options):
   report = compiled(**options)
   assert report.memory["temp"] < 2**22  # parts, not scores
@@ -265,16 +294,16 @@ def test_compiles_without_spills_or_serialized_products(options):
     dict(heads=16), dict(heads=48, alibi=False), dict(heads=1, num_queries=3),
     dict(heads=6, kv_heads=2, dtype="float16", shared=True), dict(heads=16, max_len=512, batch=3),
     dict(heads=32, num_queries=4, batch=3)], ids=str)
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("dim_head", [64, 128, 256])
+@pytest.mark.parametrize("dim_head, int8", [
+    (64, False), (64, True), (128, False), (128, True), (256, False)])
 def test_every_variant_compiles_soundly(dim_head, int8, options):
   compiled(dim_head=dim_head, int8=int8, **options)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="runs the kernel on a Hopper GPU")
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("num_queries, heads, dim_head", [(1, 16, 128), (4, 16, 256), (1, 3, 64)])
+@pytest.mark.parametrize("num_queries, heads, dim_head, int8", [
+    (1, 16, 128, False), (1, 16, 128, True), (4, 16, 256, False), (1, 3, 64, True)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_on_a_gpu(dtype, num_queries, heads, dim_head, int8):
   case = Case(lengths=(30_000, 0, 77, 1), max_len=30_008, num_queries=num_queries, heads=heads,

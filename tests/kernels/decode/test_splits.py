@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from palm_haiku.kernels.decode import splits
+from palm_haiku.kernels.decode import mosaic_gpu, splits
 
 
 def split(lengths, max_len, *, rows=16, dim=128, kv_heads=1, block=64, programs=264,
@@ -25,7 +25,9 @@ def split(lengths, max_len, *, rows=16, dim=128, kv_heads=1, block=64, programs=
 def check(lengths, limits, table, starts):
   """Every position of every sequence has one slot; the sequence's slots are `starts`'s."""
   assert table.shape == (limits.slots, 3) and starts[0] == 0 and starts[-1] <= limits.slots
-  assert np.all(table[starts[-1]:] == [-1, 0, 0])
+  spare, idle = np.split(table[starts[-1]:], [splits.SPARE])
+  assert np.all(spare == [len(lengths) - 1, 0, 0]) and np.all(idle == [-1, 0, 0])
+  assert not limits.parts or len(spare) == splits.SPARE
   for b, length in enumerate(lengths):
     mine = table[starts[b]:starts[b + 1]]
     assert len(mine) and np.all(mine[:, 0] == b)
@@ -76,10 +78,11 @@ def test_short_caches_need_no_merge():
   assert not limits.parts and limits.slots == len(table) == 2
 
 
+@pytest.mark.parametrize("kernel", ["triton", "mosaic_gpu"])
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("rows, dim", [(1, 64), (16, 128), (16, 256), (48, 256), (64, 128)])
 @pytest.mark.parametrize("batch, max_len", [(1, 262_144), (8, 32_768), (64, 8192), (30, 131_072)])
-def test_bytes_are_little_more_than_the_cache(batch, max_len, rows, dim, int8):
+def test_bytes_are_little_more_than_the_cache(batch, max_len, rows, dim, int8, kernel):
   position = 2 * dim * (1 if int8 else 2) + (8 if int8 else 0)
   fewest = splits.POSITIONS_PER_ROW * rows * (2 if int8 else 1)
   for seed in range(3):
@@ -87,8 +90,14 @@ def test_bytes_are_little_more_than_the_cache(batch, max_len, rows, dim, int8):
     limits, table, starts = split(lengths, max_len, rows=rows, dim=dim, int8=int8)
     used = int(lengths.sum()) * position
     row, slots = rows * dim * 2, int(starts[-1])
-    moved = int((table[:, 2] - table[:, 1]).sum()) * position
+    loaded = table[:, 2] - table[:, 1]
+    if kernel == "mosaic_gpu":
+      loaded = -(-loaded // mosaic_gpu.PIECE) * mosaic_gpu.PIECE
+    moved = int(loaded.sum()) * position
     moved += slots * row + batch * row + table.nbytes + starts.nbytes  # queries, results
     if limits.parts:
-      moved += 2 * slots * (row + rows * 4)
+      moved += (slots + splits.SPARE) * (row + rows * 4)  # parts are written
+      read = slots if kernel == "triton" else sum(
+          -(-n // splits.SPARE) * splits.SPARE for n in np.diff(starts).tolist())
+      moved += int(read) * row + slots * rows * 4
     assert moved <= 1.05 * used, (moved / used, lengths)
