@@ -20,51 +20,62 @@ PARTS = 64  # of a tile
 LOWEST = -1e30  # the running maximum before the first part: finite, so no inf - inf
 
 
-def _kernel(starts_ref, parts_ref, lse_ref, out_ref, parts_smem, out_smem, ready):
+def _kernel(starts_ref, parts_ref, lse_ref, out_ref, parts_smem, out_smem, ready,
+            one_ready):
   """One row of one key/value head of one sequence."""
   index, (kv_heads, num_rows, slots, dim) = lax.axis_index("block"), parts_ref.shape
   row, index = lax.rem(index, num_rows), lax.div(index, num_rows)
   kv, b = lax.rem(index, kv_heads), lax.div(index, kv_heads)
   lo, hi = starts_ref[b], starts_ref[b + 1]
-  steps = pl.cdiv(hi - lo, PARTS)
 
-  def copy(i, _):
-    for piece in range(0, PARTS, SPARE):
-      first = lo + i * PARTS + piece
-      first = jnp.where(first < hi, first, slots)  # from behind the array: zeros
-      plgpu.copy_gmem_to_smem(parts_ref.at[kv, row, pl.ds(first, SPARE)],
-                              parts_smem.at[i, pl.ds(piece, SPARE)], ready.at[i])
+  @pl.when(hi - lo == 1)
+  def copy_one():
+    plgpu.copy_gmem_to_smem(
+        parts_ref.at[kv, row, lo], out_smem.at[0, pl.ds(0, dim)], one_ready)
+    plgpu.barrier_wait(one_ready)
 
-  lax.fori_loop(0, steps, copy, None)
-  shape = (tiles.WARPGROUP_ROWS, PARTS)  # all rows of a tile are this row
-  end = plgpu.layout_cast(jnp.broadcast_to(hi, shape[:1]), ROW)
+  @pl.when(hi - lo > 1)
+  def add():
+    steps = pl.cdiv(hi - lo, PARTS)
 
-  def step(i, carry):
-    acc, top, total = carry
-    first = lo + i * PARTS
-    lse2 = plgpu.load(lse_ref.at[kv, row, pl.ds(first, PARTS)], layout=COL, optimized=False)
-    scores = tiles.mask_scores(down(lse2, shape), (None, end), first, None)
-    new_top = jnp.maximum(top, fold(scores, jnp.maximum).max(axis=1))
-    decay = jnp.exp2(top - new_top)
-    weights = jnp.exp2(scores - across(new_top, shape))
-    total = total * across(decay, total.shape) + fold(weights, jnp.add)
-    acc *= across(decay, acc.shape)
-    high = weights.astype(parts_smem.dtype)
-    low = (weights - high.astype(jnp.float32)).astype(parts_smem.dtype)
-    acc, new_top, total, high, low = lax.optimization_barrier((acc, new_top, total, high, low))
-    plgpu.barrier_wait(ready.at[i])
-    acc = tiles.product_onto(acc, high, parts_smem.at[i])
-    return tiles.product_onto(acc, low, parts_smem.at[i]), new_top, total
+    def copy(i, _):
+      for piece in range(0, PARTS, SPARE):
+        first = lo + i * PARTS + piece
+        first = jnp.where(first < hi, first, slots)  # from behind the array: zeros
+        plgpu.copy_gmem_to_smem(parts_ref.at[kv, row, pl.ds(first, SPARE)],
+                                parts_smem.at[i, pl.ds(piece, SPARE)], ready.at[i])
 
-  cast = plgpu.layout_cast
-  acc, _, total = lax.fori_loop(0, steps, step, (
-      cast(jnp.zeros((shape[0], dim), jnp.float32), TILE),
-      cast(jnp.full(shape[:1], LOWEST, jnp.float32), ROW),
-      cast(jnp.zeros((shape[0], QUAD), jnp.float32), TILE)))
-  total = total.sum(axis=1)
-  acc *= across(1 / jnp.where(total == 0, 1.0, total), acc.shape)
-  out_smem.at[:, pl.ds(0, dim)][...] = acc.astype(out_smem.dtype)
-  plgpu.commit_smem()
+    lax.fori_loop(0, steps, copy, None)
+    shape = (tiles.WARPGROUP_ROWS, PARTS)  # all rows of a tile are this row
+    end = plgpu.layout_cast(jnp.broadcast_to(hi, shape[:1]), ROW)
+
+    def step(i, carry):
+      acc, top, total = carry
+      first = lo + i * PARTS
+      lse2 = plgpu.load(lse_ref.at[kv, row, pl.ds(first, PARTS)], layout=COL, optimized=False)
+      scores = tiles.mask_scores(down(lse2, shape), (None, end), first, None)
+      new_top = jnp.maximum(top, fold(scores, jnp.maximum).max(axis=1))
+      decay = jnp.exp2(top - new_top)
+      weights = jnp.exp2(scores - across(new_top, shape))
+      total = total * across(decay, total.shape) + fold(weights, jnp.add)
+      acc *= across(decay, acc.shape)
+      high = weights.astype(parts_smem.dtype)
+      low = (weights - high.astype(jnp.float32)).astype(parts_smem.dtype)
+      acc, new_top, total, high, low = lax.optimization_barrier((acc, new_top, total, high, low))
+      plgpu.barrier_wait(ready.at[i])
+      acc = tiles.product_onto(acc, high, parts_smem.at[i])
+      return tiles.product_onto(acc, low, parts_smem.at[i]), new_top, total
+
+    cast = plgpu.layout_cast
+    acc, _, total = lax.fori_loop(0, steps, step, (
+        cast(jnp.zeros((shape[0], dim), jnp.float32), TILE),
+        cast(jnp.full(shape[:1], LOWEST, jnp.float32), ROW),
+        cast(jnp.zeros((shape[0], QUAD), jnp.float32), TILE)))
+    total = total.sum(axis=1)
+    acc *= across(1 / jnp.where(total == 0, 1.0, total), acc.shape)
+    out_smem.at[:, pl.ds(0, dim)][...] = acc.astype(out_smem.dtype)
+    plgpu.commit_smem()
+
   plgpu.copy_smem_to_gmem(out_smem.at[0, pl.ds(0, dim)], out_ref.at[b, row, kv])
   plgpu.wait_smem_to_gmem(0)
 
@@ -93,5 +104,6 @@ def merge(parts, lse2, starts, most, transforms):
           parts_smem=plgpu.SMEM((most, PARTS, dim), parts.dtype, transforms=transforms),
           out_smem=plgpu.SMEM((tiles.WARPGROUP_ROWS, dim + 8), parts.dtype),
           ready=plgpu.Barrier(num_barriers=most, num_arrivals=PARTS // SPARE),
+          one_ready=plgpu.Barrier(),
       ),
   )(starts, parts, lse2)

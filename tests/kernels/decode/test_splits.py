@@ -56,8 +56,8 @@ def test_every_position_has_one_slot(data):
 
 def test_one_long_sequence_fills_the_chip():
   _, table, starts = split([262_144], 262_144)
-  assert starts[1] == 256
-  assert np.all(table[:256, 2] - table[:256, 1] == 1024)
+  assert starts[1] == 262_144 // (68 * 16)  # 240, of the 264 programs
+  assert np.all(table[:starts[1], 2] - table[:starts[1], 1] <= 1152)
 
 
 def test_a_long_sequence_among_short_ones_has_most_of_the_slots():
@@ -98,6 +98,6 @@ def test_bytes_are_little_more_than_the_cache(batch, max_len, rows, dim, int8, k
     if limits.parts:
       moved += (slots + splits.SPARE) * (row + rows * 4)  # parts are written
       read = slots if kernel == "triton" else sum(
-          -(-n // splits.SPARE) * splits.SPARE for n in np.diff(starts).tolist())
+          n if n == 1 else -(-n // splits.SPARE) * splits.SPARE for n in np.diff(starts).tolist())
       moved += int(read) * row + slots * rows * 4
     assert moved <= 1.05 * used, (moved / used, lengths)
