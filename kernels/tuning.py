@@ -254,14 +254,15 @@ class DecodeMosaicGpu(NamedTuple):
 
 
 # By dim_head and itemsize of the cache: as many stages as let two programs share a multiprocessor
-# (113 KiB of shared memory each), and where one tile of queries and two stages take more, those that
-# one has room for. Beside each the shared memory in KiB and the instructions of the loop without a
-# mask, with ALiBi, for 64 positions, and the clocks that memory takes for them at 4.3 TB/s (ptxas
-# 13.0, 1.755 GHz). No time has been measured.
+# (113 KiB of shared memory each); at dim_head 256 queries and two stages take more, and one program
+# has it. Beside each its shared memory in KiB, and the instructions of a tile without a mask, with
+# ALiBi (ptxas 13.0), against the clocks that memory takes for it at 4.3 TB/s. Nothing was timed.
 _DECODE_HOPPER = {
-    (64, 2): DecodeMosaicGpu(6, 2 * 132), (64, 1): DecodeMosaicGpu(8, 2 * 132),
-    (128, 2): DecodeMosaicGpu(2, 2 * 132), (128, 1): DecodeMosaicGpu(3, 2 * 132),
-    (256, 2): DecodeMosaicGpu(3, 132),
+    (64, 2): DecodeMosaicGpu(6, 2 * 132),  # 106; 477, 882
+    (64, 1): DecodeMosaicGpu(8, 2 * 132),  # 94; 729, 469
+    (128, 2): DecodeMosaicGpu(2, 2 * 132),  # 82; 485, 1765. 3 stages take 114
+    (128, 1): DecodeMosaicGpu(3, 2 * 132),  # 100; 1038, 910
+    (256, 2): DecodeMosaicGpu(3, 132),  # 226; 602, 3530
 }
 DECODE_MOSAIC_GPU = {(chip, *key): value
                      for chip in ("h100", "h200") for key, value in _DECODE_HOPPER.items()}
