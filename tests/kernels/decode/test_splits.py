@@ -40,7 +40,7 @@ def check(lengths, limits, table, starts):
       assert sizes.mean() >= limits.least
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_every_position_has_one_slot(data):
   max_len = data.draw(st.sampled_from([1, 63, 64, 700, 5000, 100_000]))
@@ -78,26 +78,21 @@ def test_short_caches_need_no_merge():
   assert not limits.parts and limits.slots == len(table) == 2
 
 
-@pytest.mark.parametrize("kernel", ["triton", "mosaic_gpu"])
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("rows, dim", [(1, 64), (16, 128), (16, 256), (48, 256), (64, 128)])
-@pytest.mark.parametrize("batch, max_len", [(1, 262_144), (8, 32_768), (64, 8192), (30, 131_072)])
-def test_bytes_are_little_more_than_the_cache(batch, max_len, rows, dim, int8, kernel):
+@pytest.mark.parametrize("rows, dim", [(1, 64), (16, 128), (48, 256), (64, 128)])
+@pytest.mark.parametrize("batch, max_len", [(1, 262_144), (64, 16_384), (30, 131_072)])
+def test_bytes_are_little_more_than_the_cache(batch, max_len, rows, dim, int8):
   position = 2 * dim * (1 if int8 else 2) + (8 if int8 else 0)
   fewest = splits.POSITIONS_PER_ROW * rows * (2 if int8 else 1)
-  for seed in range(3):
-    lengths = np.random.default_rng(seed).integers(fewest, max_len, batch, endpoint=True)
-    limits, table, starts = split(lengths, max_len, rows=rows, dim=dim, int8=int8)
-    used = int(lengths.sum()) * position
-    row, slots = rows * dim * 2, int(starts[-1])
-    loaded = table[:, 2] - table[:, 1]
-    if kernel == "mosaic_gpu":
-      loaded = -(-loaded // mosaic_gpu.PIECE) * mosaic_gpu.PIECE
+  lengths = np.random.default_rng(0).integers(fewest, max_len, batch, endpoint=True)
+  limits, table, starts = split(lengths, max_len, rows=rows, dim=dim, int8=int8)
+  used, row, slots = int(lengths.sum()) * position, rows * dim * 2, int(starts[-1])
+  for piece, parts in ((1, 1), (mosaic_gpu.PIECE, splits.SPARE)):  # Triton, Mosaic GPU
+    loaded = -(-(table[:, 2] - table[:, 1]) // piece) * piece
     moved = int(loaded.sum()) * position
-    moved += slots * row + batch * row + table.nbytes + starts.nbytes  # queries, results
+    moved += (slots + batch) * row + table.nbytes + starts.nbytes  # queries, results
     if limits.parts:
-      moved += (slots + splits.SPARE) * (row + rows * 4)  # parts are written
-      read = slots if kernel == "triton" else sum(
-          n if n == 1 else -(-n // splits.SPARE) * splits.SPARE for n in np.diff(starts).tolist())
-      moved += int(read) * row + slots * rows * 4
+      moved += (slots + splits.SPARE) * (row + rows * 4)  # parts are written, and read
+      read = sum(n if n == 1 else -(-n // parts) * parts for n in np.diff(starts).tolist())
+      moved += read * row + slots * rows * 4
     assert moved <= 1.05 * used, (moved / used, lengths)
