@@ -1,6 +1,7 @@
 """The Mosaic GPU interpreter, with what it lacks: Hopper kernels on the CPU, races found."""
 
 import contextlib
+import functools
 from unittest import mock
 
 import jax
@@ -18,13 +19,19 @@ class Race(AssertionError):
 
 
 @contextlib.contextmanager
-def interpret(detect_races: bool = True):
-  """Runs the Hopper kernels called inside on the CPU; raises `Race` if there was one."""
+def interpret(detect_races: bool = True, products: bool = False):
+  """Runs the Hopper kernels called inside on the CPU; raises `Race` if there was one.
+
+  Args:
+    detect_races: whether to look for them.
+    products: look at what wgmma reads as well, which the interpreter does not. For kernels that
+      commit before they refill a tile: the arrival of another warpgroup is not seen as its order.
+  """
   params = plgpu.InterpretGPUParams(detect_races=detect_races)
   gpu_callbacks.reset_gpu_interpret_mode_state()
   unoptimized = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", True)  # they would cost more than they save
-  with (mock.patch.object(gpu_callbacks, "wgmma", _wgmma),
+  with (mock.patch.object(gpu_callbacks, "wgmma", functools.partial(_wgmma, products)),
         mock.patch.object(mosaic_gpu_tiles, "product_onto", _product_onto),
         plgpu.force_gpu_interpret_mode(params)):
     try:
@@ -47,7 +54,7 @@ _wgmma_of_refs = gpu_callbacks.wgmma
 
 
 def _check_read(key, transforms, rest):
-  """That the right operand was there before the product began, which the interpreter leaves out."""
+  """That the right operand was there before the product began."""
   memory, thread = gpu_callbacks._get_shared_memory(), rest["thread"]
   if memory.detect_races:
     key = gpu_callbacks.HostAllocationKey.from_array(key)
@@ -58,11 +65,12 @@ def _check_read(key, transforms, rest):
         source_info=rest.get("source_info"))
 
 
-def _wgmma(*, a_allocation_key_as_array, acc_allocation_key_as_array, acc_transforms,
+def _wgmma(check, *, a_allocation_key_as_array, acc_allocation_key_as_array, acc_transforms,
            b_allocation_key_as_array, b_transforms, **rest):
   """`gpu_callbacks.wgmma`, which takes the left operand from shared memory only."""
   a = np.asarray(a_allocation_key_as_array)
-  _check_read(b_allocation_key_as_array, b_transforms, rest)
+  if check:
+    _check_read(b_allocation_key_as_array, b_transforms, rest)
   if a.ndim == 1:
     return _wgmma_of_refs(
         a_allocation_key_as_array=a_allocation_key_as_array, acc_transforms=acc_transforms,

@@ -22,7 +22,7 @@ from tests.kernels.decode.contract import Case
 def result(case, per_row=32, arrays=None, module=mosaic_gpu):
   """What the kernel computes for a case, in slots of `per_row` positions a row."""
   forward = jax.jit(functools.partial(module.forward, scale=case.scale, chip=None))
-  with pytest.MonkeyPatch.context() as patch, hopper.interpret():
+  with pytest.MonkeyPatch.context() as patch, hopper.interpret(products=True):
     patch.setattr(splits, "POSITIONS_PER_ROW", per_row)
     return jax.block_until_ready(forward(**arrays or contract.inputs(case)))
 
