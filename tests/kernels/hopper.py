@@ -27,7 +27,9 @@ def interpret(detect_races: bool = True, products: bool = False):
     products: look at what wgmma reads as well, which the interpreter does not. For kernels that
       commit before they refill a tile: the arrival of another warpgroup is not seen as its order.
   """
-  params = plgpu.InterpretGPUParams(detect_races=detect_races)
+  # With few threads for copies, waiting for one would order others that had the same thread.
+  params = plgpu.InterpretGPUParams(
+      detect_races=detect_races, num_tma_threads_per_device=24 if products else 5)
   gpu_callbacks.reset_gpu_interpret_mode_state()
   unoptimized = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", True)  # they would cost more than they save
@@ -54,7 +56,7 @@ _wgmma_of_refs = gpu_callbacks.wgmma
 
 
 def _check_read(key, transforms, rest):
-  """That the right operand was there before the product began."""
+  """That an operand was there before the product began."""
   memory, thread = gpu_callbacks._get_shared_memory(), rest["thread"]
   if memory.detect_races:
     key = gpu_callbacks.HostAllocationKey.from_array(key)
@@ -71,6 +73,8 @@ def _wgmma(check, *, a_allocation_key_as_array, acc_allocation_key_as_array, acc
   a = np.asarray(a_allocation_key_as_array)
   if check:
     _check_read(b_allocation_key_as_array, b_transforms, rest)
+    if a.ndim == 1:
+      _check_read(a_allocation_key_as_array, rest["a_transforms"], rest)
   if a.ndim == 1:
     return _wgmma_of_refs(
         a_allocation_key_as_array=a_allocation_key_as_array, acc_transforms=acc_transforms,

@@ -125,6 +125,8 @@ def check_unmutated(case):
 
 @pytest.mark.parametrize("name", by_name(MUTANTS))
 def test_a_planted_mistake_is_noticed(name):
+  if name == "no wait for the queries" and jax.__version_info__ < (0, 12):
+    pytest.skip("the interpreter of jax 0.11 takes the wait for the keys as one for the queries")
   case, old, new = MUTANTS[name]
   check_unmutated(case)
   with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
