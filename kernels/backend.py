@@ -17,7 +17,7 @@ KERNELS = {
     "flash_attention": _EVERY,
     "parallel_attention_ffn": _EVERY,  # of its attention; the projections are XLA's
     "linear_cross_entropy": _EVERY,
-    "decode_attention": ("mosaic_tpu",),
+    "decode_attention": _EVERY,
 }
 
 # JAX's name of a chip (lower case, by its beginning) and ours.

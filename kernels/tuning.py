@@ -213,6 +213,66 @@ def walk(tiles: int, blocks: int, depth: int, start: int, processors: int = 132)
   return min(range(1, min(most, 64) + 1), key=time)
 
 
+class DecodeTriton(NamedTuple):
+  """Tile sizes and launch of the Triton decode kernel."""
+
+  rows: int  # (query, head of the group) pairs
+  keys: int  # positions of the cache
+  warps: int
+  stages: int
+
+
+def decode_triton(chip: str | None, dim_head: int, rows: int, dtype) -> DecodeTriton:
+  """Tiles for a chip; for None, those that any has room for.
+
+  A tile of 16 KiB of keys in 16 bits, three stages of them and of the values: two programs of 16
+  rows share a multiprocessor (72 KiB of shared memory, 128 registers), each with 64 KiB in flight.
+  A warp issues 259 instructions a tile at dim_head 128 on Hopper (64 positions, 16 heads); with
+  twice the positions 404, but one program then takes 136 KiB. Memory takes 1,770 clocks for it. Of
+  int8 it takes 883 clocks and the instructions are 763, of which 370 convert and 101 gather bytes.
+  At dim_head 256, 128 rows spill 560 bytes on an A100 and 32 of float32 1684; at 64, 128
+  positions for 64 rows 8 bytes in triton 3.6. (triton 3.9 and ptxas 13.0; nothing was timed.)
+
+  Args:
+    rows: that there are.
+    dtype: of the queries.
+  """
+  most = 128 if dtype.itemsize == 2 else 32
+  if dim_head == 256:
+    most = 16 if dtype.itemsize == 4 else {None: 32, "rtx4090": 32, "a100": 64}.get(chip, 128)
+  rows = min(max(16, 1 << (rows - 1).bit_length()), most)
+  keys = 16_384 // dtype.itemsize // max(dim_head, 128 if rows > 32 else 64)
+  return DecodeTriton(
+      rows, keys, 4 if rows < 128 else 8, 2 if chip in (None, "rtx4090") else 3)
+
+
+class DecodeMosaicGpu(NamedTuple):
+  """What the Hopper decode kernel has in flight; tiles are of 64 rows and 64 positions, always."""
+
+  stages: int  # tiles of keys and values
+  programs: int  # that fill the chip
+
+
+# By dim_head and itemsize of the cache: as many stages as let two programs share a multiprocessor
+# (113 KiB of shared memory each); at dim_head 256 queries and two stages take more, and one program
+# has it. Beside each its shared memory in KiB, and the instructions of a tile without a mask, with
+# ALiBi (ptxas 13.0), against the clocks that memory takes for it at 4.3 TB/s. Nothing was timed.
+_DECODE_HOPPER = {
+    (64, 2): DecodeMosaicGpu(6, 2 * 132),  # 106; 477, 882
+    (64, 1): DecodeMosaicGpu(8, 2 * 132),  # 94; 729, 469
+    (128, 2): DecodeMosaicGpu(2, 2 * 132),  # 82; 485, 1765. 3 stages take 114
+    (128, 1): DecodeMosaicGpu(3, 2 * 132),  # 100; 1038, 910
+    (256, 2): DecodeMosaicGpu(3, 132),  # 226; 602, 3530
+}
+DECODE_MOSAIC_GPU = {(chip, *key): value
+                     for chip in ("h100", "h200") for key, value in _DECODE_HOPPER.items()}
+
+
+def decode_mosaic_gpu(chip: str | None, dim_head: int, itemsize: int) -> DecodeMosaicGpu:
+  """For a chip and an itemsize of the cache; that of an h200 where the chip is not known."""
+  return DECODE_MOSAIC_GPU[chip or "h200", dim_head, itemsize]
+
+
 class TpuBlocks(NamedTuple):
   """Block sizes of an attention kernel for TPUs, before they are fitted to a problem."""
 

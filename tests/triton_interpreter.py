@@ -148,7 +148,8 @@ class _View:
 
 def _teach_bfloat16(interpreter, tl):
   """Triton's interpreter keeps bfloat16 as uint16: it truncates casts, and multiplies the bits."""
-  convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+  builder = interpreter.InterpreterBuilder
+  convert, dot, cast = interpreter._convert_float, builder.create_dot, builder.create_si_to_fp
 
   def widen(bits):
     return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -167,8 +168,12 @@ def _teach_bfloat16(interpreter, tl):
                       if x.dtype.scalar == tl.bfloat16 else x)
     return dot(self, wide(a), wide(b), d, *options)
 
+  def create_si_to_fp(self, x, target):
+    x = cast(self, x, tl.float32)  # that of bfloat16 would be the bits of the integer
+    return x if target.scalar == tl.float32 else self.cast_impl(x, target)
+
   interpreter._convert_float = convert_float
-  interpreter.InterpreterBuilder.create_dot = create_dot
+  builder.create_dot, builder.create_si_to_fp = create_dot, create_si_to_fp
 
 
 def _round_fma_once(interpreter):

@@ -1,6 +1,7 @@
 """The Mosaic GPU interpreter, with what it lacks: Hopper kernels on the CPU, races found."""
 
 import contextlib
+import functools
 from unittest import mock
 
 import jax
@@ -18,13 +19,21 @@ class Race(AssertionError):
 
 
 @contextlib.contextmanager
-def interpret(detect_races: bool = True):
-  """Runs the Hopper kernels called inside on the CPU; raises `Race` if there was one."""
-  params = plgpu.InterpretGPUParams(detect_races=detect_races)
+def interpret(detect_races: bool = True, products: bool = False):
+  """Runs the Hopper kernels called inside on the CPU; raises `Race` if there was one.
+
+  Args:
+    detect_races: whether to look for them.
+    products: look at what wgmma reads as well, which the interpreter does not. For kernels that
+      commit before they refill a tile: the arrival of another warpgroup is not seen as its order.
+  """
+  # With few threads for copies, waiting for one would order others that had the same thread.
+  params = plgpu.InterpretGPUParams(
+      detect_races=detect_races, num_tma_threads_per_device=24 if products else 5)
   gpu_callbacks.reset_gpu_interpret_mode_state()
   unoptimized = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", True)  # they would cost more than they save
-  with (mock.patch.object(gpu_callbacks, "wgmma", _wgmma),
+  with (mock.patch.object(gpu_callbacks, "wgmma", functools.partial(_wgmma, products)),
         mock.patch.object(mosaic_gpu_tiles, "product_onto", _product_onto),
         plgpu.force_gpu_interpret_mode(params)):
     try:
@@ -46,10 +55,26 @@ def interpret(detect_races: bool = True):
 _wgmma_of_refs = gpu_callbacks.wgmma
 
 
-def _wgmma(*, a_allocation_key_as_array, acc_allocation_key_as_array, acc_transforms,
+def _check_read(key, transforms, rest):
+  """That an operand was there before the product began."""
+  memory, thread = gpu_callbacks._get_shared_memory(), rest["thread"]
+  if memory.detect_races:
+    key = gpu_callbacks.HostAllocationKey.from_array(key)
+    where = memory.access(
+        key, jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms)))
+    gpu_callbacks.get_races().check_read(
+        thread, memory.incr_clock(thread).generic_clock, key, where,
+        source_info=rest.get("source_info"))
+
+
+def _wgmma(check, *, a_allocation_key_as_array, acc_allocation_key_as_array, acc_transforms,
            b_allocation_key_as_array, b_transforms, **rest):
   """`gpu_callbacks.wgmma`, which takes the left operand from shared memory only."""
   a = np.asarray(a_allocation_key_as_array)
+  if check:
+    _check_read(b_allocation_key_as_array, b_transforms, rest)
+    if a.ndim == 1:
+      _check_read(a_allocation_key_as_array, rest["a_transforms"], rest)
   if a.ndim == 1:
     return _wgmma_of_refs(
         a_allocation_key_as_array=a_allocation_key_as_array, acc_transforms=acc_transforms,

@@ -1,0 +1,239 @@
+"""Attention to a cache for Hopper in Pallas Mosaic GPU: the split over positions.
+
+How it works, and what it costs: docs/decode.md.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .. import mesh, tuning
+from ..attention import mosaic_gpu_tiles as tiles
+from ..attention.mosaic_gpu_tiles import COL, LOG2E, QUAD, ROW, TILE, across, down, fold
+from . import mosaic_gpu_merge, splits
+
+ROWS = tiles.WARPGROUP_ROWS  # M of one wgmma: (query, head of the group) pairs of a program
+BLOCK = 64  # positions of a tile
+PIECE = 16  # positions of a copy: no more than these are loaded past a sequence's end
+LOWEST = -1e30  # the running maximum of a row that has seen nothing: finite, so no inf - inf
+
+
+def unsupported(query, key, value, *, chip):
+  """The first requirement that the operands fail, or None."""
+  del value
+  if chip not in (None, "h100", "h200"):
+    return f"a Hopper GPU (h100, h200); got {chip}"
+  if query.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"queries of bfloat16 or float16; got {query.dtype}"
+  if query.shape[-1] not in (64, 128, 256):
+    return f"dim_head in {{64, 128, 256}}; got {query.shape[-1]}"
+  if key.dtype == jnp.int8 and query.shape[-1] == 256:  # it would spill
+    return "a dim_head of 64 or 128 for an int8 cache; got 256"
+  if key.shape[1] % 8:
+    return f"caches of a length that is a multiple of 8; got {key.shape[1]}"
+  return None
+
+
+def _transforms(dtype, dim):
+  """How wgmma wants a tile of rows in shared memory."""
+  swizzle = min(128, dim * dtype.itemsize)
+  return (plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle))
+
+
+def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_ref, slopes_ref,
+            out_ref, lse_ref, q_smem, k_smem, v_smem, k_scale_smem, v_scale_smem, k_wide, v_wide,
+            q_ready, ready, *, kv_heads, tiles_of_rows, group, num_queries, scale):
+  """One slot of the table, one key/value head, 64 rows: one warpgroup, which copies for itself."""
+  index, stages = lax.axis_index("block"), k_smem.shape[0]
+  slot, index = lax.div(index, kv_heads * tiles_of_rows), lax.rem(index, kv_heads * tiles_of_rows)
+  kv, row0 = lax.div(index, tiles_of_rows), lax.rem(index, tiles_of_rows) * ROWS
+  b, lo, end = table_ref[slot, 0], table_ref[slot, 1], table_ref[slot, 2]
+  dim = k_ref.shape[3]
+  streams = [(k_ref, k_smem), (v_ref, v_smem)]
+  scale_streams = [(k_scale_ref, k_scale_smem), (v_scale_ref, v_scale_smem)]
+
+  def copy(i):
+    """Fetches block i. A piece behind the slot's end is taken from behind the cache: zeros."""
+    at, start = lax.rem(i, stages), lo + i * BLOCK
+    for ref, smem in streams:
+      if ref is not None:
+        for piece in range(0, BLOCK, PIECE):
+          first = jnp.where(start + piece < end, start + piece, ref.shape[1])
+          plgpu.copy_gmem_to_smem(
+              ref.at[b, pl.ds(first, PIECE), kv], smem.at[at, pl.ds(piece, PIECE)], ready.at[at])
+    for ref, smem in scale_streams:
+      if ref is not None:
+        plgpu.copy_gmem_to_smem(ref.at[b, kv, pl.ds(start, BLOCK)], smem.at[at], ready.at[at])
+
+  @pl.when(b >= 0)
+  def attend():
+    steps = pl.cdiv(end - lo, BLOCK)
+    rows = tiles.rows_at(q_ref, b, kv, kv_heads, row0, ROWS)
+    plgpu.copy_gmem_to_smem(q_ref.at[rows], q_smem, q_ready)
+    lax.fori_loop(0, jnp.minimum(steps, stages), lambda i, _: copy(i), None)
+
+    row = row0 + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
+    length = lengths_ref[b]
+    position = length - num_queries + lax.div(row, group)
+    hi = jnp.minimum(end, position + 1)
+    slope = None
+    if slopes_ref is not None:
+      slope = plgpu.load(
+          slopes_ref.at[kv, pl.ds(lax.rem(row0, group), ROWS)], layout=ROW, optimized=False)
+    # Scores are multiplied by `factor` as they enter exp2, which is one fused multiply-add; that
+    # needs factor > 0, so that it commutes with the maximum.
+    factor = scale * LOG2E if scale > 0 else 1.0
+    fixed, lane = (x.astype(jnp.float32) for x in tiles.columns(BLOCK))
+    shape = (ROWS, BLOCK)
+
+    def operand(smem, wide, at):
+      """A tile as wgmma takes it: int8 is exact in 16 bits."""
+      if wide is None:
+        return smem.at[at]
+      wide[...] = plgpu.load(smem.at[at], layout=TILE, optimized=False).astype(wide.dtype)
+      plgpu.commit_smem()
+      return wide
+
+    def step(i, carry, masked):
+      acc, top, total = carry
+      at = lax.rem(i, stages)
+      plgpu.barrier_wait(ready.at[at])
+      k_tile = operand(k_smem, k_wide, at)
+
+      def scores_of(acc_ref):
+        plgpu.wgmma(acc_ref, q_smem, k_tile.T)
+        return acc_ref[...]
+
+      scores = pl.run_scoped(scores_of, plgpu.ACC(shape, jnp.float32))
+      k_scale = None
+      if k_scale_ref is not None:
+        k_scale = plgpu.load(k_scale_smem.at[at], layout=COL, optimized=False)
+        scores *= down(k_scale, shape)
+      if scale <= 0:
+        scores *= scale * LOG2E
+      if slope is not None:
+        scores += across(slope * (LOG2E / factor), shape) * down(fixed, shape)
+      if masked:
+        scores = tiles.mask_scores(scores, (None, hi), lo + i * BLOCK, None)
+
+      high = fold(scores, jnp.maximum)
+      if slope is None:
+        new_top = jnp.maximum(top, high.max(axis=1) * factor)
+        shift = across(-new_top, shape)
+      else:
+        top -= slope * (LOG2E * BLOCK)  # into this tile's frame
+        high = high * factor + across(slope * LOG2E, high.shape) * down(lane[:QUAD], high.shape)
+        new_top = jnp.maximum(top, high.max(axis=1))
+        shift = across(slope * LOG2E, shape) * down(lane, shape) - across(new_top, shape)
+      decay = jnp.exp2(top - new_top)
+      weights = jnp.exp2(scores * factor + shift)
+      total = total * across(decay, total.shape) + fold(weights, jnp.add)
+      acc *= across(decay, acc.shape)
+      if k_scale is not None:
+        if v_scale_ref is not None:
+          k_scale = plgpu.load(v_scale_smem.at[at], layout=COL, optimized=False)
+        weights *= down(k_scale, shape)
+      weights = weights.astype(q_smem.dtype)
+      acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))
+      v_tile = k_tile if v_ref is None else operand(v_smem, v_wide, at)
+      acc = tiles.product_onto(acc, weights, v_tile)
+
+      plgpu.commit_smem()  # every warp has read these tiles
+      pl.when(i + stages < steps)(lambda: copy(i + stages))
+      return acc, new_top, total
+
+    cast = plgpu.layout_cast
+    carry = (
+        cast(jnp.zeros((ROWS, dim), jnp.float32), TILE),
+        cast(jnp.full((ROWS,), LOWEST, jnp.float32), ROW),
+        cast(jnp.zeros((ROWS, QUAD), jnp.float32), TILE),
+    )
+    plgpu.barrier_wait(q_ready)
+    # Every row sees the positions up to that of the first query: these tiles need no mask.
+    plain = jnp.minimum(end, jnp.maximum(length - num_queries + 1, 0)) - lo
+    plain = lax.div(jnp.maximum(plain, 0), BLOCK)
+    carry = lax.fori_loop(0, plain, functools.partial(step, masked=False), carry)
+    acc, top, total = lax.fori_loop(plain, steps, functools.partial(step, masked=True), carry)
+
+    if slope is not None:  # out of the last tile's frame, into one for all parts of a row
+      top += slope * LOG2E * (lo + (steps - 1) * BLOCK - position).astype(jnp.float32)
+    total = total.sum(axis=1)
+    empty = total == 0
+    acc *= across(1 / jnp.where(empty, 1.0, total), acc.shape)
+    q_smem[...] = acc.astype(q_smem.dtype)
+    plgpu.commit_smem()
+    if lse_ref is None:
+      to = out_ref.at[rows]
+    else:
+      rows = pl.ds(row0, ROWS)
+      to = out_ref.at[kv, rows, slot]
+      lse_ref.at[kv, slot, rows][...] = jnp.where(empty, -jnp.inf, top + jnp.log2(total))
+    plgpu.copy_smem_to_gmem(q_smem, to)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value_scales, chip,
+            config=None):
+  """Attention to what is filled of a cache; arguments and result as in `xla.attend`."""
+  dim, kv_heads = query.shape[3], key.shape[2]
+  config = config or tuning.decode_mosaic_gpu(chip, dim, key.dtype.itemsize)
+  stages, int8 = config.stages, key.dtype == jnp.int8
+  packed, = tiles.whole_copies(tiles.pack(query, kv_heads))
+  num_rows = packed.shape[1]
+  tiles_of_rows = pl.cdiv(num_rows, ROWS)
+  rows = jax.ShapeDtypeStruct((len(lengths), num_rows, kv_heads, dim), query.dtype)
+  limits = splits.limits(rows, key, BLOCK, config.programs // tiles_of_rows)
+  table, starts = splits.split(lengths, limits)
+
+  array = jax.ShapeDtypeStruct
+  operands = [table, lengths, packed, key, value,
+              *(None if x is None else x.swapaxes(1, 2) for x in (key_scales, value_scales)),
+              None if alibi_slopes is None else tiles.row_slopes(alibi_slopes, kv_heads)]
+  out_types = [array(packed.shape, query.dtype)]
+  if limits.parts:
+    out_types = [array((kv_heads, num_rows, limits.slots, dim), query.dtype),
+                 array((kv_heads, limits.slots + mosaic_gpu_merge.PARTS, tiles_of_rows * ROWS),
+                       jnp.float32)]
+  kernel = functools.partial(
+      _kernel, kv_heads=kv_heads, tiles_of_rows=tiles_of_rows,
+      group=query.shape[2] // kv_heads, num_queries=query.shape[1], scale=scale)
+  if not limits.parts:
+    with_lse = kernel
+    kernel = lambda *refs, **scratch: with_lse(*refs, None, **scratch)
+
+  tile = lambda x, *lead: None if x is None else plgpu.SMEM(
+      (*lead, BLOCK, dim), x.dtype, transforms=_transforms(x.dtype, dim))
+  wide = lambda x: tile(query) if int8 and x is not None else None
+  column = lambda x: None if x is None else plgpu.SMEM((stages, BLOCK), jnp.float32)
+  copies = (BLOCK // PIECE) * (1 + (value is not None)) + int8 * (1 + (value_scales is not None))
+  out = plgpu.kernel(
+      kernel,
+      out_type=out_types,
+      grid=(limits.slots * kv_heads * tiles_of_rows,),
+      grid_names=("block",),
+      kernel_name="decode_attention",
+      compiler_params=tiles.COMPILER_PARAMS,
+      scratch_types=dict(
+          q_smem=plgpu.SMEM((ROWS, dim), query.dtype, transforms=_transforms(query.dtype, dim)),
+          k_smem=tile(key, stages), v_smem=tile(value, stages),
+          k_scale_smem=column(key_scales), v_scale_smem=column(value_scales),
+          k_wide=wide(key), v_wide=wide(value),
+          q_ready=plgpu.Barrier(),
+          ready=plgpu.Barrier(num_barriers=stages, num_arrivals=copies),
+      ),
+  )(*operands)
+  if limits.parts:
+    most = min(limits.programs, key.shape[1] // limits.least)
+    parts, lse2 = out
+    # The store of one part's column, in the order that the merge loads, is no whole sector.
+    out = [mosaic_gpu_merge.merge(
+        parts, lse2.swapaxes(1, 2), starts, most, _transforms(query.dtype, dim))]
+    if packed.shape[2] != kv_heads:  # one key/value head after the other, as `pack` has them
+      out = [out[0].swapaxes(1, 2).reshape(packed.shape)]
+  # Inside shard_map what JAX knows of a kernel's results is their shapes.
+  out = mesh.varying_together(*out, *operands)[0]
+  return tiles.unpack(out, query.shape, kv_heads)

@@ -1,0 +1,330 @@
+"""The Hopper decode kernel: in the interpreter with race detection, and compiled for h200."""
+
+import dataclasses
+import functools
+import pathlib
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from palm_haiku.kernels import alibi_slopes, decode_attention
+from palm_haiku.kernels.decode import mosaic_gpu, mosaic_gpu_merge, splits
+from tests.kernels import hopper
+from tests.kernels.decode import contract
+from tests.kernels.decode.contract import Case
+
+
+def result(case, per_row=32, arrays=None, module=mosaic_gpu):
+  """What the kernel computes for a case, in slots of `per_row` positions a row."""
+  forward = jax.jit(functools.partial(module.forward, scale=case.scale, chip=None))
+  with pytest.MonkeyPatch.context() as patch, hopper.interpret(products=True):
+    patch.setattr(splits, "POSITIONS_PER_ROW", per_row)
+    return jax.block_until_ready(forward(**arrays or contract.inputs(case)))
+
+
+def check(case, **options):
+  contract.check(case, contract.inputs(case), result(case, **options))
+
+
+def whole(case):
+  """The case with a cache of a length that copies divide."""
+  return dataclasses.replace(case, max_len=-(-case.max_len // 8) * 8)
+
+
+drawn = given(case=contract.cases(dims=(64, 128), dtypes=("bfloat16", "float16")).map(whole),
+              per_row=st.sampled_from([4, 16, 64]))
+
+
+@pytest.mark.timeout(900)
+@settings(max_examples=6)
+@drawn
+def test_results_are_as_near_to_float64_as_the_xla_path(case, per_row):
+  check(case, per_row=per_row)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(6 * 3600)
+@settings(max_examples=500, derandomize=False, suppress_health_check=list(HealthCheck))
+@drawn
+def test_fuzz(case, per_row):
+  check(case, per_row=per_row)
+  jax.clear_caches()
+
+
+@pytest.mark.parametrize("case", [
+    Case(lengths=(700, 0, 77), max_len=704, heads=16, dim_head=256),  # slots of the ring again
+    Case(lengths=(200, 3), max_len=208, heads=30, num_queries=3),  # 90 rows: two tiles
+    Case(lengths=(450,), max_len=456, heads=8, kv_heads=2, int8=True),
+    Case(lengths=(200, 128), max_len=200, heads=4, scale=0.0, shared=True, int8=True)], ids=str)
+def test_edges(case):
+  check(case)
+
+
+# Planted mistakes: each must fail the very check that the kernel passes. The commit of a tile that
+# was int8 is not among them: the interpreter does not know what wgmma may not see yet.
+ONE = Case(lengths=(512, 0, 3), max_len=512, num_queries=2, heads=4, dtype="float16")
+INT8 = dataclasses.replace(ONE, int8=True, lengths=(512, 3))
+GROUPS = dataclasses.replace(ONE, kv_heads=2)
+MUTANTS = {
+    "sees the next position": (ONE, "jnp.minimum(end, position + 1)",
+                               "jnp.minimum(end, position + 2)"),
+    "does not see itself": (ONE, "jnp.minimum(end, position + 1)", "jnp.minimum(end, position)"),
+    "a tile of two queries has no mask": (ONE, "length - num_queries + 1, 0)", "length, 0)"),
+    "slopes of another head": (ONE, "lax.rem(row0, group), ROWS)", "lax.rem(row0, group) + 1, ROWS)"),
+    "slopes of another group": (GROUPS, "slopes_ref.at[kv,", "slopes_ref.at[0 * kv,"),
+    "queries of another group": (GROUPS, "rows = tiles.rows_at(q_ref, b, kv",
+                                 "rows = tiles.rows_at(q_ref, b, 0 * kv"),
+    "the accumulator is not faded": (ONE, "acc *= across(decay, acc.shape)", "acc *= 1"),
+    "the accumulator is lost": (ONE, "product_onto(acc, weights", "product_onto(0 * acc, weights"),
+    "the sum is not faded": (ONE, "total * across(decay, total.shape)", "total"),
+    "the maximum keeps its frame": (ONE, "top -= slope * (LOG2E * BLOCK)", "top -= 0"),
+    "parts are of their own frame": (ONE, "(lo + (steps - 1) * BLOCK", "((steps - 1) * BLOCK"),
+    "the first tile is skipped": (ONE, "lax.fori_loop(0, plain,", "lax.fori_loop(1, plain,"),
+    "a refill is of the wrong tile": (ONE, "copy(i + stages)", "copy(i + stages - 1)"),
+    "no wait for a tile": (ONE, "plgpu.barrier_wait(ready.at[at])", ""),
+    "no wait for the queries": (ONE, "plgpu.barrier_wait(q_ready)", ""),
+    "no commit of the result": (ONE, "plgpu.commit_smem()\n    plgpu.copy_smem", "plgpu.copy_smem"),
+    "no commit before a refill": (
+        dataclasses.replace(INT8, shared=True), "plgpu.commit_smem()  # every", "# every"),
+    "no scales of the keys": (INT8, "scores *= down(k_scale, shape)", ""),
+    "no scales of the values": (INT8, "weights *= down(k_scale, shape)", ""),
+    "the values have the keys' scales": (INT8, "if v_scale_ref is not None:", "if False:"),
+}
+
+
+def mutant(old, new, module=mosaic_gpu):
+  """The module with another source text."""
+  text = pathlib.Path(module.__file__).read_text()
+  assert old in text
+  package, module = module.__package__, types.ModuleType("mutant")
+  module.__package__ = package
+  exec(compile(text.replace(old, new), "mutant", "exec"), module.__dict__)
+  return module
+
+
+# A compilation in the interpreter takes seconds: the default run has one mistake of each kind.
+USUAL = ("sees the next position", "slopes of another head", "the accumulator is lost",
+         "the first tile is skipped", "no wait for a tile", "no wait for the queries",
+         "no commit of the result", "no commit before a refill", "no scales of the values",
+         "no wait for a part")
+
+
+def by_name(mutants):
+  return [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in mutants]
+
+
+@functools.cache
+def check_unmutated(case):
+  check(case)
+
+
+@pytest.mark.parametrize("name", by_name(MUTANTS))
+def test_a_planted_mistake_is_noticed(name):
+  if name == "no wait for the queries" and jax.__version_info__ < (0, 12):
+    pytest.skip("the interpreter of jax 0.11 takes the wait for the keys as one for the queries")
+  case, old, new = MUTANTS[name]
+  check_unmutated(case)
+  with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+    check(case, module=mutant(old, new))
+
+
+def _split(change):
+  original = splits.split
+
+  def wrong(*args):
+    table, starts = original(*args)
+    return splits.Splits(change(table), starts)
+
+  return splits, "split", wrong
+
+
+def _merge(change):
+  original = mosaic_gpu_merge.merge
+  return mosaic_gpu_merge, "merge", lambda parts, lse2, starts, *rest: original(
+      parts, *change(lse2, starts), *rest)
+
+
+@pytest.mark.parametrize("module, function, wrong", [
+    _split(lambda table: table.at[0, 2].set(table[0, 1])),  # a slot is lost
+    pytest.param(*_split(lambda table: table.at[1, 2].add(-16)), marks=pytest.mark.slow),
+    pytest.param(*_split(lambda table: table.at[0, 0].set(1)), marks=pytest.mark.slow),
+    _merge(lambda lse2, starts: (lse2, starts.at[0].add(1))),  # a part is skipped
+    pytest.param(*_merge(lambda lse2, starts: (lse2, starts.at[1].add(-1))),
+                 marks=pytest.mark.slow),
+    pytest.param(*_merge(lambda lse2, starts: (0 * jnp.maximum(lse2, -9), starts)),
+                 marks=pytest.mark.slow),  # parts weigh the same
+])
+def test_wrong_slots_are_noticed(module, function, wrong, monkeypatch):
+  check_unmutated(ONE)
+  monkeypatch.setattr(module, function, wrong)
+  with pytest.raises(AssertionError):
+    check(ONE)
+
+
+MANY = Case(lengths=(70 * 64, 60), max_len=70 * 64, heads=1, dtype="float16", dim_head=64)
+MERGE_MUTANTS = {
+    "the accumulator is not faded": ("acc *= across(decay, acc.shape)", "acc *= 1"),
+    "the sum is not faded": ("total * across(decay, total.shape)", "total"),
+    "parts behind the last weigh something": ("(None, end), first", "(None, end + 1), first"),
+    "the last tile is skipped": ("lax.fori_loop(0, steps, step,", "lax.fori_loop(0, 1, step,"),
+    "no wait for a part": ("plgpu.barrier_wait(ready.at[i])", ""),
+    "no commit of the result": ("plgpu.commit_smem()", ""),
+}
+
+
+@pytest.mark.parametrize("name", by_name(MERGE_MUTANTS))
+def test_a_planted_mistake_in_the_merge_is_noticed(name, monkeypatch):
+  """Of 70 parts, in two tiles."""
+  run = functools.partial(check, MANY, per_row=8)
+  if name == "no wait for a part":
+    run()
+  monkeypatch.setattr(mosaic_gpu, "mosaic_gpu_merge", mutant(
+      *MERGE_MUTANTS[name], mosaic_gpu_merge))
+  with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+    run()
+
+
+def test_what_lies_behind_a_sequence_is_not_loaded():
+  """It is NaN here but for what completes the last piece of 16 positions."""
+  case = Case(lengths=(70, 16, 0, 130), max_len=136, heads=2)
+  arrays = contract.inputs(case)
+  edge = -(-np.reshape(case.lengths, (-1, 1, 1, 1)) // mosaic_gpu.PIECE) * mosaic_gpu.PIECE
+  behind = np.arange(case.max_len)[:, None, None] >= edge
+  poisoned = arrays | {name: jnp.where(behind, jnp.nan, arrays[name]) for name in ("key", "value")}
+  contract.check(case, arrays, result(case, arrays=poisoned))
+  with pytest.raises(AssertionError):
+    contract.check(case, arrays, result(case, arrays=poisoned, module=mutant(
+        "jnp.where(start + piece < end,", "jnp.where(start + piece < end + PIECE,")))
+
+
+def test_through_the_op(monkeypatch):
+  """Under jit and vmap, over a mesh, and a length that is none."""
+  monkeypatch.setattr(splits, "POSITIONS_PER_ROW", 8)
+  a = contract.inputs(Case(lengths=(72, 3, 0, 11), max_len=72, heads=4, dim_head=64))
+  args = [a[name] for name in ("query", "key", "value", "lengths")]
+  run = lambda implementation, *args: jax.jit(functools.partial(
+      decode_attention, alibi_slopes=a["alibi_slopes"], implementation=implementation))(*args)
+  close = lambda got, want: np.testing.assert_allclose(
+      np.asarray(got, np.float32), np.asarray(want, np.float32), atol=0.03)
+  with hopper.interpret():
+    close(run("mosaic_gpu", *args), run("xla", *args))
+    pairs = [x.reshape(2, 2, *x.shape[1:]) for x in args]
+    close(jax.vmap(functools.partial(run, "mosaic_gpu"))(*pairs), run("xla", *pairs))
+    args[3] = jnp.array([73, 3, 0, 11])
+    got = run("mosaic_gpu", *args)
+    assert np.all(np.isnan(got[0])) and np.all(np.isfinite(got[1:]))
+    with jax.set_mesh(jax.make_mesh((2, 2), ("data", "model"),
+                                    axis_types=(jax.sharding.AxisType.Auto,) * 2)):
+      assert jax.eval_shape(functools.partial(run, "mosaic_gpu"), *args).shape == args[0].shape
+
+
+def test_the_same_inputs_give_the_same_bits():
+  case = Case(lengths=(140, 90), max_len=144)
+  np.testing.assert_array_equal(*(np.asarray(result(case), np.float32) for _ in range(2)))
+
+
+# What is refused. -------------------------------------------------------------------------------
+
+
+def struct(length=128, heads=1, dim_head=64, dtype="bfloat16"):
+  return jax.ShapeDtypeStruct((2, length, heads, dim_head), dtype)
+
+
+@pytest.mark.parametrize("query, key, chip, message", [
+    (struct(1, 16, 80), struct(dim_head=80), "h200", r"dim_head in {64, 128, 256}; got 80"),
+    (struct(1, dtype="float32"), struct(), None, "queries of bfloat16 or float16; got float32"),
+    (struct(1), struct(), "a100", "a Hopper GPU .*; got a100"),
+    (struct(1, dim_head=256), struct(dim_head=256, dtype="int8"), None,
+     "a dim_head of 64 or 128 for an int8 cache; got 256"),
+    (struct(1), struct(100), "h100", "a length that is a multiple of 8; got 100"),
+])
+def test_requirements_are_named(query, key, chip, message):
+  assert mosaic_gpu.unsupported(struct(1, 16), struct(), None, chip="h200") is None
+  problem = mosaic_gpu.unsupported(query, key, key, chip=chip)
+  assert problem and re.search(message, problem) and "\n" not in problem, problem
+
+
+def test_the_op_refuses_before_anything_compiles():
+  a = contract.inputs(Case(max_len=44))
+  with pytest.raises(ValueError, match="mosaic_gpu needs caches of a length that .*; got 44"):
+    decode_attention(a["query"], a["key"], a["value"], a["lengths"], implementation="mosaic_gpu")
+
+
+# Compiled for a chip that is not here, and run on one that is. ----------------------------------
+
+
+def program(heads, dim_head, num_queries=1, batch=1, max_len=262_144, dtype="bfloat16",
+            int8=False, shared=False, kv_heads=1, alibi=True):
+  """(the kernel, the types of its arguments)."""
+  array = jax.ShapeDtypeStruct
+  key = array((batch, max_len, kv_heads, dim_head), "int8" if int8 else dtype)
+  scales = array(key.shape[:3], "float32") if int8 else None
+  names = ("query", "key", "value", "lengths", "key_scales", "value_scales")
+  value, value_scales = (None, None) if shared else (key, scales)
+  types = dict(zip(names, (array((batch, num_queries, heads, dim_head), dtype), key, value,
+                           array((batch,), "int32"), scales, value_scales)))
+  given = [name for name in names if types[name] is not None]
+
+  def run(*arrays):
+    slopes = jnp.asarray(alibi_slopes(heads), jnp.float32) if alibi else None
+    return mosaic_gpu.forward(**dict.fromkeys(names) | dict(zip(given, arrays)), scale=0.1,
+                              chip="h200", alibi_slopes=slopes)
+
+  return run, tuple(types[name] for name in given)
+
+
+# The shared memory of two programs on one multiprocessor, of 228 KiB less one for each.
+TWO = (228 // 2 - 1) * 1024
+
+
+def compiled(**options):
+  aot = pytest.importorskip("palm_haiku.kernels.aot", reason="compiles ahead of time")
+  report = aot.report("tests.kernels.decode.test_mosaic_gpu:program", target="h200", **options)
+  kernels = [k for k in report.kernels if k.source == "mosaic_gpu"]
+  (kernel,) = (k for k in kernels if "merge" not in k.name)
+  assert not report.problems, report.problems
+  assert len(kernels) == 1 + (options.get("max_len") is None)
+  assert kernel.code.main_loop.mix.get("HGMMA"), kernel
+  if options["dim_head"] < 256:
+    assert kernel.shared_memory <= TWO and 2 * 128 * kernel.resources.registers <= 65_536
+  return report
+
+
+@pytest.mark.parametrize("options", [
+    dict(heads=16, dim_head=128),
+    pytest.param(dict(heads=16, dim_head=64, int8=True), marks=pytest.mark.slow)], ids=str)
+def test_compiles_without_spills_or_serialized_products(options):
+  report = compiled(**options)
+  assert report.memory["temp"] < 2**22  # parts, not scores
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("options", [
+    dict(heads=16), dict(heads=48, alibi=False), dict(heads=1, num_queries=3),
+    dict(heads=6, kv_heads=2, dtype="float16", shared=True), dict(heads=16, max_len=512, batch=3),
+    dict(heads=32, num_queries=4, batch=3)], ids=str)
+@pytest.mark.parametrize("dim_head, int8", [
+    (64, False), (64, True), (128, False), (128, True), (256, False)])
+def test_every_variant_compiles_soundly(dim_head, int8, options):
+  compiled(dim_head=dim_head, int8=int8, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="runs the kernel on a Hopper GPU")
+@pytest.mark.parametrize("num_queries, heads, dim_head, int8", [
+    (1, 16, 128, False), (1, 16, 128, True), (4, 16, 256, False), (1, 3, 64, True)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_on_a_gpu(dtype, num_queries, heads, dim_head, int8):
+  case = Case(lengths=(30_000, 0, 77, 1), max_len=30_008, num_queries=num_queries, heads=heads,
+              dim_head=dim_head, dtype=dtype, int8=int8)
+  arrays = contract.inputs(case)
+  run = jax.jit(functools.partial(mosaic_gpu.forward, scale=case.scale, chip=None))
+  got = run(**arrays)
+  contract.check(case, arrays, got)
+  np.testing.assert_array_equal(got, run(**arrays))

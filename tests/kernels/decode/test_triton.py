@@ -1,0 +1,301 @@
+"""The Triton decode kernels: numbers in Triton's interpreter, compilation ahead of time."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from palm_haiku.kernels import alibi_slopes, decode_attention, triton_call, tuning
+from palm_haiku.kernels.decode import splits, triton, xla
+from tests import triton_interpreter
+from tests.kernels.decode import contract
+from tests.kernels.decode.contract import Case
+
+if trouble := triton_call.problem():
+  pytest.skip(f"needs {trouble}", allow_module_level=True)
+
+
+def result(case, keys=16, per_row=1, mutate=None, chip=None, arrays=None):
+  """What the kernels compute for a case, in blocks of `keys` and slots of `per_row` a row."""
+  arrays = arrays or contract.inputs(case)
+  blocks = tuning.decode_triton
+
+  def smaller(*args):
+    return blocks(*args)._replace(**dict(keys=keys) if keys else {})
+
+  with pytest.MonkeyPatch.context() as patch, triton_interpreter.interpreted(mutate):
+    patch.setattr(tuning, "decode_triton", smaller)
+    patch.setattr(splits, "POSITIONS_PER_ROW", per_row)
+    return triton.forward(**arrays, scale=case.scale, chip=chip)
+
+
+def check(case, *args, **kwargs):
+  contract.check(case, contract.inputs(case), result(case, *args, **kwargs))
+
+
+drawn = dict(case=contract.cases(dims=(16, 64, 128), dtypes=("bfloat16", "float16", "float32")),
+             keys=st.sampled_from([16, 32, 64]), per_row=st.sampled_from([1, 4, 48]))
+
+
+@settings(max_examples=14)
+@given(**drawn)
+def test_results_are_as_near_to_float64_as_the_xla_path(case, keys, per_row):
+  check(case, keys, per_row)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(max_examples=700, derandomize=False)
+@given(**drawn)
+def test_fuzz(case, keys, per_row):
+  check(case, keys, per_row)
+
+
+@pytest.mark.parametrize("chip", ["rtx4090", "h200"])
+@pytest.mark.parametrize("case", [
+    Case(lengths=(2000, 0, 77), max_len=2048, heads=16),
+    Case(lengths=(1999, 3), max_len=2000, heads=3, num_queries=4, dim_head=256),
+    Case(lengths=(1500,), max_len=1500, heads=8, kv_heads=2, dim_head=32, int8=True),
+    Case(lengths=(900, 70), max_len=900, heads=48, num_queries=3),  # 144 rows: two tiles
+    Case(lengths=(900, 70), max_len=900, heads=2, dtype="float32", shared=True, scale=0.0)], ids=str)
+def test_the_block_sizes_of_the_table(case, chip):
+  check(case, None, splits.POSITIONS_PER_ROW, chip=chip)
+
+
+# Planted mistakes: each must fail the very check that the kernels pass.
+# In float32, whose bound is the sharpest.
+ONE = Case(lengths=(128, 19, 0, 2), max_len=140, dtype="float32", dim_head=16, num_queries=2)
+SHORT = dataclasses.replace(ONE, lengths=(1, 20), num_queries=4)
+INT8 = dataclasses.replace(ONE, int8=True)
+GROUPS = dataclasses.replace(ONE, kv_heads=2)
+MUTANTS = {
+    "sees the next position": (ONE, "j[None, :] <= p[:, None]", "j[None, :] <= p[:, None] + 1"),
+    "does not see itself": (ONE, "j[None, :] <= p[:, None]", "j[None, :] < p[:, None]"),
+    "positions past the end weigh something": (
+        dataclasses.replace(ONE, num_queries=1, lengths=(130,), heads=1, alibi=False),
+        "scores = tl.where((j[None, :] <= p[:, None]) & (j < end)[None, :], scores",
+        "scores = tl.where((p == p)[:, None] & (j == j)[None, :], scores"),
+    "a block of two queries has no mask": (ONE, "length - T + 1, 0)", "length, 0)"),
+    "slopes of another head": (ONE, "head * GROUP + row % GROUP) *",
+                               "head * GROUP + (row + 1) % GROUP) *"),
+    "slopes of another group": (GROUPS, "tl.load(slope_ptr + head * GROUP", "tl.load(slope_ptr"),
+    "queries of another group": (GROUPS, "t * HEADS + head * GROUP + row % GROUP",
+                                 "t * HEADS + row % GROUP"),
+    "the accumulator is not faded": (ONE, "acc = acc * fade[:, None]", "acc = acc"),
+    "the sum is not faded": (ONE, "total = total * fade + tl.sum(weights, 1)",
+                             "total = total + tl.sum(weights, 1)"),
+    "the first block of a slot is skipped": (ONE, "for n in range(lo, hi, BLOCK)",
+                                             "for n in range(lo + BLOCK, hi, BLOCK)"),
+    "the last block of a slot is skipped": (ONE, "mid = tl.maximum(lo, mid)",
+                                            "mid = tl.maximum(lo, mid)\n  end = mid"),
+    "parts are of the slot's own origin": (ONE, "p, length - 1, end", "p, end - 1, end"),
+    "a part is skipped": (ONE, "lo = tl.load(start_ptr + b)", "lo = tl.load(start_ptr + b) + 1"),
+    "the last part is skipped": (ONE, "hi = tl.load(start_ptr + b + 1)",
+                                 "hi = tl.load(start_ptr + b + 1) - 1"),
+    "parts of another sequence are merged": (ONE, "hi = tl.load(start_ptr + b + 1)",
+                                             "hi = tl.load(start_ptr + b + 1) + 1"),
+    "parts weigh the same": (ONE, "weights = tl.exp2(lse2 - shift)",
+                             "weights = tl.where(slot < hi, 1.0, 0.0)"),
+    "a row that sees nothing is divided by 0": (
+        SHORT, "acc / tl.where(empty, 1.0, total)[:, None]", "acc / total[:, None]"),
+    "no scales of the keys": (INT8, "scores *= k_scale[None, :]", "scores = scores"),
+    "no scales of the values": (INT8, "weights *= v_scale[None, :]", "weights = weights"),
+    "the sum has the values' scales": (
+        INT8, "weights *= v_scale[None, :]",
+        "weights *= v_scale[None, :]\n      total += tl.sum(weights, 1)"),
+}
+
+
+@functools.cache
+def check_unmutated(case):
+  check(case)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_mistake_is_noticed(name):
+  case, old, new = MUTANTS[name]
+  check_unmutated(case)
+  with pytest.raises(AssertionError):
+    check(case, mutate={old: new})
+
+
+@pytest.mark.parametrize("name, change", {
+    "a slot is lost": lambda table: table.at[2, 2].set(table[2, 1]),
+    "a slot ends early": lambda table: table.at[1, 2].add(-16),
+    "a slot is another sequence's": lambda table: table.at[0, 0].set(1),
+}.items())
+def test_a_wrong_table_is_noticed(name, change, monkeypatch):
+  original = splits.split
+
+  def wrong(*args):
+    table, starts = original(*args)
+    return splits.Splits(change(table), starts)
+
+  monkeypatch.setattr(splits, "split", wrong)
+  with pytest.raises(AssertionError):
+    check(ONE)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_nothing_past_the_length_is_loaded(int8):
+  """What is not filled is NaN here, also in the block in which a sequence ends."""
+  case = dataclasses.replace(ONE, int8=int8)
+  arrays = contract.inputs(case)
+  past = np.arange(case.max_len)[:, None] >= np.reshape(case.lengths, (-1, 1, 1))
+  names = ("key_scales", "value_scales") if int8 else ("key", "value")
+  poisoned = arrays | {name: jnp.where(
+      past.reshape(*past.shape, *[1] * (arrays[name].ndim - 3)), jnp.nan, arrays[name])
+      for name in names}
+  contract.check(case, arrays, result(case, arrays=poisoned))
+  for mask in ("mask=j < end", "mask=(j < end)[:, None]"):
+    if int8 == (mask == "mask=j < end"):
+      with pytest.raises(AssertionError):
+        contract.check(case, arrays, result(
+            case, arrays=poisoned, mutate={mask: mask.replace("j < end", "j < end + 1")}))
+
+
+def test_the_same_inputs_give_the_same_bits():
+  case = Case(lengths=(140, 90), max_len=140)
+  np.testing.assert_array_equal(*(np.asarray(result(case), np.float32) for _ in range(2)))
+
+
+def test_through_the_op(monkeypatch):
+  """Under jit and vmap, over a mesh, and a length that is none."""
+  monkeypatch.setattr(splits, "POSITIONS_PER_ROW", 1)
+  a = contract.inputs(Case(lengths=(70, 3, 0, 11), max_len=75, dim_head=16, dtype="float32"))
+  f = lambda q, k, v, n, implementation: decode_attention(
+      q, k, v, n, alibi_slopes=a["alibi_slopes"], implementation=implementation)
+  args = [a[name] for name in ("query", "key", "value", "lengths")]
+  run = lambda implementation, *args: jax.jit(functools.partial(
+      f, implementation=implementation))(*args)
+  close = functools.partial(np.testing.assert_allclose, atol=2e-6)
+  with triton_interpreter.interpreted():
+    close(run("triton", *args), run("xla", *args))
+    pairs = [x.reshape(2, 2, *x.shape[1:]) for x in args]
+    close(jax.vmap(functools.partial(run, "triton"))(*pairs), run("xla", *pairs))
+    with jax.set_mesh(jax.make_mesh((2, 2), ("data", "model"),
+                                    axis_types=(jax.sharding.AxisType.Auto,) * 2)):
+      close(run("triton", *args), run("xla", *args))
+    args[3] = jnp.array([76, 3, 0, 11])
+    got = run("triton", *args)
+    assert np.all(np.isnan(got[0])) and np.all(np.isfinite(got[1:]))
+
+
+# What is refused, and how.
+
+
+def struct(length=128, heads=1, dim_head=64, dtype="bfloat16"):
+  return jax.ShapeDtypeStruct((2, length, heads, dim_head), dtype)
+
+
+@pytest.mark.parametrize("query, key, chip, message", [
+    (struct(1, 16, 80), struct(dim_head=80), "a100", r"dim_head in {16, 32, .*, 256}; got 80"),
+    (struct(1, dtype="float64"), struct(), "a100", "queries of dtype in {.*}; got float64"),
+    (struct(1), struct(), "v5e", "a GPU of a100, .*; got v5e"),
+    (struct(1), struct(2**28, 8), "h200", r"fewer than 2\^31 positions x heads"),
+])
+def test_requirements_are_named(query, key, chip, message):
+  assert triton.unsupported(struct(1, 16), struct(), None, chip="a100") is None
+  problem = triton.unsupported(query, key, key, chip=chip)
+  assert problem and re.search(message, problem) and "\n" not in problem, problem
+
+
+def test_the_op_refuses_before_anything_compiles():
+  a = contract.inputs(Case(dim_head=80))
+  call = lambda a: decode_attention(a["query"], a["key"], a["value"], a["lengths"],
+                                    implementation="triton")
+  with pytest.raises(ValueError, match="triton needs dim_head in .*; got 80"):
+    call(a)
+  with pytest.raises(ValueError, match="triton needs a device of cuda or rocm; got cpu"):
+    call(contract.inputs(Case()))
+
+
+# Compiled for GPUs that are not here, and run on one that is.
+
+TENSOR_CORES = {"HMMA", "HGMMA", "UTCMMA"}
+
+
+def program(chip, heads, dim_head, num_queries=1, batch=1, max_len=262_144, dtype="bfloat16",
+            int8=False, shared=False, kv_heads=1):
+  """(the kernels, the types of their arguments)."""
+  array = jax.ShapeDtypeStruct
+  key = array((batch, max_len, kv_heads, dim_head), "int8" if int8 else dtype)
+  scales = array(key.shape[:3], "float32") if int8 else None
+  names = ("query", "key", "value", "lengths", "key_scales", "value_scales")
+  value, value_scales = (None, None) if shared else (key, scales)
+  types = dict(zip(names, (array((batch, num_queries, heads, dim_head), dtype), key, value,
+                           array((batch,), "int32"), scales, value_scales)))
+  given = [name for name in names if types[name] is not None]
+
+  def run(*arrays):
+    return triton.forward(**dict.fromkeys(names) | dict(zip(given, arrays)), scale=0.1, chip=chip,
+                          alibi_slopes=jnp.asarray(alibi_slopes(heads), jnp.float32))
+
+  return run, tuple(types[name] for name in given)
+
+
+def compiled(chip, **options):
+  aot = pytest.importorskip("palm_haiku.kernels.aot")
+  try:
+    aot.devices(chip)
+    for name in ("ptxas", "nvdisasm", "cuobjdump"):
+      aot.ptxas.tool(name)
+  except aot.AotError as missing:
+    pytest.skip(str(missing))
+  report = aot.report("tests.kernels.decode.test_triton:program", target=chip, chip=chip, **options)
+  kernels = {kernel.name: kernel for kernel in report.kernels if kernel.source == "triton"}
+  assert set(kernels) == {"attend_kernel", "merge_kernel"}
+  attend = kernels["attend_kernel"]
+  for kernel in kernels.values():
+    spills = max(kernel.resources.spill_stores, kernel.resources.spill_loads)
+    assert spills == 0 and not kernel.resources.serialized, kernel
+  assert set(attend.code.main_loop.mix) & TENSOR_CORES, attend
+  assert attend.shared_memory <= triton_call.CHIPS[chip][1]
+  return report
+
+
+@pytest.mark.parametrize("options", [
+    dict(heads=16, dim_head=128), pytest.param(
+        dict(heads=16, dim_head=256, num_queries=4, int8=True), marks=pytest.mark.slow)], ids=str)
+def test_compiles_for_hopper_without_spills(options):
+  report = compiled("h200", **options)
+  assert report.memory["temp"] < 2**22  # parts, not scores
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("chip", ["a100", "h200", "b200"])
+@pytest.mark.parametrize("heads", [16, 64, 128])
+@pytest.mark.parametrize("dim_head", [64, 128, 256])
+@pytest.mark.parametrize("int8", [False, True])
+def test_every_entry_of_the_table(chip, heads, dim_head, int8):
+  compiled(chip, heads=heads, dim_head=dim_head, int8=int8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["a100", "h200", "b200"])
+@pytest.mark.parametrize("options", [
+    dict(heads=1, dim_head=16), dict(heads=6, dim_head=32, kv_heads=2, dtype="float32"),
+    dict(heads=6, dim_head=64, kv_heads=2, dtype="float16", int8=True, shared=True)], ids=str)
+def test_every_variant_compiles(chip, options):
+  compiled(chip, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="runs the kernels on a GPU")
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("num_queries, heads, dim_head", [(1, 16, 128), (4, 16, 256), (1, 3, 64)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_on_a_gpu(dtype, num_queries, heads, dim_head, int8):
+  case = Case(lengths=(30_000, 0, 77, 1), max_len=30_001, num_queries=num_queries, heads=heads,
+              dim_head=dim_head, dtype=dtype, int8=int8)
+  arrays = contract.inputs(case)
+  run = jax.jit(functools.partial(triton.forward, scale=case.scale, chip=None))
+  got = run(**arrays)
+  contract.check(case, arrays, got)
+  np.testing.assert_array_equal(got, run(**arrays))
