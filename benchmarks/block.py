@@ -12,7 +12,7 @@ from palm_haiku import kernels
 from palm_haiku.kernels import backend
 
 from . import measure, results
-from .shapes import Attention
+from .shapes import Attention, sizes
 
 CPU_SHAPES = ["1x256x256x4x64x4"]
 # dim 4096 with 16 heads of 256 is PaLM-8B; the others are what one chip trains.
@@ -31,11 +31,7 @@ class Shape:
   @classmethod
   def parse(cls, text: str) -> "Shape":
     """From "4x2048x4096x16x256x4": batch, length, dim, heads, dim_head, ff_mult."""
-    sizes = [int(size) for size in text.split("x")] if text.replace("x", "").isdigit() else []
-    if len(sizes) != 6 or min(sizes) < 1:
-      raise ValueError("a block's shape is BATCHxLENGTHxDIMxHEADSxDIM_HEADxFF_MULT; "
-                       f"got {text!r}")
-    return cls(*sizes)
+    return cls(*sizes(text, "a block's", "BATCHxLENGTHxDIMxHEADSxDIM_HEADxFF_MULT"))
 
   def __str__(self):
     return "x".join(str(size) for size in dataclasses.astuple(self))

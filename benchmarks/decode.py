@@ -12,6 +12,7 @@ from palm_haiku import kernels
 from palm_haiku.kernels import backend
 
 from . import measure, results
+from .shapes import sizes
 
 CPU_SHAPES = ["2x256x4x64"]
 # 256k cached tokens, in many short sequences, some, and one.
@@ -28,10 +29,7 @@ class Shape:
   @classmethod
   def parse(cls, text: str) -> "Shape":
     """From "32x8192x16x128": sequences, positions of a cache, query heads, dim_head."""
-    sizes = [int(size) for size in text.split("x")] if text.replace("x", "").isdigit() else []
-    if len(sizes) != 4 or min(sizes) < 1:
-      raise ValueError(f"decoding's shape is BATCHxLENGTHxHEADSxDIM_HEAD; got {text!r}")
-    return cls(*sizes)
+    return cls(*sizes(text, "decoding's", "BATCHxLENGTHxHEADSxDIM_HEAD"))
 
   def __str__(self):
     return "x".join(str(size) for size in dataclasses.astuple(self))

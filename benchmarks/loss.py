@@ -12,6 +12,7 @@ from palm_haiku import kernels
 from palm_haiku.kernels import backend
 
 from . import loss_static, loss_training, measure, results
+from .shapes import sizes
 
 SHAPES = ["8192x4096x256000", "16384x2048x32000"]  # PaLM-8B's, and a smaller vocabulary
 CPU_SHAPES = ["256x128x2000"]
@@ -28,10 +29,7 @@ class Shape:
   @classmethod
   def parse(cls, text: str) -> "Shape":
     """From "8192x4096x256000": tokens, dim, vocabulary."""
-    sizes = [int(size) for size in text.split("x")] if text.replace("x", "").isdigit() else []
-    if len(sizes) != 3 or min(sizes) < 1:
-      raise ValueError(f"a loss's shape is TOKENSxDIMxVOCABULARY; got {text!r}")
-    return cls(*sizes)
+    return cls(*sizes(text, "a loss's", "TOKENSxDIMxVOCABULARY"))
 
   def __str__(self):
     return "x".join(str(size) for size in dataclasses.astuple(self))

@@ -125,7 +125,8 @@ def row(run: Run, compiled: dict) -> dict:
   return _named(run) | {
       "batch": run.batch_size, "billions": run.model.num_params / 1e9,
       "published": 100 * run.published, "forecast": 100 * found["mfu"],
-      "off": round(100 * (found["mfu"] / run.published - 1), 1), "most": 100 * most, "needs": 100 * needs,
+      "off": round(100 * (found["mfu"] / run.published - 1), 1), "most": 100 * most,
+      "needs": 100 * needs,
       "limit": max(busy, key=busy.get),
       "gib": found["hbm_per_chip_bytes"] / 2**30,
       "room": (found["hbm_limit_bytes"] - found["hbm_per_chip_bytes"]) / 2**30,

@@ -3,6 +3,18 @@
 import dataclasses
 
 
+def sizes(text: str, what: str, names: str) -> list[int]:
+  """Positive sizes as "1x2048x16" has them, as many as "BATCHxLENGTHxHEADS" names.
+
+  Raises:
+    ValueError: another form, or another number of them; `what` begins the message.
+  """
+  found = [int(size) for size in text.split("x")] if text.replace("x", "").isdigit() else []
+  if len(found) != names.count("x") + 1 or min(found) < 1:
+    raise ValueError(f"{what} shape is {names}; got {text!r}")
+  return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Attention:
   """Causal self-attention of `heads` query heads over `kv_heads` key heads."""
@@ -16,11 +28,11 @@ class Attention:
   @classmethod
   def parse(cls, text: str) -> "Attention":
     """From "1x2048x16x1x128": batch, length, query heads, key heads, dim_head."""
-    sizes = [int(size) for size in text.split("x")] if text.replace("x", "").isdigit() else []
-    if len(sizes) != 5 or min(sizes) < 1 or sizes[2] % sizes[3]:
-      raise ValueError("an attention's shape is BATCHxLENGTHxHEADSxKV_HEADSxDIM_HEAD, with "
-                       f"heads a multiple of kv_heads; got {text!r}")
-    return cls(*sizes)
+    form = "BATCHxLENGTHxHEADSxKV_HEADSxDIM_HEAD, with heads a multiple of kv_heads"
+    found = sizes(text, "an attention's", form)
+    if found[2] % found[3]:
+      raise ValueError(f"an attention's shape is {form}; got {text!r}")
+    return cls(*found)
 
   def __str__(self):
     return "x".join(str(size) for size in dataclasses.astuple(self))

@@ -151,6 +151,7 @@ def logits(weights: Weights, config: PaLMConfig, x) -> jax.Array:
   wide = jnp.promote_types(x.dtype, jnp.float32)
   if isinstance(weights.embedding, Int8):
     return config.logits_factor * product(x, weights.embedding, wide)
+  # Contracted as it lies: for one row XLA's CPU backend copies a transposed matrix at every token.
   return config.logits_factor * jnp.einsum(
       "...d,vd->...v", x, weights.embedding, preferred_element_type=wide)
 
@@ -166,10 +167,13 @@ def _write(old, rows, offset):
 
 
 def _attend(query, stored, lengths, options):
-  heads = [row._replace(values=row.values[..., None, :], scales=row.scales[..., None])
-           if isinstance(row, Int8Rows) else Int8Rows(row[..., None, :].astype(query.dtype), None)
-           for row in stored]
-  key, value = heads[0], heads[-1]
+  def one_head(rows):
+    if isinstance(rows, Int8Rows):
+      return rows.values[..., None, :], rows.scales[..., None]
+    return rows[..., None, :].astype(query.dtype), None
+
+  heads = [one_head(rows) for rows in stored]
+  (key, key_scales), (value, value_scales) = heads[0], heads[-1]
   return kernels.decode_attention(
-      query, key.values, value.values, lengths, key_scales=key.scales,
-      value_scales=None if value is key else value.scales, **options)
+      query, key, value, lengths, key_scales=key_scales,
+      value_scales=None if value is key else value_scales, **options)

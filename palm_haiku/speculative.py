@@ -10,7 +10,7 @@ from typing import Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from palm_haiku import decoder
+from palm_haiku.kernels.parallel_block.xla import write
 
 
 class Model(NamedTuple):
@@ -84,7 +84,7 @@ def continuation(target: Model, draft: Model, prompt, caches, lengths, key, *, l
     tokens = jnp.concatenate([guesses, token[..., None]], -1)
     tokens = jnp.where(jnp.arange(draft_length + 1) < right[..., None], tokens, token[..., None])
     new = jnp.where(done, 0, jnp.minimum(right + 1, length - count))
-    drawn = decoder.write(drawn[..., None], tokens[..., None], count)[..., 0]
+    drawn = write(drawn[..., None], tokens[..., None], count)[..., 0]
     if eod is not None:
       shown = jnp.arange(draft_length + 1) < new[..., None]
       ends = (tokens == eod) & shown

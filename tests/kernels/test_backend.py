@@ -84,7 +84,7 @@ def test_what_counts_under_a_mesh_is_what_a_device_has():
   query, key = (jax.ShapeDtypeStruct((2048, 2048, heads, 256), "bfloat16") for heads in (48, 1))
   choose = lambda *arrays: kernels.explain("flash_attention", "auto", *arrays)
   with on_mesh("TPU v4", data=2, fsdp=256):
-    assert "VMEM of a v4; backward takes" in choose(query, key, key).reason
+    assert "VMEM of a v4" in choose(query, key, key).reason
   with on_mesh("TPU v4", data=2, fsdp=256, model=12):
     assert choose(query, key, key).implementation == "mosaic_tpu"
     few = jax.ShapeDtypeStruct((2048, 2048, 12, 256), "bfloat16")
