@@ -389,3 +389,29 @@ def decode_mosaic_tpu(chip: str | None, itemsize: int, dim_head: int) -> DecodeT
   size = (int8 if itemsize == 1 else bfloat16 * 2 // itemsize) * 128 // max(dim_head, 128)
   return DecodeTpu(max(size // 1024 * 1024, 1024), slots=4, chunk=512,
                    cores=2 if chip in ("v4", "v5p") else 1)
+
+
+class ParallelBlockTriton(NamedTuple):
+  """Tile sizes and launch of one Triton kernel of the parallel block."""
+
+  tokens: int
+  columns: int
+  depth: int  # of the contraction in one step
+  warps: int
+  stages: int
+
+
+_BLOCK_WGMMA = ParallelBlockTriton(128, 256, 64, 8, 4)
+_BLOCK_HMMA = ParallelBlockTriton(128, 256, 32, 8, 4)
+PARALLEL_BLOCK_TRITON = {
+    "a100": _BLOCK_HMMA, "rtx4090": _BLOCK_HMMA,
+    "h100": _BLOCK_WGMMA, "h200": _BLOCK_WGMMA,
+    "b200": _BLOCK_WGMMA,
+}
+PARALLEL_BLOCK_NORM = 4096  # numbers
+
+
+def parallel_block_triton(kernel: str, chip: str | None, itemsize: int) -> ParallelBlockTriton:
+  """Tiles for a chip, or the smallest ones; a step is as many bytes deep in every dtype."""
+  blocks = PARALLEL_BLOCK_TRITON[chip or "rtx4090"]
+  return blocks if itemsize == 2 else blocks._replace(columns=64, depth=32)

@@ -1,0 +1,267 @@
+"""The Triton kernels of the parallel block: pure device code, called by `triton.py` beside it.
+
+All but the norm are one matrix product with something before or after it. A program makes one
+tile of the result, BLOCK_M tokens by BLOCK_N columns, from weights as they lie in memory: IN of
+them is the contraction if they project into the layer, its columns if they lead out of it.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def normalize_kernel(x_ptr, gain_ptr, M, h_ptr, D: tl.constexpr, EPS: tl.constexpr,
+                     CENTRED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+  """h [M, D]: whole rows of x at a time, read once, less their mean if CENTRED, over their size."""
+  row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+  column = tl.arange(0, BLOCK_D)
+  at = row.to(tl.int64)[:, None] * D + column[None, :]
+  inside = (row < M)[:, None] & (column < D)[None, :]
+  x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+  if CENTRED:
+    x = tl.where((column < D)[None, :], x - (tl.sum(x, 1) / D)[:, None], 0.0)
+  x *= tl.rsqrt(tl.sum(x * x, 1) / D + EPS)[:, None]
+  gain = tl.load(gain_ptr + column, mask=column < D, other=0.0)
+  tl.store(h_ptr + at, (x * gain[None, :]).to(h_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _place(M, columns, BLOCK_M: tl.constexpr, TOGETHER: tl.constexpr):
+  """(first token, tile of columns) of this program.
+
+  TOGETHER tiles of tokens go through all columns before the next ones do.
+  """
+  index = tl.program_id(0)
+  group = index // (TOGETHER * columns)
+  index -= group * (TOGETHER * columns)
+  size = tl.minimum(tl.cdiv(M, BLOCK_M) - group * TOGETHER, TOGETHER)
+  return (group * TOGETHER + index % size) * BLOCK_M, index // size
+
+
+@triton.jit
+def _rows(x_ptr, token, M, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+  """Pointers to the first BLOCK_K columns of rows of x [M, K]; rows past the end repeat the last."""
+  row = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - token)
+  return (x_ptr + tl.cast(token, tl.int64) * K
+          + (row[:, None] * K + tl.arange(0, BLOCK_K)[None, :]))
+
+
+@triton.jit
+def _product(acc, x_ptr, w_ptr, token, M, column, K: tl.constexpr, N: tl.constexpr,
+             ALONG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+  """acc + x @ w for columns of w [K, N], or of the transpose of w [N, K] if ALONG its rows.
+
+  Columns past the end are those of the beginning: so loads stay whole vectors without a mask.
+  """
+  k = tl.arange(0, BLOCK_K)
+  columns = (column + tl.arange(0, BLOCK_N)) % N
+  x_tile = _rows(x_ptr, token, M, K, BLOCK_M, BLOCK_K)
+  if ALONG:
+    w_tile = w_ptr + columns.to(tl.int64)[None, :] * K + k[:, None]
+  else:
+    w_tile = w_ptr + (k[:, None] * N + columns[None, :])
+  for _ in range(0, K, BLOCK_K):
+    acc = tl.dot(tl.load(x_tile), tl.load(w_tile), acc, input_precision=PRECISION)
+    x_tile += BLOCK_K
+    w_tile += BLOCK_K if ALONG else BLOCK_K * N
+  return acc
+
+
+@triton.jit
+def _halves(x):
+  """The left and the right columns of a tile."""
+  return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _quarters(x):
+  """A tile's columns in four parts: an epilogue that takes them in turn has registers enough."""
+  left, right = _halves(x)
+  return _halves(left) + _halves(right)
+
+
+@triton.jit
+def in_projection_kernel(h_ptr, query_ptr, key_ptr, value_ptr, gate_ptr, up_ptr, cos_ptr, sin_ptr, M,
+                         query_out, key_out, value_out, act_out, gate_out, up_out,
+                         D: tl.constexpr, HEADS: tl.constexpr, DIM_HEAD: tl.constexpr,
+                         F: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr,
+                         KEEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                         BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr, PRECISION: tl.constexpr):
+  """All that is computed from h [M, D], in pairs of columns that meet in the epilogue.
+
+  A pair is a column of gate with the same of up, or two channels of a head, half a head apart.
+  Tiles are of queries first, then of the key and the value, then of gate and up.
+  """
+  PAIRS: tl.constexpr = BLOCK_N // 2
+  HALF: tl.constexpr = DIM_HEAD // 2
+  OF_QUERY: tl.constexpr = HEADS * HALF
+  OF_KEY: tl.constexpr = (2 if VALUE else 1) * HALF
+  QUERY_TILES: tl.constexpr = (OF_QUERY + PAIRS - 1) // PAIRS
+  HEAD_TILES: tl.constexpr = QUERY_TILES + (OF_KEY + PAIRS - 1) // PAIRS
+  TILES: tl.constexpr = HEAD_TILES + (F + PAIRS - 1) // PAIRS
+  token, tile = _place(M, TILES, BLOCK_M, TOGETHER)
+  pair = tl.arange(0, PAIRS)
+  if tile >= HEAD_TILES:
+    pair = (tile - HEAD_TILES) * PAIRS + pair
+    first_column = gate_ptr + pair % F
+    second_column = up_ptr + pair % F
+    stride = F
+  elif tile >= QUERY_TILES:
+    pair = (tile - QUERY_TILES) * PAIRS + pair
+    channel = pair % OF_KEY
+    first_column = tl.where(channel < HALF, key_ptr + channel, value_ptr + (channel - HALF))
+    second_column = first_column + HALF
+    stride = DIM_HEAD
+  else:
+    pair = tile * PAIRS + pair
+    channel = pair % OF_QUERY
+    first_column = query_ptr + (channel // HALF * DIM_HEAD + channel % HALF)
+    second_column = first_column + HALF
+    stride = HEADS * DIM_HEAD
+
+  k = tl.arange(0, BLOCK_K)
+  h_tile = _rows(h_ptr, token, M, D, BLOCK_M, BLOCK_K)
+  first_tile = first_column[None, :] + k[:, None] * stride
+  second_tile = second_column[None, :] + k[:, None] * stride
+  first = tl.zeros([BLOCK_M, PAIRS], tl.float32)
+  second = tl.zeros([BLOCK_M, PAIRS], tl.float32)
+  for _ in range(0, D, BLOCK_K):
+    h = tl.load(h_tile)
+    first = tl.dot(h, tl.load(first_tile), first, input_precision=PRECISION)
+    second = tl.dot(h, tl.load(second_tile), second, input_precision=PRECISION)
+    h_tile += BLOCK_K
+    first_tile += BLOCK_K * stride
+    second_tile += BLOCK_K * stride
+
+  firsts, seconds = _quarters(first), _quarters(second)
+  for part in tl.static_range(4):
+    at = tl.arange(0, PAIRS // 4) + part * (PAIRS // 4)
+    if tile >= HEAD_TILES:
+      _store_hidden(firsts[part], seconds[part], token, M, (tile - HEAD_TILES) * PAIRS + at,
+                    act_out, gate_out, up_out, F, KEEP)
+    elif tile >= QUERY_TILES:
+      _store_heads(firsts[part], seconds[part], token, M, (tile - QUERY_TILES) * PAIRS + at,
+                   cos_ptr, sin_ptr, key_out, value_out, HALF, 1, VALUE, ROTATED)
+    else:
+      _store_heads(firsts[part], seconds[part], token, M, tile * PAIRS + at, cos_ptr, sin_ptr,
+                   query_out, query_out, HALF, HEADS, False, ROTATED)
+
+
+@triton.jit
+def _store_hidden(gate, up, token, M, column, act_out, gate_out, up_out, F: tl.constexpr,
+                  KEEP: tl.constexpr):
+  """The SwiGLU of columns of gate and up; and them, if KEEP."""
+  row = tl.arange(0, gate.shape[0])
+  inside = (row < M - token)[:, None] & (column < F)[None, :]
+  at = tl.cast(token, tl.int64) * F + (row[:, None] * F + column[None, :])
+  dtype = act_out.dtype.element_ty
+  tl.store(act_out + at, (gate / (1 + tl.exp2(-LOG2E * gate)) * up).to(dtype), mask=inside)
+  if KEEP:
+    tl.store(gate_out + at, gate.to(dtype), mask=inside)
+    tl.store(up_out + at, up.to(dtype), mask=inside)
+
+
+@triton.jit
+def _store_heads(first, second, token, M, pair, cos_ptr, sin_ptr, out_ptr, value_out,
+                 HALF: tl.constexpr, HEADS: tl.constexpr, VALUE: tl.constexpr,
+                 ROTATED: tl.constexpr):
+  """Pairs of channels of out [M, HEADS, 2 * HALF], rotated; those beyond are of the value, if any."""
+  COUNT: tl.constexpr = HEADS * HALF
+  row = tl.arange(0, first.shape[0])[:, None]
+  token = tl.cast(token, tl.int64)
+  inside = (row < M - token) & (pair < (2 * COUNT if VALUE else COUNT))[None, :]
+  if ROTATED:
+    turn = token * HALF + (row * HALF + (pair % HALF)[None, :])
+    turns = inside & (pair < COUNT)[None, :]
+    cos = tl.load(cos_ptr + turn, mask=turns, other=1.0)
+    sin = tl.load(sin_ptr + turn, mask=turns, other=0.0)
+    first, second = first * cos - second * sin, second * cos + first * sin
+  column = out_ptr + (pair // HALF * (2 * HALF) + pair % HALF)
+  if VALUE:
+    column = tl.where(pair < COUNT, column, value_out + (pair - COUNT))
+  at = token * (2 * COUNT) + (column[None, :] + row * (2 * COUNT))
+  tl.store(at, first.to(out_ptr.dtype.element_ty), mask=inside)
+  tl.store(at + HALF, second.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def out_projection_kernel(x_ptr, attended_ptr, act_ptr, attn_out_ptr, ff_out_ptr, M, y_ptr,
+                          D: tl.constexpr, ATTENDED: tl.constexpr, F: tl.constexpr,
+                          WITH_X: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                          BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr, PRECISION: tl.constexpr):
+  """y [M, D] = x + attended @ attn_out + act @ ff_out."""
+  TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+  token, tile = _place(M, TILES, BLOCK_M, TOGETHER)
+  column = tile * BLOCK_N
+  acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+  acc = _product(acc, attended_ptr, attn_out_ptr, token, M, column, ATTENDED, D, False, BLOCK_M,
+                 BLOCK_N, BLOCK_K, PRECISION)
+  acc = _product(acc, act_ptr, ff_out_ptr, token, M, column, F, D, False, BLOCK_M, BLOCK_N, BLOCK_K,
+                 PRECISION)
+  row = tl.arange(0, BLOCK_M)
+  columns = column + tl.arange(0, BLOCK_N)
+  inside = (row < M - token)[:, None] & (columns < D)[None, :]
+  at = tl.cast(token, tl.int64) * D + (row[:, None] * D + columns[None, :])
+  if WITH_X:
+    acc += tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+  tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def swiglu_gradient_kernel(dy_ptr, gate_ptr, up_ptr, ff_out_ptr, M, dgate_out, dup_out, act_out,
+                           D: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr,
+                           BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr,
+                           PRECISION: tl.constexpr):
+  """The gradients of gate and up [M, F] where that of their SwiGLU is dy @ ff_out.T; and it."""
+  TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+  token, tile = _place(M, TILES, BLOCK_M, TOGETHER)
+  column = tile * BLOCK_N
+  dact = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+  dact = _product(dact, dy_ptr, ff_out_ptr, token, M, column, D, F, True, BLOCK_M, BLOCK_N, BLOCK_K,
+                  PRECISION)
+  row = tl.arange(0, BLOCK_M)
+  dtype = dgate_out.dtype.element_ty
+  parts = _quarters(dact)
+  for part in tl.static_range(4):
+    columns = column + part * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+    inside = (row < M - token)[:, None] & (columns < F)[None, :]
+    at = tl.cast(token, tl.int64) * F + (row[:, None] * F + columns[None, :])
+    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    s = 1 / (1 + tl.exp2(-LOG2E * gate))
+    silu = gate * s
+    tl.store(act_out + at, (silu * up).to(dtype), mask=inside)
+    tl.store(dup_out + at, (parts[part] * silu).to(dtype), mask=inside)
+    tl.store(dgate_out + at, (parts[part] * up * s * (1 + gate * (1 - s))).to(dtype), mask=inside)
+
+
+@triton.jit
+def input_gradient_kernel(dquery_ptr, dkey_ptr, dvalue_ptr, dgate_ptr, dup_ptr, query_ptr, key_ptr,
+                          value_ptr, gate_ptr, up_ptr, M, dh_ptr, D: tl.constexpr,
+                          HEADS: tl.constexpr, DIM_HEAD: tl.constexpr, F: tl.constexpr,
+                          VALUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                          BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr, PRECISION: tl.constexpr):
+  """dh [M, D]: the sum over the weights w [D, K] of dw @ w.T."""
+  TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+  token, tile = _place(M, TILES, BLOCK_M, TOGETHER)
+  column = tile * BLOCK_N
+  acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+  acc = _product(acc, dquery_ptr, query_ptr, token, M, column, HEADS * DIM_HEAD, D, True, BLOCK_M,
+                 BLOCK_N, BLOCK_K, PRECISION)
+  acc = _product(acc, dkey_ptr, key_ptr, token, M, column, DIM_HEAD, D, True, BLOCK_M, BLOCK_N,
+                 BLOCK_K, PRECISION)
+  if VALUE:
+    acc = _product(acc, dvalue_ptr, value_ptr, token, M, column, DIM_HEAD, D, True, BLOCK_M, BLOCK_N,
+                   BLOCK_K, PRECISION)
+  acc = _product(acc, dgate_ptr, gate_ptr, token, M, column, F, D, True, BLOCK_M, BLOCK_N, BLOCK_K,
+                 PRECISION)
+  acc = _product(acc, dup_ptr, up_ptr, token, M, column, F, D, True, BLOCK_M, BLOCK_N, BLOCK_K,
+                 PRECISION)
+  row = tl.arange(0, BLOCK_M)
+  columns = column + tl.arange(0, BLOCK_N)
+  inside = (row < M - token)[:, None] & (columns < D)[None, :]
+  at = tl.cast(token, tl.int64) * D + (row[:, None] * D + columns[None, :])
+  tl.store(dh_ptr + at, acc.to(dh_ptr.dtype.element_ty), mask=inside)
