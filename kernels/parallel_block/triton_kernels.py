@@ -80,7 +80,9 @@ def _halves(x):
 def _quarters(x):
   """A tile's columns in four parts: an epilogue that takes them in turn has registers enough."""
   left, right = _halves(x)
-  return _halves(left) + _halves(right)
+  first, second = _halves(left)
+  third, fourth = _halves(right)
+  return first, second, third, fourth
 
 
 @triton.jit
@@ -103,51 +105,46 @@ def in_projection_kernel(h_ptr, query_ptr, key_ptr, value_ptr, gate_ptr, up_ptr,
   HEAD_TILES: tl.constexpr = QUERY_TILES + (OF_KEY + PAIRS - 1) // PAIRS
   TILES: tl.constexpr = HEAD_TILES + (F + PAIRS - 1) // PAIRS
   token, tile = _place(M, TILES, BLOCK_M, TOGETHER)
-  pair = tl.arange(0, PAIRS)
+  at = tl.arange(0, BLOCK_N)
+  pair, right = at % PAIRS, at >= PAIRS
   if tile >= HEAD_TILES:
-    pair = (tile - HEAD_TILES) * PAIRS + pair
-    first_column = gate_ptr + pair % F
-    second_column = up_ptr + pair % F
+    pair = ((tile - HEAD_TILES) * PAIRS + pair) % F
+    column = tl.where(right, up_ptr + pair, gate_ptr + pair)
+    column = tl.max_contiguous(tl.multiple_of(column, 64), 32)
     stride = F
   elif tile >= QUERY_TILES:
-    pair = (tile - QUERY_TILES) * PAIRS + pair
-    channel = pair % OF_KEY
-    first_column = tl.where(channel < HALF, key_ptr + channel, value_ptr + (channel - HALF))
-    second_column = first_column + HALF
+    pair = ((tile - QUERY_TILES) * PAIRS + pair) % OF_KEY
+    column = tl.where(pair < HALF, key_ptr + pair, value_ptr + (pair - HALF))
+    column += tl.where(right, HALF, 0)
+    column = tl.max_contiguous(tl.multiple_of(column, 64), 32)
     stride = DIM_HEAD
   else:
-    pair = tile * PAIRS + pair
-    channel = pair % OF_QUERY
-    first_column = query_ptr + (channel // HALF * DIM_HEAD + channel % HALF)
-    second_column = first_column + HALF
+    pair = (tile * PAIRS + pair) % OF_QUERY
+    column = query_ptr + (pair // HALF * DIM_HEAD + pair % HALF + tl.where(right, HALF, 0))
+    column = tl.max_contiguous(tl.multiple_of(column, 64), 32)
     stride = HEADS * DIM_HEAD
 
-  k = tl.arange(0, BLOCK_K)
   h_tile = _rows(h_ptr, token, M, D, BLOCK_M, BLOCK_K)
-  first_tile = first_column[None, :] + k[:, None] * stride
-  second_tile = second_column[None, :] + k[:, None] * stride
-  first = tl.zeros([BLOCK_M, PAIRS], tl.float32)
-  second = tl.zeros([BLOCK_M, PAIRS], tl.float32)
+  w_tile = column[None, :] + tl.arange(0, BLOCK_K)[:, None] * stride
+  acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
   for _ in range(0, D, BLOCK_K):
-    h = tl.load(h_tile)
-    first = tl.dot(h, tl.load(first_tile), first, input_precision=PRECISION)
-    second = tl.dot(h, tl.load(second_tile), second, input_precision=PRECISION)
+    acc = tl.dot(tl.load(h_tile), tl.load(w_tile), acc, input_precision=PRECISION)
     h_tile += BLOCK_K
-    first_tile += BLOCK_K * stride
-    second_tile += BLOCK_K * stride
+    w_tile += BLOCK_K * stride
 
-  firsts, seconds = _quarters(first), _quarters(second)
-  for part in tl.static_range(4):
-    at = tl.arange(0, PAIRS // 4) + part * (PAIRS // 4)
+  parts = _quarters(acc)
+  for part in tl.static_range(2):
+    pair = part * (PAIRS // 2) + tl.arange(0, PAIRS // 2)
+    first, second = parts[part], parts[part + 2]
     if tile >= HEAD_TILES:
-      _store_hidden(firsts[part], seconds[part], token, M, (tile - HEAD_TILES) * PAIRS + at,
-                    act_out, gate_out, up_out, F, KEEP)
+      _store_hidden(first, second, token, M, (tile - HEAD_TILES) * PAIRS + pair, act_out, gate_out,
+                    up_out, F, KEEP)
     elif tile >= QUERY_TILES:
-      _store_heads(firsts[part], seconds[part], token, M, (tile - QUERY_TILES) * PAIRS + at,
-                   cos_ptr, sin_ptr, key_out, value_out, HALF, 1, VALUE, ROTATED)
+      _store_heads(first, second, token, M, (tile - QUERY_TILES) * PAIRS + pair, cos_ptr, sin_ptr,
+                   key_out, value_out, HALF, 1, VALUE, ROTATED)
     else:
-      _store_heads(firsts[part], seconds[part], token, M, tile * PAIRS + at, cos_ptr, sin_ptr,
-                   query_out, query_out, HALF, HEADS, False, ROTATED)
+      _store_heads(first, second, token, M, tile * PAIRS + pair, cos_ptr, sin_ptr, query_out,
+                   query_out, HALF, HEADS, False, ROTATED)
 
 
 @triton.jit
@@ -158,7 +155,7 @@ def _store_hidden(gate, up, token, M, column, act_out, gate_out, up_out, F: tl.c
   inside = (row < M - token)[:, None] & (column < F)[None, :]
   at = tl.cast(token, tl.int64) * F + (row[:, None] * F + column[None, :])
   dtype = act_out.dtype.element_ty
-  tl.store(act_out + at, (gate / (1 + tl.exp2(-LOG2E * gate)) * up).to(dtype), mask=inside)
+  tl.store(act_out + at, (gate / (1 + tl.exp2(gate * -LOG2E)) * up).to(dtype), mask=inside)
   if KEEP:
     tl.store(gate_out + at, gate.to(dtype), mask=inside)
     tl.store(up_out + at, up.to(dtype), mask=inside)
@@ -231,7 +228,7 @@ def swiglu_gradient_kernel(dy_ptr, gate_ptr, up_ptr, ff_out_ptr, M, dgate_out, d
     at = tl.cast(token, tl.int64) * F + (row[:, None] * F + columns[None, :])
     gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    s = 1 / (1 + tl.exp2(-LOG2E * gate))
+    s = 1 / (1 + tl.exp2(gate * -LOG2E))
     silu = gate * s
     tl.store(act_out + at, (silu * up).to(dtype), mask=inside)
     tl.store(dup_out + at, (parts[part] * silu).to(dtype), mask=inside)
