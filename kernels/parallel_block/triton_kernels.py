@@ -41,32 +41,40 @@ def _place(M, columns, BLOCK_M: tl.constexpr, TOGETHER: tl.constexpr):
 
 
 @triton.jit
-def _rows(x_ptr, token, M, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-  """Pointers to the first BLOCK_K columns of rows of x [M, K]; rows past the end repeat the last."""
-  row = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - token)
-  return (x_ptr + tl.cast(token, tl.int64) * K
-          + (row[:, None] * K + tl.arange(0, BLOCK_K)[None, :]))
+def _rows(row, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+  """Offsets of BLOCK_N rows, from `row` on, and BLOCK_K columns of an array [N, K].
+
+  Rows past the end repeat the last.
+  """
+  rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - row)
+  return tl.cast(row, tl.int64) * K + (rows[:, None] * K + tl.arange(0, BLOCK_K)[None, :])
 
 
 @triton.jit
-def _product(acc, x_ptr, w_ptr, token, M, column, K: tl.constexpr, N: tl.constexpr,
-             ALONG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-             BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
-  """acc + x @ w for columns of w [K, N], or of the transpose of w [N, K] if ALONG its rows.
+def _sum_of_products(xs, ws, KS, STEPS: tl.constexpr, token, M, column, N: tl.constexpr, TRANSPOSED: tl.constexpr,
+                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                     PRECISION: tl.constexpr):
+  """The sum of x @ w over the x [M, K] and the w [K, N], or [N, K] if TRANSPOSED.
 
-  Columns past the end are those of the beginning: so loads stay whole vectors without a mask.
+  One loop goes through all of them: its loads need not begin anew with each.
   """
   k = tl.arange(0, BLOCK_K)
+  # Columns past the end are those of the beginning: so a load is of whole vectors without a mask.
   columns = (column + tl.arange(0, BLOCK_N)) % N
-  x_tile = _rows(x_ptr, token, M, K, BLOCK_M, BLOCK_K)
-  if ALONG:
-    w_tile = w_ptr + columns.to(tl.int64)[None, :] * K + k[:, None]
-  else:
-    w_tile = w_ptr + (k[:, None] * N + columns[None, :])
-  for _ in range(0, K, BLOCK_K):
-    acc = tl.dot(tl.load(x_tile), tl.load(w_tile), acc, input_precision=PRECISION)
-    x_tile += BLOCK_K
-    w_tile += BLOCK_K if ALONG else BLOCK_K * N
+  acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+  for step in range(0, STEPS):
+    x_ptr, w_ptr, K, start = xs[0], ws[0], KS[0], step * BLOCK_K
+    for i in tl.static_range(1, len(xs)):
+      past = start >= K
+      start = tl.where(past, start - K, start)
+      x_ptr, w_ptr = tl.where(past, xs[i], x_ptr), tl.where(past, ws[i], w_ptr)
+      K = tl.where(past, KS[i], K)
+    x = tl.load(x_ptr + start + _rows(token, M, K, BLOCK_M, BLOCK_K))
+    if TRANSPOSED:
+      w = tl.trans(tl.load(w_ptr + start + _rows(column, N, K, BLOCK_N, BLOCK_K)))
+    else:
+      w = tl.load(w_ptr + tl.cast(start, tl.int64) * N + (k[:, None] * N + columns[None, :]))
+    acc = tl.dot(x, w, acc, input_precision=PRECISION)
   return acc
 
 
@@ -124,7 +132,7 @@ def in_projection_kernel(h_ptr, query_ptr, key_ptr, value_ptr, gate_ptr, up_ptr,
     column = tl.max_contiguous(tl.multiple_of(column, 64), 32)
     stride = HEADS * DIM_HEAD
 
-  h_tile = _rows(h_ptr, token, M, D, BLOCK_M, BLOCK_K)
+  h_tile = h_ptr + _rows(token, M, D, BLOCK_M, BLOCK_K)
   w_tile = column[None, :] + tl.arange(0, BLOCK_K)[:, None] * stride
   acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
   for _ in range(0, D, BLOCK_K):
@@ -193,18 +201,18 @@ def out_projection_kernel(x_ptr, attended_ptr, act_ptr, attn_out_ptr, ff_out_ptr
   TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
   token, tile = _place(M, TILES, BLOCK_M, TOGETHER)
   column = tile * BLOCK_N
-  acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-  acc = _product(acc, attended_ptr, attn_out_ptr, token, M, column, ATTENDED, D, False, BLOCK_M,
-                 BLOCK_N, BLOCK_K, PRECISION)
-  acc = _product(acc, act_ptr, ff_out_ptr, token, M, column, F, D, False, BLOCK_M, BLOCK_N, BLOCK_K,
-                 PRECISION)
+  acc = _sum_of_products((attended_ptr, act_ptr), (attn_out_ptr, ff_out_ptr), (ATTENDED, F), (ATTENDED + F) // BLOCK_K, token,
+                         M, column, D, False, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
   row = tl.arange(0, BLOCK_M)
-  columns = column + tl.arange(0, BLOCK_N)
-  inside = (row < M - token)[:, None] & (columns < D)[None, :]
-  at = tl.cast(token, tl.int64) * D + (row[:, None] * D + columns[None, :])
-  if WITH_X:
-    acc += tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-  tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=inside)
+  parts = _quarters(acc)
+  for part in tl.static_range(4):
+    columns = column + part * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+    inside = (row < M - token)[:, None] & (columns < D)[None, :]
+    at = tl.cast(token, tl.int64) * D + (row[:, None] * D + columns[None, :])
+    y = parts[part]
+    if WITH_X:
+      y += tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -216,9 +224,8 @@ def swiglu_gradient_kernel(dy_ptr, gate_ptr, up_ptr, ff_out_ptr, M, dgate_out, d
   TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
   token, tile = _place(M, TILES, BLOCK_M, TOGETHER)
   column = tile * BLOCK_N
-  dact = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-  dact = _product(dact, dy_ptr, ff_out_ptr, token, M, column, D, F, True, BLOCK_M, BLOCK_N, BLOCK_K,
-                  PRECISION)
+  dact = _sum_of_products((dy_ptr,), (ff_out_ptr,), (D,), D // BLOCK_K, token, M, column, F, True, BLOCK_M,
+                          BLOCK_N, BLOCK_K, PRECISION)
   row = tl.arange(0, BLOCK_M)
   dtype = dgate_out.dtype.element_ty
   parts = _quarters(dact)
@@ -245,18 +252,17 @@ def input_gradient_kernel(dquery_ptr, dkey_ptr, dvalue_ptr, dgate_ptr, dup_ptr, 
   TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
   token, tile = _place(M, TILES, BLOCK_M, TOGETHER)
   column = tile * BLOCK_N
-  acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-  acc = _product(acc, dquery_ptr, query_ptr, token, M, column, HEADS * DIM_HEAD, D, True, BLOCK_M,
-                 BLOCK_N, BLOCK_K, PRECISION)
-  acc = _product(acc, dkey_ptr, key_ptr, token, M, column, DIM_HEAD, D, True, BLOCK_M, BLOCK_N,
-                 BLOCK_K, PRECISION)
   if VALUE:
-    acc = _product(acc, dvalue_ptr, value_ptr, token, M, column, DIM_HEAD, D, True, BLOCK_M, BLOCK_N,
-                   BLOCK_K, PRECISION)
-  acc = _product(acc, dgate_ptr, gate_ptr, token, M, column, F, D, True, BLOCK_M, BLOCK_N, BLOCK_K,
-                 PRECISION)
-  acc = _product(acc, dup_ptr, up_ptr, token, M, column, F, D, True, BLOCK_M, BLOCK_N, BLOCK_K,
-                 PRECISION)
+    acc = _sum_of_products(
+        (dquery_ptr, dkey_ptr, dvalue_ptr, dgate_ptr, dup_ptr),
+        (query_ptr, key_ptr, value_ptr, gate_ptr, up_ptr),
+        (HEADS * DIM_HEAD, DIM_HEAD, DIM_HEAD, F, F), (HEADS * DIM_HEAD + 2 * DIM_HEAD + 2 * F) // BLOCK_K, token, M, column, D, True, BLOCK_M, BLOCK_N,
+        BLOCK_K, PRECISION)
+  else:
+    acc = _sum_of_products(
+        (dquery_ptr, dkey_ptr, dgate_ptr, dup_ptr), (query_ptr, key_ptr, gate_ptr, up_ptr),
+        (HEADS * DIM_HEAD, DIM_HEAD, F, F), (HEADS * DIM_HEAD + 2 * DIM_HEAD + 2 * F) // BLOCK_K, token, M, column, D, True, BLOCK_M, BLOCK_N, BLOCK_K,
+        PRECISION)
   row = tl.arange(0, BLOCK_M)
   columns = column + tl.arange(0, BLOCK_N)
   inside = (row < M - token)[:, None] & (columns < D)[None, :]
