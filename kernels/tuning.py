@@ -402,16 +402,21 @@ class ParallelBlockTriton(NamedTuple):
 
 
 _BLOCK_WGMMA = ParallelBlockTriton(128, 256, 64, 8, 4)
-_BLOCK_HMMA = ParallelBlockTriton(128, 256, 32, 8, 4)
+_BLOCK_HMMA = ParallelBlockTriton(128, 256, 64, 8, 3)
 PARALLEL_BLOCK_TRITON = {
-    "a100": _BLOCK_HMMA, "rtx4090": _BLOCK_HMMA,
-    "h100": _BLOCK_WGMMA, "h200": _BLOCK_WGMMA,
-    "b200": _BLOCK_WGMMA,
+    "a100": (_BLOCK_HMMA._replace(stages=4), ParallelBlockTriton(128, 128, 32, 4, 4)),
+    "rtx4090": (_BLOCK_HMMA, ParallelBlockTriton(128, 128, 32, 4, 4)),
+    "h100": (_BLOCK_WGMMA, ParallelBlockTriton(128, 128, 64, 4, 3)),
+    "h200": (_BLOCK_WGMMA, ParallelBlockTriton(128, 128, 64, 4, 3)),
+    "b200": (_BLOCK_WGMMA, ParallelBlockTriton(128, 128, 64, 4, 3)),
 }
+PARALLEL_BLOCK_SHORT = 1024
 PARALLEL_BLOCK_NORM = 4096  # numbers
 
 
-def parallel_block_triton(kernel: str, chip: str | None, itemsize: int) -> ParallelBlockTriton:
-  """Tiles for a chip, or the smallest ones; a step is as many bytes deep in every dtype."""
-  blocks = PARALLEL_BLOCK_TRITON[chip or "rtx4090"]
-  return blocks if itemsize == 2 else blocks._replace(columns=64, depth=32)
+def parallel_block_triton(chip: str | None, itemsize: int, contraction: int) -> ParallelBlockTriton:
+  """Tiles for a chip, or the smallest ones; contraction is how long all products of a sum are."""
+  long, short = PARALLEL_BLOCK_TRITON[chip or "rtx4090"]
+  if itemsize == 4:
+    return long._replace(columns=64, depth=32)
+  return short if contraction <= PARALLEL_BLOCK_SHORT else long

@@ -54,7 +54,7 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip):
   (m, d), (_, heads, dim_head) = x.shape, params["query"].shape
   hidden, has_value = params["gate"].shape[1], "value" in params
   h = _normalize(x, params["norm"], norm=norm, eps=eps, chip=chip)
-  blocks = tuning.parallel_block_triton("in_projection", chip, x.dtype.itemsize)
+  blocks = tuning.parallel_block_triton(chip, x.dtype.itemsize, d)
   pairs = blocks.columns // 2
   tiles = sum(-(-count // pairs) for count in (
       heads * dim_head // 2, (1 + has_value) * dim_head // 2, hidden))
@@ -99,12 +99,13 @@ def out_projection(x, attended, act, attn_out, ff_out, *, chip):
     chip: as for `unsupported`.
   """
   (m, hidden), d = act.shape, ff_out.shape[1]
-  blocks = tuning.parallel_block_triton("out_projection", chip, act.dtype.itemsize)
+  inner = math.prod(attended.shape[1:])
+  blocks = tuning.parallel_block_triton(chip, act.dtype.itemsize, inner + hidden)
   return _call(
       "out_projection", blocks, act if x is None else x, attended, act, attn_out, ff_out, m,
       tokens=m, tiles=-(-d // blocks.columns), chip=chip,
       out_types=(jax.ShapeDtypeStruct((m, d), act.dtype),), D=d,
-      ATTENDED=math.prod(attended.shape[1:]), F=hidden, WITH_X=x is not None)[0]
+      ATTENDED=inner, F=hidden, WITH_X=x is not None)[0]
 
 
 def swiglu_gradient(dy, gate, up, ff_out, *, chip):
@@ -113,7 +114,7 @@ def swiglu_gradient(dy, gate, up, ff_out, *, chip):
   The gradient of act, dy [M, D] @ ff_out.T, is never written.
   """
   (m, d), hidden = dy.shape, gate.shape[1]
-  blocks = tuning.parallel_block_triton("swiglu_gradient", chip, dy.dtype.itemsize)
+  blocks = tuning.parallel_block_triton(chip, dy.dtype.itemsize, d)
   return _call(
       "swiglu_gradient", blocks, dy, gate, up, ff_out, m, tokens=m,
       tiles=-(-hidden // blocks.columns), chip=chip,
@@ -131,7 +132,8 @@ def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip):
     chip: as for `unsupported`.
   """
   (m, heads, dim_head), (d, hidden) = dquery.shape, params["gate"].shape
-  blocks = tuning.parallel_block_triton("input_gradient", chip, dquery.dtype.itemsize)
+  blocks = tuning.parallel_block_triton(
+      chip, dquery.dtype.itemsize, (heads + 1) * dim_head + 2 * hidden)
   return _call(
       "input_gradient", blocks, dquery, dkey, dkey if dvalue is None else dvalue, dgate, dup,
       params["query"], params["key"], params.get("value", params["key"]), params["gate"],

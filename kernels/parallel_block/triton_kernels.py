@@ -239,7 +239,7 @@ def swiglu_gradient_kernel(dy_ptr, gate_ptr, up_ptr, ff_out_ptr, M, dgate_out, d
     silu = gate * s
     tl.store(act_out + at, (silu * up).to(dtype), mask=inside)
     tl.store(dup_out + at, (parts[part] * silu).to(dtype), mask=inside)
-    tl.store(dgate_out + at, (parts[part] * up * s * (1 + gate * (1 - s))).to(dtype), mask=inside)
+    tl.store(dgate_out + at, (parts[part] * up * (s + silu * (1 - s))).to(dtype), mask=inside)
 
 
 @triton.jit
