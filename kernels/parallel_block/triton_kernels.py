@@ -51,7 +51,7 @@ def _rows(row, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_products(xs, ws, KS, STEPS: tl.constexpr, token, M, column, N: tl.constexpr, TRANSPOSED: tl.constexpr,
+def _sum_of_products(xs, ws, KS, token, M, column, N: tl.constexpr, TRANSPOSED: tl.constexpr,
                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                      PRECISION: tl.constexpr):
   """The sum of x @ w over the x [M, K] and the w [K, N], or [N, K] if TRANSPOSED.
@@ -62,7 +62,10 @@ def _sum_of_products(xs, ws, KS, STEPS: tl.constexpr, token, M, column, N: tl.co
   # Columns past the end are those of the beginning: so a load is of whole vectors without a mask.
   columns = (column + tl.arange(0, BLOCK_N)) % N
   acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-  for step in range(0, STEPS):
+  total = KS[0]
+  for i in tl.static_range(1, len(xs)):
+    total += KS[i]
+  for step in range(0, total // BLOCK_K):
     x_ptr, w_ptr, K, start = xs[0], ws[0], KS[0], step * BLOCK_K
     for i in tl.static_range(1, len(xs)):
       past = start >= K
@@ -201,7 +204,7 @@ def out_projection_kernel(x_ptr, attended_ptr, act_ptr, attn_out_ptr, ff_out_ptr
   TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
   token, tile = _place(M, TILES, BLOCK_M, TOGETHER)
   column = tile * BLOCK_N
-  acc = _sum_of_products((attended_ptr, act_ptr), (attn_out_ptr, ff_out_ptr), (ATTENDED, F), (ATTENDED + F) // BLOCK_K, token,
+  acc = _sum_of_products((attended_ptr, act_ptr), (attn_out_ptr, ff_out_ptr), (ATTENDED, F), token,
                          M, column, D, False, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
   row = tl.arange(0, BLOCK_M)
   parts = _quarters(acc)
@@ -224,7 +227,7 @@ def swiglu_gradient_kernel(dy_ptr, gate_ptr, up_ptr, ff_out_ptr, M, dgate_out, d
   TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
   token, tile = _place(M, TILES, BLOCK_M, TOGETHER)
   column = tile * BLOCK_N
-  dact = _sum_of_products((dy_ptr,), (ff_out_ptr,), (D,), D // BLOCK_K, token, M, column, F, True, BLOCK_M,
+  dact = _sum_of_products((dy_ptr,), (ff_out_ptr,), (D,), token, M, column, F, True, BLOCK_M,
                           BLOCK_N, BLOCK_K, PRECISION)
   row = tl.arange(0, BLOCK_M)
   dtype = dgate_out.dtype.element_ty
@@ -256,12 +259,12 @@ def input_gradient_kernel(dquery_ptr, dkey_ptr, dvalue_ptr, dgate_ptr, dup_ptr, 
     acc = _sum_of_products(
         (dquery_ptr, dkey_ptr, dvalue_ptr, dgate_ptr, dup_ptr),
         (query_ptr, key_ptr, value_ptr, gate_ptr, up_ptr),
-        (HEADS * DIM_HEAD, DIM_HEAD, DIM_HEAD, F, F), (HEADS * DIM_HEAD + 2 * DIM_HEAD + 2 * F) // BLOCK_K, token, M, column, D, True, BLOCK_M, BLOCK_N,
+        (HEADS * DIM_HEAD, DIM_HEAD, DIM_HEAD, F, F), token, M, column, D, True, BLOCK_M, BLOCK_N,
         BLOCK_K, PRECISION)
   else:
     acc = _sum_of_products(
         (dquery_ptr, dkey_ptr, dgate_ptr, dup_ptr), (query_ptr, key_ptr, gate_ptr, up_ptr),
-        (HEADS * DIM_HEAD, DIM_HEAD, F, F), (HEADS * DIM_HEAD + 2 * DIM_HEAD + 2 * F) // BLOCK_K, token, M, column, D, True, BLOCK_M, BLOCK_N, BLOCK_K,
+        (HEADS * DIM_HEAD, DIM_HEAD, F, F), token, M, column, D, True, BLOCK_M, BLOCK_N, BLOCK_K,
         PRECISION)
   row = tl.arange(0, BLOCK_M)
   columns = column + tl.arange(0, BLOCK_N)

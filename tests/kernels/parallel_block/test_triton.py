@@ -1,0 +1,243 @@
+"""The block's Triton kernels: numbers in Triton's interpreter, compilation ahead of time."""
+
+import functools
+import inspect
+from unittest import mock
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings, strategies as st
+
+from palm_haiku.kernels import triton_call, tuning
+from palm_haiku.kernels.parallel_block import triton
+from tests import triton_interpreter
+from tests.kernels.parallel_block import contract
+from tests.kernels.parallel_block.contract import Case
+
+if trouble := triton_call.problem():
+  pytest.skip(f"needs {trouble}", allow_module_level=True)
+
+ALL = ("in_projection", "out_projection", "swiglu_gradient", "input_gradient")
+
+
+def run(case, blocks=(32, 64, 32), together=2, mutate=None, of=ALL):
+  """The case's inputs and the kernels' results on them, in tiles of (tokens, columns, depth)."""
+  arrays = contract.inputs(case)
+  tiles = tuning.ParallelBlockTriton(*blocks, 4, 2)
+  with (triton_interpreter.interpreted(mutate), mock.patch.multiple(
+      tuning, parallel_block_triton=lambda *_: tiles, TOGETHER=together)):
+    results = contract.run(triton, case, arrays, of=of)
+    return arrays, jax.tree.map(np.asarray, results)
+
+
+def verify(case, *args, **keywords):
+  contract.check(case, *run(case, *args, **keywords))
+
+
+drawn = dict(
+    case=contract.cases(dims=(64, 128, 192), hiddens=(64, 128, 320), dim_heads=(64, 128),
+                        dtypes=("bfloat16", "float16", "float32"), max_tokens=70, max_heads=2),
+    blocks=st.sampled_from([(16, 128, 64), (32, 64, 64), (64, 128, 32), (128, 256, 64)]),
+    together=st.integers(1, 3))
+# The message has the case; to look for a smaller one takes minutes.
+PHASES = (Phase.explicit, Phase.generate)
+
+
+@pytest.mark.timeout(900)  # for a busy machine
+@settings(max_examples=8, phases=PHASES)
+@given(**drawn)
+def test_results_are_as_near_to_float64_as_the_xla_path(case, blocks, together):
+  verify(case, blocks, together)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(max_examples=200, derandomize=False, phases=PHASES)
+@given(**drawn | dict(case=contract.cases(
+    dims=(64, 128, 192, 576), hiddens=(64, 192, 384), dim_heads=(64, 128, 256),
+    dtypes=("bfloat16", "float16", "float32"), max_tokens=300)))
+def test_fuzz(case, blocks, together):
+  verify(case, blocks, together)
+
+
+@pytest.mark.parametrize("case", [
+    Case(tokens=1, dim=64, heads=1, hidden=64, mean=30.0),
+    Case(tokens=131, dim=320, heads=1, dim_head=256, hidden=448, norm="rms", value=False),
+], ids=str)
+@pytest.mark.parametrize("contraction", [1, 10**6])
+def test_edges_in_the_tiles_of_the_table(case, contraction):
+  verify(case, tuning.parallel_block_triton(None, 2, contraction)[:3])
+
+
+# Planted mistakes: each must fail the very check that the kernels pass. In float32, whose bound is
+# the sharpest.
+MUTANTS = {  # the function and the result that it spoils, what is replaced, and by what
+    "the sizes of all rows of a program": (
+        "in_projection", "act", "tl.sum(x * x, 1) / D + EPS)[:, None]",
+        "tl.sum(tl.sum(x * x, 1), 0) / (BLOCK_M * D) + EPS)"),
+    "the mean stays": ("in_projection", "act", "if CENTRED:", "if False:"),
+    "what is past the end of a row counts": (
+        "in_projection", "act", "tl.where((column < D)[None, :], x - (tl.sum(x, 1) / D)[:, None], 0.0)",
+        "x - (tl.sum(x, 1) / D)[:, None]"),
+    "the last tile's products stay in the accumulator": (
+        "out_projection", "y", "  acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)\n",
+        "  acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) + token / 64\n"),
+    "gate and up exchanged": (
+        "in_projection", "act", "tl.where(right, up_ptr + pair, gate_ptr + pair)",
+        "tl.where(right, gate_ptr + pair, up_ptr + pair)"),
+    "the value rotated": (
+        "in_projection", "value", "turns = inside & (pair < COUNT)[None, :]", "turns = inside"),
+    "rotated backwards": ("in_projection", "key", "cos - second * sin, second * cos + first",
+                          "cos + second * sin, second * cos - first"),
+    "the angles of another token": (
+        "in_projection", "query", "turn = token * HALF + (row * HALF",
+        "turn = token * HALF + ((row ^ 1) * HALF"),
+    "the other half of the head before": (
+        "in_projection", "query", "pair % HALF + tl.where(right, HALF, 0))",
+        "pair % HALF + tl.where(right, -HALF, 0))"),
+    "no residual": ("out_projection", "y", "if WITH_X:", "if False:"),
+    "the last step of the contraction is left out": (
+        "out_projection", "y", "range(0, total // BLOCK_K)", "range(0, total // BLOCK_K - 1)"),
+    "a step past the end of a product": ("input_gradient", "dh", "start >= K", "start > K"),
+    "the next product begins late": (
+        "input_gradient", "dh", "tl.where(past, start - K, start)", "start"),
+    "the value's gradient through the key": (
+        "input_gradient", "dh", "(query_ptr, key_ptr, value_ptr, gate_ptr",
+        "(query_ptr, key_ptr, key_ptr, gate_ptr"),
+    "half the derivative of SwiGLU": (
+        "swiglu_gradient", "dgate", "(s + silu * (1 - s))", "s"),
+    "the gradients of gate and up exchanged": (
+        "swiglu_gradient", "dup", "tl.store(dup_out + at, (parts[part] * silu)",
+        "tl.store(dup_out + at, (parts[part] * up)"),
+    "a part of the tile twice": (
+        "swiglu_gradient", "act of gradient", "column + part * (BLOCK_N // 4)",
+        "column + part // 2 * (BLOCK_N // 2)"),
+    "tokens past the end of a group": (
+        "swiglu_gradient", "dup", "* BLOCK_M, index // size", "* BLOCK_M + 1, index // size"),
+}
+MUTANT_CASE = Case(tokens=70, dim=192, hidden=192, heads=2, dtype="float32", mean=1.0)
+
+
+@functools.cache
+def check_unmutated(of):
+  verify(MUTANT_CASE, of=(of,))
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_mistake_is_noticed(name):
+  of, result, old, new = MUTANTS[name]
+  check_unmutated(of)
+  arrays, results = run(MUTANT_CASE, mutate={old: new}, of=(of,))
+  with pytest.raises(AssertionError, match=f"^{result}"):
+    contract.check(MUTANT_CASE, arrays, {result: results[result]})
+
+
+def test_same_bits_every_time():
+  case = Case(tokens=40, hidden=128)
+  chex.assert_trees_all_equal(run(case)[1], run(case)[1])
+  from palm_haiku.kernels.parallel_block import triton_kernels
+  assert "atomic" not in inspect.getsource(triton_kernels)
+
+
+@pytest.mark.parametrize("change, chip, message", [
+    (dict(), "a100", None), (dict(heads=1, hidden=64, dtype="float32"), None, None),
+    (dict(dim=96), "a100", "dim a multiple of 64; got 96"),
+    (dict(dim_head=32), None, "dim_head a multiple of 64; got 32"),
+    (dict(hidden=100), "b200", "hidden a multiple of 64; got 100"),
+    (dict(dim=65_536), "h200", "dim at most 32768; got 65536"),
+    (dict(dtype="float64"), "a100", "dtype in {bfloat16, float16, float32}; got float64"),
+    (dict(), "v5e", "a GPU of a100, rtx4090, h100, h200, b200; got v5e"),
+])
+def test_requirements_are_named(change, chip, message):
+  case = Case(**change)
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, np.dtype(case.dtype))
+  params = dict(query=array(case.dim, case.heads, case.dim_head),
+                key=array(case.dim, case.dim_head), gate=array(case.dim, case.hidden))
+  assert triton.unsupported(array(case.tokens, case.dim), params, chip=chip) == message
+
+
+def test_tiles_fit_the_shared_memory_of_every_chip():
+  for chip in tuning.PARALLEL_BLOCK_TRITON:
+    for itemsize, contraction in ((2, 10**6), (2, 512), (4, 512)):
+      blocks = tuning.parallel_block_triton(chip, itemsize, contraction)
+      buffers = blocks.stages if chip in ("h100", "h200", "b200") else blocks.stages - 1
+      step = itemsize * blocks.depth * (blocks.tokens + blocks.columns)
+      together = 2 if itemsize == 2 and contraction == 512 else 1  # on one multiprocessor
+      assert together * buffers * step <= triton_call.CHIPS[chip][1]
+
+
+# Compiled for chips that are not here. -----------------------------------------------------------
+
+TENSOR_CORES = {"a100": "HMMA", "h100": "HGMMA", "b200": "UTCMMA"}
+
+
+def program(tokens, dim, heads, dim_head, hidden, dtype, value, rotated, keep, chip):
+  """(all four functions, the types of their arguments)."""
+  array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
+  table = array(tokens, dim_head // 2, dtype="float32")
+  x, kv, h, query = (array(tokens, dim), array(tokens, dim_head), array(tokens, hidden),
+                     array(tokens, heads, dim_head))
+  weights = dict(norm=array(dim, dtype="float32"), query=array(dim, heads, dim_head),
+                 key=array(dim, dim_head), value=array(dim, dim_head), gate=array(dim, hidden),
+                 up=array(dim, hidden))
+  if not value:
+    del weights["value"]
+
+  def layer(x, weights, rotation, query, kv, h, attn_out, ff_out):
+    dvalue = kv if value else None
+    return (triton.in_projection(x, weights, rotation, norm="layer", eps=1e-5, keep=keep, chip=chip),
+            triton.out_projection(x, query, h, attn_out, ff_out, chip=chip),
+            triton.swiglu_gradient(x, h, h, ff_out, chip=chip),
+            triton.input_gradient(query, kv, dvalue, h, h, weights, chip=chip))
+
+  return layer, (x, weights, (table, table) if rotated else None, query, kv, h,
+                 array(heads, dim_head, dim), array(hidden, dim))
+
+
+def compiles_well(chip, tokens=16_384, dim=4096, heads=16, dim_head=256, hidden=16_384,
+                  dtype="bfloat16", value=True, rotated=True, keep=True):
+  aot = pytest.importorskip("palm_haiku.kernels.aot", reason="compiles ahead of time")
+  report = aot.report(program, target=chip, tokens=tokens, dim=dim, heads=heads, dim_head=dim_head,
+                      hidden=hidden, dtype=dtype, value=value, rotated=rotated, keep=keep, chip=chip)
+  kernels = {k.name.removesuffix("_kernel"): k for k in report.kernels}
+  assert kernels.keys() == {*ALL, "normalize"}  # and nothing of XLA's: no copy, no transposition
+  for name, kernel in kernels.items():
+    assert not kernel.problems, kernel.problems
+    assert kernel.shared_memory <= triton_call.CHIPS[chip][1]
+    if name != "normalize":
+      assert kernel.code.mix.get(TENSOR_CORES[chip]), kernel
+  h = tokens * dim * jnp.dtype(dtype).itemsize
+  assert report.memory["temp"] <= h + 2**20
+
+
+def test_compiles_without_spills_for_the_tensor_cores_in_little_memory():
+  compiles_well("h100")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("chip", TENSOR_CORES)
+@pytest.mark.parametrize("change", [
+    dict(), dict(dtype="float32"), dict(dim=8192, heads=32), dict(dim=2048, dim_head=128),
+    dict(tokens=2048, dim=512, heads=8, dim_head=64, hidden=2048, value=False, rotated=False),
+    dict(tokens=2048, dim=1024, heads=8, dim_head=128, hidden=4096, keep=False),
+    dict(tokens=1001, dim=384, heads=1, dim_head=128, hidden=640, dtype="float16")], ids=str)
+def test_every_entry_of_the_table(chip, change):
+  compiles_well(chip, **change)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="runs the kernels on a GPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("change", [
+    dict(dim=192, hidden=320, heads=1), dict(dim=2048, hidden=1536, dim_head=256, norm="rms"),
+    dict(dim=1024, hidden=4096, heads=8, dim_head=128, value=False, mean=30.0)], ids=str)
+def test_on_a_gpu(change, dtype):
+  case = Case(tokens=701, dtype=dtype, **change)
+  arrays = contract.inputs(case)
+  results = contract.run(triton, case, arrays)
+  contract.check(case, arrays, results)
+  chex.assert_trees_all_equal(results, contract.run(triton, case, arrays))
