@@ -114,7 +114,7 @@ def run(result: dict, cases: list[Callable[[], Case]], out=None, rounds: int = R
     print("There is no accelerator here, so XLA's rows alone run; a CPU's times say nothing about "
           "the kernels.")
     result["note"] = "no accelerator: XLA's rows alone"
-  failed = 0
+  failed, slower, judged = 0, [], 0
   for make in cases:
     if deadline and time.monotonic() > deadline:
       print("out of time: the rest is left out")
@@ -123,6 +123,11 @@ def run(result: dict, cases: list[Callable[[], Case]], out=None, rounds: int = R
     print("\n" + " ".join(f"{key} {value}" for key, value in case.about.items() if value))
     rows = _measure(case, rounds, deadline)
     failed += sum("failed" in row for row in rows)
+    pair = {row["implementation"]: row for row in rows if "ms" in row}
+    if {"auto", "xla"} <= pair.keys():
+      judged += 1
+      if pair["auto"]["low"] > pair["xla"]["high"]:
+        slower.append(" ".join(str(value) for value in case.about.values() if value))
     results.add(result, rows)
     results.save(result, out)
     print(table.text(COLUMNS, [row for row in rows if "ms" in row]))
@@ -130,6 +135,9 @@ def run(result: dict, cases: list[Callable[[], Case]], out=None, rounds: int = R
       for kind in ("absent", "failed"):
         if kind in row:
           print(f"{kind}: {row['implementation']}: {row[kind]}")
+  if judged:
+    print("\nauto is " + (f"slower than xla in every round of: {'; '.join(slower)}" if slower else
+                          f"nowhere slower than xla beyond noise ({judged} compared)"))
   print(f"\n{results.save(result, out)}")
   return failed
 

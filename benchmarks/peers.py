@@ -102,6 +102,11 @@ PLATFORMS = {
 }
 
 
+def tokamax_glu(x, gate, up):
+  """tokamax's gated linear unit, silu(x @ gate) * (x @ up)."""
+  return _import("tokamax").gated_linear_unit(x, (gate, up), activation=jax.nn.silu)
+
+
 # ---- the TPU kernels in the layouts that they are written for
 
 

@@ -77,7 +77,7 @@ def _report(job, folder) -> Report:
       target=job.target, versions=_versions(cuda), kernels=tuple(kernels),
       memory={kind: getattr(memory, f"{kind}_size_in_bytes") for kind in
               ("temp", "argument", "output")},
-      square=tuple(found), flops=job.flops, loops=loops)
+      square=tuple(found), flops=job.flops, loops=loops, traffic=hlo.traffic(text))
 
 
 def _versions(cuda):

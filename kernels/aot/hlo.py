@@ -10,7 +10,7 @@ from .errors import UnknownDump
 
 _COMPUTATION = re.compile(r"(?:(ENTRY) )?%?([\w.<>\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.<>\-]+) = ((?:\(.*?\)|\S+)) ([\w\-]+)\(")
-_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 # Other names for a buffer that something else already holds.
 _ALIASES = ("bitcast", "get-tuple-element", "tuple", "while", "conditional", "call", "opt-barrier")
@@ -22,6 +22,7 @@ class Buffer:
   dtype: str
   shape: tuple[int, ...]
   opcode: str
+  space: int = 0  # 0 for the device's memory; others are faster and on the chip
 
   @property
   def bytes(self) -> int:
@@ -58,14 +59,50 @@ def instructions(text: str) -> Iterator[Instruction]:
       inside = None
     elif match := _INSTRUCTION.match(line):
       name, shapes, opcode = match.groups()
-      arrays = tuple(Buffer(name, dtype, tuple(int(d) for d in dims.split(",") if d), opcode)
-                     for dtype, dims in _ARRAY.findall(shapes))
+      arrays = tuple(
+          Buffer(name, dtype, tuple(int(d) for d in dims.split(",") if d), opcode, _space(layout))
+          for dtype, dims, layout in _ARRAY.findall(shapes))
       yield Instruction(inside, name, arrays, opcode, line.strip())
     elif re.match(r"\s+(ROOT )?%\S+ = ", line):
       # The compiler's own attributes may run over lines; a result always has " = ".
       raise UnknownDump(f"an HLO instruction of unknown form: {line.strip()[:200]}")
   if not entry:
     raise UnknownDump("the HLO text has no ENTRY computation")
+
+
+def _space(layout: str) -> int:
+  found = re.search(r"S\((\d+)\)", layout)
+  return int(found[1]) if found else 0
+
+
+def traffic(text: str) -> int:
+  """Bytes that the instructions of a program read from the device's memory and write to it.
+
+  Each operand and each result of an instruction counts once, as if caches held nothing between
+  two of them; a fusion and a kernel are one instruction. Of an operand of which only a slice is
+  used the whole counts, but for copies to faster memory.
+  """
+  inside = {name for line in text.splitlines() if " while(" not in line and " call(" not in line
+            for name in _CALLED.findall(line)}
+  every = list(instructions(text))
+  results, (times, _) = {one.name: one.arrays for one in every}, calls(text)
+  total = 0
+  for one in every:
+    if one.computation in inside or one.opcode in (*_ALIASES, "parameter", "constant"):
+      continue
+    if one.opcode.endswith(("-done", "-update")):
+      continue
+    operands = re.search(rf" {one.opcode}\((.*?)\)(?:,|$)", one.line)
+    read = [array for name in re.findall(r"%?([\w.\-]+)", operands[1] if operands else "")
+            for array in results.get(name, ())]
+    written = one.arrays
+    if one.opcode.endswith("-start"):
+      # Its result is (destination, source, ...) of a copy, ((sources), destination, ...) of others.
+      written = one.arrays[:1] if one.opcode == "copy-start" else one.arrays[len(read):][:1]
+      read = [dataclasses.replace(written[0], space=source.space) for source in read[:1]]
+    moved = sum(array.bytes for array in (*read, *written) if array.space == 0)
+    total += times.get(one.name, 1) * moved
+  return total
 
 
 def buffers(text: str) -> list[Buffer]:

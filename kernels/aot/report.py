@@ -109,6 +109,7 @@ class Report:
     flops: useful FLOPs of one call, if they were given.
     loops: whether the program has loops around its kernels of which it is not known how often
       they run: they are counted once. On a GPU, whether it has any.
+    traffic: bytes that cross the device's memory in one call; see `hlo.traffic`.
   """
 
   target: str
@@ -118,6 +119,7 @@ class Report:
   square: tuple[Buffer, ...]
   flops: float | None = None
   loops: bool = False
+  traffic: int = 0
 
   @property
   def chip(self) -> Gpu | Tpu:
@@ -152,7 +154,8 @@ class Report:
     versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
     lines = [f"{self.target}: {versions}", *map(str, self.kernels)]
     lines.append("memory per device: " + ", ".join(
-        f"{kind} {size / 2**20:.2f} MiB" for kind, size in self.memory.items()))
+        f"{kind} {size / 2**20:.2f} MiB" for kind, size in self.memory.items())
+                 + f"; {self.traffic / 2**20:.2f} MiB read and written")
     if isinstance(self.chip, Tpu):
       seconds = self.seconds()
       text = f"static estimate: {seconds * 1e6:.1f} us" if seconds else "no estimate"

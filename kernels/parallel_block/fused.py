@@ -130,27 +130,27 @@ def parallel_attention_ffn(x, params, *, backend, chip, norm, norm_eps, rotary, 
              if not name.endswith("_scale")}
   weights_out = {name: weights.pop(name) for name in _OUT}
 
-  def project_in(x, positions, weights):
+  def from_stream(x, positions, weights):
     x, positions, weights = _varying_together(x, positions, weights)
     half = weights["key"].shape[1] // 2
     rotation = xla.rotation_at(positions.reshape(-1), half) if rotated else None
-    made = _project_in(options, x.reshape(-1, x.shape[-1]), weights, rotation)
+    made = project_in(options, x.reshape(-1, x.shape[-1]), weights, rotation)
     # Each device keeps the key and value that it made, as the head that its queries attend to:
     # nothing has to be told that they are equal, and gradients are summed with those of x.
     made |= {name: made[name][:, None] for name in ("key", "value") if name in made}
     return {name: out.reshape(*x.shape[:2], *out.shape[1:]) for name, out in made.items()}
 
-  def project_out(x, attended, hidden, weights):
+  def to_stream(x, attended, hidden, weights):
     rows = lambda a: a.reshape(-1, *a.shape[2:])
     attended, hidden = jax.tree.map(rows, (attended, hidden))
     if not by.columns:
       arrays = _varying_together(rows(x), attended, hidden, weights)
-      return _project_out(options, *arrays).reshape(x.shape)
-    share = _project_out(options, None, *_varying_together(attended, hidden, weights))
+      return project_out(options, *arrays).reshape(x.shape)
+    share = project_out(options, None, *_varying_together(attended, hidden, weights))
     return x + jax.lax.psum(share.reshape(x.shape), by.columns)
 
   made = _over(
-      mesh, project_in,
+      mesh, from_stream,
       (stream, jnp.broadcast_to(positions, (*lead, x.shape[-2])).reshape(stream.shape[:2]),
        weights),
       (by.rows(), by.rows(), {name: by.weight(name) for name in weights}),
@@ -165,7 +165,7 @@ def parallel_attention_ffn(x, params, *, backend, chip, norm, norm_eps, rotary, 
   attended, cache = xla.attend(query, key, value, params, rotary=rotary,
                                query_offset=query_offset, **attention_options)
   y = _over(
-      mesh, project_out, (stream, with_batch(attended), made, weights_out),
+      mesh, to_stream, (stream, with_batch(attended), made, weights_out),
       (by.rows(), by.rows(of_columns=True), {name: by.rows(of_columns=True) for name in made},
        {name: by.weight(name) for name in weights_out}),
       by.rows())
@@ -190,8 +190,12 @@ def _varying_together(*arrays):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project_in(options, x, weights, rotation):
-  """{"query", "key", "value", "act", "gate", "up"} of x [M, D]; no value where no weight of it."""
+def project_in(options, x, weights, rotation):
+  """The first step: {"query", "key", "value", "act", "gate", "up"} of x [M, D], as the kernels'.
+
+  There is no value where there is no weight of it. The gradient of act is not used: that of gate
+  and up comes from `project_out`.
+  """
   made = _in_projection(options, x, weights, rotation, keep=False)
   # Nobody reads these: only the backward pass would.
   return made | dict(gate=made["act"], up=made["act"])
@@ -230,8 +234,8 @@ def _project_in_backward(options, residuals, cotangents):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project_out(options, x, attended, hidden, weights):
-  """x + attended @ attn_out + act @ ff_out; hidden is {"act", "gate", "up"}."""
+def project_out(options, x, attended, hidden, weights):
+  """The last step: x + attended @ attn_out + act @ ff_out; hidden is {"act", "gate", "up"}."""
   kernel = folding_vmap(lambda tokens, weights: options.backend.out_projection(
       *tokens, *weights, chip=options.chip))
   return kernel((x, attended, hidden["act"]), tuple(weights[name] for name in _OUT))
@@ -239,7 +243,7 @@ def _project_out(options, x, attended, hidden, weights):
 
 def _project_out_forward(options, x, attended, hidden, weights):
   x, attended, hidden, weights = _not_differentiable((x, attended, hidden, weights))
-  return (_project_out(options, x, attended, hidden, weights),
+  return (project_out(options, x, attended, hidden, weights),
           (x is None, attended, hidden["gate"], hidden["up"], weights))
 
 
@@ -267,5 +271,5 @@ def _not_differentiable(arrays):
   return jax.tree.map(lambda x: not_differentiable(x, OP), arrays)
 
 
-_project_in.defvjp(_project_in_forward, _project_in_backward)
-_project_out.defvjp(_project_out_forward, _project_out_backward)
+project_in.defvjp(_project_in_forward, _project_in_backward)
+project_out.defvjp(_project_out_forward, _project_out_backward)

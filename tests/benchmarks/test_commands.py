@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from benchmarks import attention, block, decode, generate, loss, loss_training, 
 from benchmarks import static, suite
 from benchmarks.shapes import Attention
 from palm_haiku.kernels import aot
+from tests.kernels.parallel_block.test_fused import PlainBackend
 
 
 @pytest.mark.parametrize("chained", [True, False])
@@ -83,12 +85,32 @@ def test_the_reference_sees_what_is_wrong(alibi, monkeypatch):
     assert errors() > 1e-2
 
 
-def test_block_against_its_formula():
-  case = block.case(block.Shape(1, 80, 64, 4, 16, 4), True, "float32", ["xla"])
-  x, weights, cotangent = case.arrays
-  out, gradients = case.implementations["xla"](x, weights, cotangent)
-  assert case.error((out, gradients)) < 2e-5
-  assert case.error((out * 1.01, gradients)) > 1e-3
+@pytest.mark.parametrize("architecture", ["palm", "palm-lite"])
+@pytest.mark.parametrize("step", block.STEPS)
+@pytest.mark.parametrize("backward", [False, True])
+def test_block_against_its_formula(architecture, step, backward):
+  case = block.case(block.Shape(1, 80, 64, 4, 16, 4), backward, "float32", ["xla"], step=step,
+                    architecture=architecture)
+  out, *rest = jax.jit(case.implementations["xla"])(*case.arrays)
+  assert case.error((out, *rest)) < 2e-5
+  assert case.error((jax.tree.map(lambda x: x * 1.01, out), *rest)) > 1e-3
+  assert case.flops > 0 and case.bytes > 0
+
+
+def test_the_steps_of_a_block_are_what_its_op_does(monkeypatch):
+  """The rows of this project's kernels, with a backend in plain JAX."""
+  module = PlainBackend()
+  monkeypatch.setattr(block.backend, "kernel_module", lambda op, name: module)
+  for step in block.STEPS[1:]:
+    for backward in (False, True):
+      case = block.case(block.Shape(2, 8, 16, 2, 8, 2), backward, "float32", ["xla", "mosaic_gpu"],
+                        step=step)
+      got, want = (jax.jit(case.implementations[name])(*case.arrays)
+                   for name in ("mosaic_gpu", "xla"))
+      if backward and step == "out_projection":
+        got[1][2].pop("act")  # whose gradient is that of gate and up
+        want[1][2].pop("act")
+      chex.assert_trees_all_close(got, want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("cache_dtype", ["float32", "int8"])

@@ -256,6 +256,35 @@ def test_padded_squares():
   assert hlo.square([buffer], 1000, 1000)
 
 
+MOVED = """HloModule jit_f
+
+%inside (a: bf16[256,16], b: bf16[16]) -> bf16[256,16] {
+  %a = bf16[256,16]{1,0} parameter(0)
+  %b = bf16[16]{0} parameter(1)
+  ROOT %c = bf16[256,16]{1,0} custom(%a, %b)
+}
+
+ENTRY %main (x: bf16[256,16], w: bf16[16]) -> bf16[256,16] {
+  %x = bf16[256,16]{1,0:T(8,128)(2,1)} parameter(0)
+  %w = bf16[16]{0} parameter(1)
+  %start = (bf16[16]{0:T(256)S(1)}, bf16[16]{0}, u32[]{:S(2)}) copy-start(%w)
+  %fast = bf16[16]{0:T(256)S(1)} copy-done(%start)
+  %part = ((bf16[256,16]{1,0}), bf16[32,16]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:32]}
+  %slice = bf16[32,16]{1,0:S(1)} slice-done(%part)
+  %fused = bf16[256,16]{1,0} fusion(%x, %fast), kind=kLoop, calls=%inside
+  %kernel = (bf16[256,16]{1,0}, f32[4]{0}) custom-call(%fused, %slice), custom_call_target="k"
+  ROOT %y = bf16[256,16]{1,0} get-tuple-element(%kernel), index=0
+}
+"""
+
+
+def test_traffic_is_what_crosses_the_devices_memory():
+  # w, a slice of x, x and the fusion's result, which the kernel reads, and its two results.
+  assert hlo.traffic(MOVED) == 32 + 1024 + 2 * 8192 + 2 * 8192 + 16
+  # 35 times product and addition; the loop's test; the copy of its start.
+  assert hlo.traffic(LOOP) == 35 * (64 + 12) + 9 + 8
+
+
 @pytest.mark.parametrize("change", [
     lambda text: "", lambda text: text.replace("ENTRY ", ""),
     lambda text: text.replace(" fusion(", " fusion ")])
