@@ -157,6 +157,26 @@ def cross_entropy_mosaic_gpu(chip: str | None) -> CrossEntropyMosaicGpu:
   return CROSS_ENTROPY_MOSAIC_GPU[chip or "h200"]
 
 
+HOPPER_PROCESSORS = 132  # streaming multiprocessors
+
+
+class ParallelBlockMosaicGpu(NamedTuple):
+  """Tiles of the Hopper kernels of the parallel block: 128 tokens, 64 to a compute warpgroup."""
+
+  columns: int  # of a tile
+  stages: int  # slots of 64 of the contraction in flight
+  together: bool  # two tiles of tokens share the copies of the weights
+
+
+_PARALLEL_BLOCK_HOPPER = ParallelBlockMosaicGpu(columns=256, stages=4, together=True)
+PARALLEL_BLOCK_MOSAIC_GPU = {chip: _PARALLEL_BLOCK_HOPPER for chip in ("h100", "h200")}
+
+
+def parallel_block_mosaic_gpu(chip: str | None) -> ParallelBlockMosaicGpu:
+  """Tiles for a chip; those of an h200 where it is not known."""
+  return PARALLEL_BLOCK_MOSAIC_GPU[chip or "h200"]
+
+
 class CrossEntropyTriton(NamedTuple):
   """Tile sizes and launch of the Triton cross-entropy kernels."""
 
