@@ -20,7 +20,6 @@ from ..attention.mosaic_gpu_tiles import COMPUTE, ROWS, TILE, WARPGROUP_ROWS
 CHUNK = 64  # of the contraction in a slot: the 128 bytes of a swizzle
 STORE = 64  # columns of a store
 TILING = 8  # rows of an array that TMA copies are a multiple of this
-COPIES = 2  # that fill a slot
 
 
 class Ring(NamedTuple):
@@ -57,8 +56,8 @@ def run(ring, rows, columns, parts, compute):
     ring: the slots.
     rows, columns: numbers of tiles.
     parts: what a tile's slots hold, [(steps, fill)]: fill(row, column, i, slot, put) puts the
-      i-th of these steps into a slot, by COPIES times put(source, target, shared=False). Of a
-      shared copy each block of a pair makes half, for both.
+      i-th of these steps into a slot, by as many put(source, target, shared=False) as `launch` was
+      told. Of a shared copy each block of a pair makes half, for both.
     compute: compute(row, column, first) is what a warpgroup does with a tile, whose steps begin
       with `first`.
   """
@@ -119,12 +118,13 @@ def accumulate(ring, first, steps, a_smem, operands, columns):
 
   operands(slot) lists them, [CHUNK, columns] each; the result is float32[64, columns] each.
   """
+  mine = my_rows()  # out of the loop, which the compiler does not take it out of
 
   def multiply(*sums):
     def chunk(k, _):
       slot = ring.wait(first + k)
       for total, b in zip(sums, operands(slot), strict=True):
-        plgpu.wgmma(total, a_smem.at[slot, my_rows()], b)
+        plgpu.wgmma(total, a_smem.at[slot, mine], b)
       plgpu.wgmma_wait(len(sums))  # all but these are done, so that the slot before it is free
 
       @pl.when(k > 0)
@@ -146,13 +146,17 @@ def load(ref):
   return plgpu.load(ref, layout=TILE).astype(jnp.float32)
 
 
-def store(out_smem, i, value, target):
-  """Sends 64 x 64 numbers to an array by TMA; of a warpgroup's stores this is the i-th."""
+def store(out_smem, i, value, *targets):
+  """Sends 64 x 64 numbers to an array by TMA; of a warpgroup's stores for a tile this is the i-th.
+
+  Of several targets, (condition, array) each, exactly one condition is true.
+  """
   slot = out_smem.at[lax.axis_index("wg"), i % 2]
-  plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # all but the last store have left their slot
+  plgpu.wait_smem_to_gmem(min(i, 1), wait_read_only=True)  # what this slot held is on its way
   slot[...] = value.astype(slot.dtype)
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(slot, target)
+  for condition, target in targets:
+    pl.when(condition)(functools.partial(plgpu.copy_smem_to_gmem, slot, target))
 
 
 def whole(x, multiple):
@@ -161,11 +165,12 @@ def whole(x, multiple):
   return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) if missing else x
 
 
-def launch(kernel, name, operands, out_types, slots, *, rows, columns, config):
-  """Runs kernel(*operands, *results, a_smem, b_smem, out_smem, ring) over rows x columns tiles.
+def launch(kernel, name, operands, out_types, slot, *, copies, rows, columns, config):
+  """kernel(*operands, *results, a_smem, b_smem, out_smem, ring) over rows x columns tiles.
 
   Args:
-    slots: the shape of what is beside [128, 64] of A in a slot.
+    slot: the shape of what a slot has beside the [128, 64] of A.
+    copies: that fill a slot.
   """
   dtype = out_types[0].dtype
   smem = functools.partial(
@@ -186,16 +191,16 @@ def launch(kernel, name, operands, out_types, slots, *, rows, columns, config):
       out_type=out_types,
       grid=(min(pl.cdiv(rows, size) * columns, tuning.HOPPER_PROCESSORS // size),),
       grid_names=("block",),
-      **dict(cluster=(2,), cluster_names=("pair",)) if together else {},
+      **(dict(cluster=(2,), cluster_names=("pair",)) if together else {}),
       num_threads=COMPUTE + 1,
       thread_name="wg",
       kernel_name=name,
       compiler_params=mosaic_gpu_tiles.COMPILER_PARAMS,
       scratch_types=[
           smem((config.stages, ROWS, CHUNK)),
-          smem((config.stages, *slots)),
+          smem((config.stages, *slot)),
           smem((COMPUTE, 2, WARPGROUP_ROWS, STORE)),
-          plgpu.Barrier(num_arrivals=COPIES, **barriers),
+          plgpu.Barrier(num_arrivals=copies, **barriers),
           free,
       ],
   )(*operands)
