@@ -16,6 +16,7 @@ from .. import mesh, tuning
 from ..attention.mosaic_gpu_tiles import ROWS, TILE, WARPGROUP_ROWS
 from . import mosaic_gpu_product as product
 from . import xla
+from .mosaic_gpu_backward import input_gradient, swiglu_gradient  # noqa: F401
 from .mosaic_gpu_product import CHUNK, STORE
 
 
@@ -49,20 +50,14 @@ def out_projection(x, attended, act, attn_out, ff_out, *, chip, config=None):
 
 def _out_projection_kernel(x_ref, attended_ref, attn_out_ref, act_ref, ff_out_ref, y_ref,
                            a_smem, b_smem, out_smem, ring, *, columns):
-  def pair(a_ref, b_ref):
-    def fill(row, column, i, slot, put):
-      chunk = pl.ds(i * CHUNK, CHUNK)
-      put(a_ref.at[pl.ds(row * ROWS, ROWS), chunk], a_smem.at[slot])
-      put(b_ref.at[chunk, pl.ds(column * columns, columns)], b_smem.at[slot], shared=True)
-    return a_ref.shape[1] // CHUNK, fill
-
   def residual(row, column, i, slot, put):
     for half in (0, WARPGROUP_ROWS):
       put(x_ref.at[pl.ds(row * ROWS + half, WARPGROUP_ROWS),
                    pl.ds(column * columns + i * STORE, STORE)],
           a_smem.at[slot, pl.ds(half, WARPGROUP_ROWS)])
 
-  parts = [pair(attended_ref, attn_out_ref), pair(act_ref, ff_out_ref)]
+  parts = [product.part(attended_ref, attn_out_ref, a_smem, b_smem),
+           product.part(act_ref, ff_out_ref, a_smem, b_smem)]
   depth = sum(count for count, _ in parts)
   if x_ref is not None:
     parts.append((columns // STORE, residual))
@@ -70,13 +65,11 @@ def _out_projection_kernel(x_ref, attended_ref, attn_out_ref, act_ref, ff_out_re
   def compute(row, column, first):
     total, = product.accumulate(
         ring, first, depth, a_smem, lambda slot: [b_smem.at[slot]], columns)
-    here = pl.ds(row * ROWS + lax.axis_index("wg") * WARPGROUP_ROWS, WARPGROUP_ROWS)
+    here = product.my_rows_of(row)
     for i in range(columns // STORE):
       value = total[:, i * STORE:(i + 1) * STORE]
       if x_ref is not None:
-        slot = ring.wait(first + depth + i)
-        value += product.load(a_smem.at[slot, product.my_rows()])
-        ring.release(first + depth + i)
+        value += product.take(ring, first + depth + i, a_smem)[0]
       target = y_ref.at[here, pl.ds(column * columns + i * STORE, STORE)]
       product.store(out_smem, i, value, (True, target))
 
@@ -157,7 +150,7 @@ def _in_projection_kernel(h_ref, query_ref, key_ref, value_ref, gate_ref, up_ref
   def compute(row, column, first):
     sums = product.accumulate(
         ring, first, depth, a_smem, lambda slot: [b_smem.at[slot, side] for side in (0, 1)], half)
-    here = pl.ds(row * ROWS + lax.axis_index("wg") * WARPGROUP_ROWS, WARPGROUP_ROWS)
+    here = product.my_rows_of(row)
     store = functools.partial(product.store, out_smem)
 
     @pl.when(column < head_tiles)
@@ -188,7 +181,7 @@ def _in_projection_kernel(h_ref, query_ref, key_ref, value_ref, gate_ref, up_ref
       for n, at in enumerate(range(0, half, STORE)):
         gate, up = (total[:, at:at + STORE] for total in sums)
         there = pl.ds((column - head_tiles) * half + at, STORE)
-        for i, (out, value) in enumerate(zip(outs, (gate * sigmoid(gate) * up, gate, up))):
+        for i, (out, value) in enumerate(zip(outs, (gate * product.sigmoid(gate) * up, gate, up))):
           store(n * len(outs) + i, value, (True, out.at[here, there]))
 
   rows = pl.cdiv(h_ref.shape[0], ROWS)
@@ -215,9 +208,3 @@ def _rotated(sums, at, cos_ref, sin_ref, rows, dim_head):
   if pair < STORE:
     return jnp.concatenate(halves, axis=1)
   return halves[second_half]
-
-
-def sigmoid(x):
-  """1 / (1 + exp(-x)) by two fast instructions; a division would take ten."""
-  root = lax.rsqrt(1 + jnp.exp(-x))
-  return root * root

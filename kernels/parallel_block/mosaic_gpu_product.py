@@ -108,6 +108,22 @@ def run(ring, rows, columns, parts, compute):
     plgpu.wait_smem_to_gmem(0)
 
 
+def part(a_ref, b_ref, a_smem, b_smem):
+  """The steps of A @ B, or of A @ B.T if a slot has B's rows as its first dimension."""
+  transposed = b_smem.shape[2] == CHUNK != b_smem.shape[1]
+
+  def fill(row, column, i, slot, put):
+    chunk = pl.ds(i * CHUNK, CHUNK)
+    put(a_ref.at[pl.ds(row * ROWS, ROWS), chunk], a_smem.at[slot])
+    if transposed:
+      source = b_ref.at[pl.ds(column * b_smem.shape[1], b_smem.shape[1]), chunk]
+    else:
+      source = b_ref.at[chunk, pl.ds(column * b_smem.shape[2], b_smem.shape[2])]
+    put(source, b_smem.at[slot], shared=True)
+
+  return a_ref.shape[1] // CHUNK, fill
+
+
 def my_rows():
   """Those of a tile that belong to this warpgroup."""
   return pl.ds(lax.axis_index("wg") * WARPGROUP_ROWS, WARPGROUP_ROWS)
@@ -141,9 +157,25 @@ def accumulate(ring, first, steps, a_smem, operands, columns):
   return sums
 
 
-def load(ref):
-  """A tile of shared memory, in float32 registers."""
-  return plgpu.load(ref, layout=TILE).astype(jnp.float32)
+def my_rows_of(row):
+  """Those of an array that are this warpgroup's in a row of tiles."""
+  return pl.ds(row * ROWS + lax.axis_index("wg") * WARPGROUP_ROWS, WARPGROUP_ROWS)
+
+
+def take(ring, step, *slots):
+  """This warpgroup's rows of what a step brought for an epilogue, in float32."""
+  slot = ring.wait(step)
+  values = [plgpu.load(smem.at[slot, my_rows()], layout=TILE).astype(jnp.float32)
+            for smem in slots]
+  plgpu.commit_smem()  # all has been read before the next copy writes there
+  ring.release(step)
+  return values
+
+
+def sigmoid(x):
+  """1 / (1 + exp(-x)) by two fast instructions; a division would take ten."""
+  root = lax.rsqrt(1 + jnp.exp(-x))
+  return root * root
 
 
 def store(out_smem, i, value, *targets):
