@@ -1,14 +1,11 @@
 """The products of the parallel block's backward pass for Hopper, in Pallas Mosaic GPU.
 
-Weights are contracted as they lie: [columns, 64] of them are a slot, which the product reads
+Weights are contracted as they lie: [columns, 64] of them are in a slot, which the product reads
 transposed. Costs and figures: docs/parallel_block.md.
 """
 
-import functools
-
 from jax.experimental import pallas as pl
 
-from .. import mesh, tuning
 from ..attention.mosaic_gpu_tiles import ROWS
 from . import mosaic_gpu_product as product
 from .mosaic_gpu_product import CHUNK, STORE
@@ -26,43 +23,38 @@ def swiglu_gradient(dy, gate, up, ff_out, *, chip, config=None):
     chip: "h100", "h200" or None.
     config: tuning.ParallelBlockMosaicGpu, for tests.
   """
-  config = config or tuning.parallel_block_mosaic_gpu(chip)
-  num_tokens, hidden = gate.shape
-  operands = [*(product.whole(a, product.TILING) for a in (dy, gate, up)), ff_out]
-  out_type = mesh.out_shape((operands[1].shape[0], hidden), dy.dtype, *operands)
-  results = product.launch(
-      functools.partial(_swiglu_gradient_kernel, columns=config.columns), "swiglu_gradient",
-      operands, [out_type] * 3, (config.columns, CHUNK), copies=2,
-      rows=pl.cdiv(num_tokens, ROWS), columns=pl.cdiv(hidden, config.columns), config=config)
-  return tuple(a[:num_tokens] for a in results)
+  hidden = gate.shape[1]
+  return tuple(product.launch(
+      _swiglu_gradient_kernel, "swiglu_gradient",
+      [*(product.whole(a) for a in (dy, gate, up)), ff_out], [hidden] * 3,
+      lambda columns: (columns, CHUNK), copies=2, across=lambda columns: pl.cdiv(hidden, columns),
+      num_tokens=gate.shape[0], dtype=dy.dtype, chip=chip, config=config))
 
 
 def _swiglu_gradient_kernel(dy_ref, gate_ref, up_ref, ff_out_ref, dgate_ref, dup_ref, act_ref,
-                            a_smem, b_smem, out_smem, ring, *, columns):
-  def operands_of_the_epilogue(row, column, i, slot, put):
-    there = pl.ds(row * ROWS, ROWS), pl.ds(column * columns + i * STORE, STORE)
-    put(gate_ref.at[there], a_smem.at[slot])
-    put(up_ref.at[there], b_smem.at[slot, pl.ds(0, ROWS)])
+                            ring):
+  columns = ring.b.shape[1]
+  depth, products = product.part(ring, dy_ref, ff_out_ref)
 
-  main = product.part(dy_ref, ff_out_ref, a_smem, b_smem)
-  depth = main[0]
+  def gate_and_up(row, column, i, slot, put):
+    there = pl.ds(row * ROWS, ROWS), pl.ds(column * columns + i * STORE, STORE)
+    put(gate_ref.at[there], ring.a.at[slot])
+    put(up_ref.at[there], ring.b.at[slot, pl.ds(0, ROWS)])
 
   def compute(row, column, first):
-    total, = product.accumulate(
-        ring, first, depth, a_smem, lambda slot: [b_smem.at[slot].T], columns)
+    total, = product.accumulate(ring, first, depth, lambda slot: [ring.b.at[slot].T])
     for i in range(columns // STORE):
-      gate, up = product.take(ring, first + depth + i, a_smem, b_smem)
+      gate, up = product.take(ring, first + depth + i, ring.a, ring.b)
       dact = total[:, i * STORE:(i + 1) * STORE]
       s = product.sigmoid(gate)
       silu = gate * s
-      there = product.my_rows_of(row), pl.ds(column * columns + i * STORE, STORE)
+      there = product.rows_of(row), pl.ds(column * columns + i * STORE, STORE)
       for n, (out, value) in enumerate((
           (dgate_ref, dact * up * (s + silu * (1 - s))), (dup_ref, dact * silu),
           (act_ref, silu * up))):
-        product.store(out_smem, 3 * i + n, value, (True, out.at[there]))
+        product.store(ring, 3 * i + n, value, (True, out.at[there]))
 
-  product.run(ring, pl.cdiv(gate_ref.shape[0], ROWS), pl.cdiv(gate_ref.shape[1], columns),
-              [main, (columns // STORE, operands_of_the_epilogue)], compute)
+  product.run(ring, [(depth, products), (columns // STORE, gate_and_up)], compute)
 
 
 def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip, config=None):
@@ -76,36 +68,29 @@ def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip, config=Non
     chip: "h100", "h200" or None.
     config: tuning.ParallelBlockMosaicGpu, for tests.
   """
-  config = config or tuning.parallel_block_mosaic_gpu(chip)
   num_tokens, dim = dkey.shape[0], params["key"].shape[0]
-  # The long sums first: the others are the rest of a pipeline that is full.
-  terms = [(dgate, params["gate"]), (dup, params["up"]),
-           (dquery.reshape(num_tokens, -1), params["query"].reshape(dim, -1)),
-           (dkey, params["key"])]
-  if dvalue is not None:
-    terms.append((dvalue, params["value"]))
-  operands = [a for gradient, weight in terms
-              for a in (product.whole(gradient, product.TILING), weight)]
-  out_type = mesh.out_shape((operands[0].shape[0], dim), dkey.dtype, *operands)
+  terms = [(dquery.reshape(num_tokens, -1), params["query"].reshape(dim, -1)),
+           (dkey, params["key"]), (dvalue, params.get("value")),
+           (dgate, params["gate"]), (dup, params["up"])]
+  operands = [a for gradient, weight in terms if gradient is not None
+              for a in (product.whole(gradient), weight)]
   dh, = product.launch(
-      functools.partial(_input_gradient_kernel, columns=config.columns), "input_gradient",
-      operands, [out_type], (config.columns, CHUNK), copies=2,
-      rows=pl.cdiv(num_tokens, ROWS), columns=pl.cdiv(dim, config.columns), config=config)
-  return dh[:num_tokens]
+      _input_gradient_kernel, "input_gradient", operands, [dim],
+      lambda columns: (columns, CHUNK), copies=2, across=lambda columns: pl.cdiv(dim, columns),
+      num_tokens=num_tokens, dtype=dkey.dtype, chip=chip, config=config)
+  return dh
 
 
-def _input_gradient_kernel(*refs, columns):
-  *operands, dh_ref, a_smem, b_smem, out_smem, ring = refs
-  parts = [product.part(gradient, weight, a_smem, b_smem)
-           for gradient, weight in zip(operands[::2], operands[1::2])]
+def _input_gradient_kernel(*refs):
+  *operands, dh_ref, ring = refs
+  columns = ring.b.shape[1]
+  parts = [product.part(ring, *pair) for pair in zip(operands[::2], operands[1::2])]
   depth = sum(steps for steps, _ in parts)
 
   def compute(row, column, first):
-    total, = product.accumulate(
-        ring, first, depth, a_smem, lambda slot: [b_smem.at[slot].T], columns)
+    total, = product.accumulate(ring, first, depth, lambda slot: [ring.b.at[slot].T])
     for i in range(columns // STORE):
-      there = product.my_rows_of(row), pl.ds(column * columns + i * STORE, STORE)
-      product.store(out_smem, i, total[:, i * STORE:(i + 1) * STORE], (True, dh_ref.at[there]))
+      there = product.rows_of(row), pl.ds(column * columns + i * STORE, STORE)
+      product.store(ring, i, total[:, i * STORE:(i + 1) * STORE], (True, dh_ref.at[there]))
 
-  product.run(ring, pl.cdiv(dh_ref.shape[0], ROWS), pl.cdiv(dh_ref.shape[1], columns), parts,
-              compute)
+  product.run(ring, parts, compute)
