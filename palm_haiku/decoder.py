@@ -128,8 +128,10 @@ def run(weights: Weights, config: PaLMConfig, tokens, cache: Cache, *, dtype=jnp
     query, key, value, gate, up = jnp.split(columns, borders, -1)
     value = key if c.shared_kv else value
     query = query.reshape(*query.shape[:-1], c.heads, c.dim_head)
-    query, key = positioned(query, key, layer.scales, positions, rotary=c.position == "rotary",
-                            xpos_scale_base=c.xpos_scale_base)
+    query, key = positioned(
+        query, key[..., None, :], layer.scales, positions, rotary=c.position == "rotary",
+        xpos_scale_base=c.xpos_scale_base)
+    key = key[..., 0, :]
     rows = (key,) if c.values_are_keys else (key, value)
     stored = tuple(_write(old, new, cache.length) for old, new in zip(stored, rows))
     layers.append(stored)

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from .. import mesh as meshes
+from ..batching import folding_vmap
 from ..guards import not_differentiable
 
 OP = "linear_cross_entropy"
@@ -115,7 +116,7 @@ def _statistics(options, x, embedding, targets, num_valid):
 def _forward(options, x, embedding, targets, num_valid):
   # Only a second derivative differentiates this.
   x, embedding = not_differentiable(x, OP), not_differentiable(embedding, OP)
-  kernel = _folding_vmap(lambda tokens, others: options.backend.forward(
+  kernel = folding_vmap(lambda tokens, others: options.backend.forward(
       tokens[0], others[0], tokens[1], **options.keywords(others[1])))
   if embedding.dtype == x.dtype:
     log_z, logit = kernel((x, targets), (embedding, num_valid))
@@ -126,7 +127,7 @@ def _forward(options, x, embedding, targets, num_valid):
     def one_block(first, size, carry):
       in_block = dataclasses.replace(options, num_valid=None)
       rows = _slice(embedding, first, size, x.dtype)
-      kernel = _folding_vmap(lambda tokens, others: options.backend.forward(
+      kernel = folding_vmap(lambda tokens, others: options.backend.forward(
           tokens[0], others[0], tokens[1] - others[2], **in_block.keywords(others[1])))
       log_z, logit = kernel((x, targets), (rows, jnp.clip(valid - first, 0, size), first))
       return jnp.logaddexp(carry[0], log_z), carry[1] + logit
@@ -145,7 +146,7 @@ def _backward(options, residuals, cotangents):
   dlog_z, dlogit = (not_differentiable(a, OP) for a in cotangents)
   num_tokens = x.shape[0]
   tokens = jax.tree.map(jnp.asarray, (x, targets, log_z, dlog_z, dlogit))
-  kernel = _folding_vmap(lambda tokens, others: options.backend.logit_gradient(
+  kernel = folding_vmap(lambda tokens, others: options.backend.logit_gradient(
       tokens[0], others[0], *tokens[1:], first=others[2], **options.keywords(others[1])))
   dot = functools.partial(
       jax.lax.dot_general, preferred_element_type=jnp.float32,
@@ -204,29 +205,3 @@ def _over_blocks(length, size, body, carry):
   elif whole:
     carry = jax.lax.fori_loop(0, whole, lambda i, carry: body(i * size, size, carry), carry)
   return body(whole * size, rest, carry) if rest else carry
-
-
-def _folding_vmap(function):
-  """`function(tokens, others)` with a rule for `vmap`: mapped tokens become more tokens.
-
-  Where one of the others is mapped, the calls are made one after the other.
-  """
-  mapped = jax.custom_batching.custom_vmap(function)
-
-  @mapped.def_vmap
-  def fold(size, batched, tokens, others):
-    if any(jax.tree.leaves(batched[1])):
-      pick = lambda i: lambda x, is_batched: x[i] if is_batched else x
-      results = jax.lax.map(
-          lambda i: mapped(*jax.tree.map(pick(i), (tokens, others), tuple(batched))),
-          jnp.arange(size))
-    else:
-      def merge(x, is_batched):
-        x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-        return x.reshape(size * x.shape[1], *x.shape[2:])
-
-      results = mapped(jax.tree.map(merge, tokens, batched[0]), others)
-      results = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
-    return results, jax.tree.map(lambda _: True, results)
-
-  return mapped

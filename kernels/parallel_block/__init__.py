@@ -5,8 +5,8 @@ from typing import Literal, Mapping
 import jax
 import jax.numpy as jnp
 
-from .. import backend
-from . import xla
+from .. import backend, guards
+from . import fused, xla
 
 
 def parallel_attention_ffn(
@@ -55,13 +55,11 @@ def parallel_attention_ffn(
   References:
     PaLM (arXiv:2204.02311, section 2); GPT-J for the parallel form.
   """
-  backend.explain("parallel_attention_ffn", implementation)
+  backend.explain(fused.OP, implementation)
   _check(x, params, norm, rotary, kv_cache)
   if jnp.ndim(query_offset):
     _check_offsets(x, query_offset, kv_cache, is_causal, segment_ids, local_window_size)
-  return xla.parallel_attention_ffn(
-      x,
-      params,
+  options = dict(
       norm=norm,
       norm_eps=norm_eps,
       rotary=rotary,
@@ -74,6 +72,14 @@ def parallel_attention_ffn(
       local_window_size=local_window_size,
       implementation=implementation,
   )
+  name = backend.explain(fused.OP, implementation, x, params).implementation
+  if name == "xla":
+    return xla.parallel_attention_ffn(x, params, **options)
+  x = guards.reverse_only(guards.only_on(x, fused.OP, name), fused.OP)
+  params = {weight: guards.reverse_only(array, fused.OP) for weight, array in params.items()}
+  return fused.parallel_attention_ffn(
+      x, params, backend=backend.kernel_module(fused.OP, name),
+      chip=backend.chip_for(name, backend.target(x)), **options)
 
 
 def _check(x, params, norm, rotary, kv_cache):

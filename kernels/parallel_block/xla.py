@@ -45,17 +45,25 @@ def rotate(x, positions, *, xpos_scale_base=None, xpos_sign=1):
     The rotated x, in its dtype.
   """
   half = x.shape[-1] // 2
-  accum = jnp.promote_types(x.dtype, jnp.float32)
-  channel = np.arange(half)
-  frequency = jnp.asarray(10_000.0 ** (-channel / half), accum)
-  positions = positions.astype(accum)[..., None, None]
-  angle = positions * frequency  # [..., T, 1, half]
-  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  cos, sin = rotation_at(positions, half, jnp.promote_types(x.dtype, jnp.float32))
   if xpos_scale_base is not None:
-    base = jnp.asarray((channel / half + 0.4) / 1.4, accum)
-    decay = base ** (xpos_sign * positions / xpos_scale_base)
-    sin, cos = sin * decay, cos * decay
-  first, second = x[..., :half].astype(accum), x[..., half:].astype(accum)
+    base = jnp.asarray((np.arange(half) / half + 0.4) / 1.4, cos.dtype)
+    decay = base ** (xpos_sign * positions.astype(cos.dtype)[..., None] / xpos_scale_base)
+    cos, sin = cos * decay, sin * decay
+  return rotate_by(x, (cos, sin))
+
+
+def rotation_at(positions, half, dtype=jnp.float32):
+  """Cosines and sines that positions [...] rotate channels by, two arrays [..., half]."""
+  frequency = jnp.asarray(10_000.0 ** (-np.arange(half) / half), dtype)
+  angle = positions.astype(dtype)[..., None] * frequency
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate_by(x, rotation):
+  """x [..., heads, dim_head] rotated by a pair of cosines and sines, each [..., dim_head / 2]."""
+  cos, sin = (a[..., None, :] for a in rotation)
+  first, second = jnp.split(x.astype(cos.dtype), 2, -1)
   return jnp.concatenate(
       [first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
@@ -79,27 +87,26 @@ def in_projection(x, params, positions, *, norm, norm_eps, rotary, xpos_scale_ba
   """All that the layer computes from norm(x), before attention.
 
   Returns:
-    query [..., T, H, Dh]; key [..., T, Dh]; value [..., T, Dh], which is the key before
+    query [..., T, H, Dh]; key [..., T, 1, Dh]; value [..., T, 1, Dh], which is the key before
     QK-norm and rotary if params have no value; gate and up [..., T, F].
   """
   h = normalize(x, params["norm"], kind=norm, eps=norm_eps)
   query = project(h, params["query"])
-  key = project(h, params["key"])
-  value = project(h, params["value"]) if "value" in params else key
+  key = project(h, params["key"])[..., None, :]
+  value = project(h, params["value"])[..., None, :] if "value" in params else key
   query, key = positioned(query, key, params, positions, rotary=rotary,
                           xpos_scale_base=xpos_scale_base)
   return query, key, value, project(h, params["gate"]), project(h, params["up"])
 
 
 def positioned(query, key, params, positions, *, rotary, xpos_scale_base):
-  """Query [..., T, H, Dh] and key [..., T, Dh] as attention takes them: QK-norm, rotary, xPos."""
+  """Query and key [..., T, heads, Dh] as attention takes them: QK-norm, rotary, xPos."""
   if "query_scale" in params:
     query = l2_normalize(query, params["query_scale"])
     key = l2_normalize(key, params["key_scale"])
   if rotary:
     query = rotate(query, positions, xpos_scale_base=xpos_scale_base)
-    key = rotate(key[..., None, :], positions, xpos_scale_base=xpos_scale_base, xpos_sign=-1)
-    key = key[..., 0, :]
+    key = rotate(key, positions, xpos_scale_base=xpos_scale_base, xpos_sign=-1)
   return query, key
 
 
@@ -126,22 +133,35 @@ def parallel_attention_ffn(x, params, *, norm, norm_eps, rotary, xpos_scale_base
       in_projection, norm=norm, norm_eps=norm_eps, rotary=rotary, xpos_scale_base=xpos_scale_base)
   query, key, value, gate, up = jax.checkpoint(project_in, prevent_cse=False)(
       x, params, positions)
-  if kv_cache is not None:
-    new = (key,) if len(kv_cache) == 1 else (key, value)
-    kv_cache = tuple(write(old, rows, query_offset) for old, rows in zip(kv_cache, new))
-    key, value = kv_cache[0].astype(x.dtype), kv_cache[-1].astype(x.dtype)
-  # Where the values are the keys, they are one object, so that a kernel can read it once.
-  key = key[..., None, :]
-  value = key if values_are_keys(params, rotary) else value[..., None, :]
-  if jnp.ndim(query_offset):
-    attended = decode_attention(
-        query, key, value, query_offset + x.shape[-2],
-        alibi_slopes=attention_options["alibi_slopes"],
-        implementation=attention_options["implementation"])
-  else:
-    attended = flash_attention(query, key, value, query_offset=query_offset, **attention_options)
+  attended, kv_cache = attend(query, key, value, params, rotary=rotary, query_offset=query_offset,
+                              kv_cache=kv_cache, **attention_options)
   y = jax.checkpoint(out_projection, prevent_cse=False)(x, attended, gate, up, params)
   return y if kv_cache is None else (y, kv_cache)
+
+
+def attend(query, key, value, params, *, rotary, query_offset, kv_cache, **options):
+  """The layer's attention, to its keys and values or to the cache.
+
+  Args:
+    query: [..., T, H, Dh].
+    key, value: [..., T, K, Dh]; K copies of the only head.
+
+  Returns:
+    What the queries attended to, [..., T, H, Dh], and the cache with the new rows, or None.
+  """
+  if kv_cache is not None:
+    kv_cache = tuple(write(old, rows[..., 0, :], query_offset)
+                     for old, rows in zip(kv_cache, (key, value)))
+    key, value = (kv_cache[i].astype(query.dtype)[..., None, :] for i in (0, -1))
+  if values_are_keys(params, rotary):
+    value = key  # One object, so that a kernel can read it once.
+  if jnp.ndim(query_offset):
+    attended = decode_attention(
+        query, key, value, query_offset + query.shape[-3],
+        alibi_slopes=options["alibi_slopes"], implementation=options["implementation"])
+  else:
+    attended = flash_attention(query, key, value, query_offset=query_offset, **options)
+  return attended, kv_cache
 
 
 def write(cache, rows, offset):

@@ -1,0 +1,31 @@
+"""A rule for `vmap` of what works on rows of tokens."""
+
+import jax
+import jax.numpy as jnp
+
+
+def folding_vmap(function):
+  """`function(tokens, others)` with a rule for `vmap`: mapped tokens become more tokens.
+
+  Every array of `tokens`, and every result, has one row for each token. Where one of the others
+  is mapped, the calls are made one after the other.
+  """
+  mapped = jax.custom_batching.custom_vmap(function)
+
+  @mapped.def_vmap
+  def fold(size, batched, tokens, others):
+    if any(jax.tree.leaves(batched[1])):
+      pick = lambda i: lambda x, is_batched: x[i] if is_batched else x
+      results = jax.lax.map(
+          lambda i: mapped(*jax.tree.map(pick(i), (tokens, others), tuple(batched))),
+          jnp.arange(size))
+    else:
+      def merge(x, is_batched):
+        x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+        return x.reshape(size * x.shape[1], *x.shape[2:])
+
+      results = mapped(jax.tree.map(merge, tokens, batched[0]), others)
+      results = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
+    return results, jax.tree.map(lambda _: True, results)
+
+  return mapped

@@ -1,0 +1,271 @@
+"""What the block's kernels of all backends have in common: derivative, choice, mesh, `vmap`.
+
+A layer is three steps: everything that is computed from norm(x), attention, and the sum of what
+comes of both branches with x. Attention is `flash_attention`; a backend module here makes the
+matrix products of the other two and of their backward pass, on M tokens:
+
+  unsupported(x, params, *, chip) -> the first requirement that is not met, or None
+  in_projection(x, params, rotation, *, norm, eps, keep, chip)
+      -> (query [M, H, Dh], key [M, Dh], value [M, Dh], act, gate, up [M, F])
+  out_projection(x, attended, act, attn_out, ff_out, *, chip)
+      -> x + attended @ attn_out + act @ ff_out
+  swiglu_gradient(dy, gate, up, ff_out, *, chip) -> (dgate, dup, act)
+  input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip) -> the gradient of norm(x)
+
+with x [M, D], all arrays in its dtype but the gain of the norm; params as the op's, `value` None
+where they have none; act = silu(gate) * up; gate and up None without `keep`; rotation None or the
+cosines and sines of positions, float32[M, Dh / 2], that query and key are rotated by; x of
+`out_projection` None where nothing is to be added. Each result is rounded once, from a sum in
+float32, be it of as many products as it may.
+
+The derivative of SwiGLU is in `swiglu_gradient`, so that the gradient of act is never written;
+what it needs, gate and up, crosses from the first step's forward pass to the last one's backward
+pass as an argument. The gradients of weights are XLA's products.
+"""
+
+import dataclasses
+import functools
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from .. import mesh as meshes
+from ..batching import folding_vmap
+from ..guards import not_differentiable
+from . import xla
+
+OP = "parallel_attention_ffn"
+# The dimension of each weight that heads or columns of the feed-forward part make up.
+_COLUMNS = {"query": 1, "gate": 1, "up": 1, "attn_out": 0, "ff_out": 0}
+_OUT = ("attn_out", "ff_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What is known when a program is compiled."""
+
+  backend: types.ModuleType
+  chip: str | None
+  norm: str
+  eps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+  """The mesh axes that sequences, positions, and heads together with columns are divided over."""
+
+  sequences: tuple[str, ...] = ()
+  positions: tuple[str, ...] = ()
+  columns: tuple[str, ...] = ()
+
+  def weight(self, name: str) -> P:
+    return P(*[None] * _COLUMNS[name], self.columns or None) if name in _COLUMNS else P()
+
+  def rows(self, *, of_columns: bool = False) -> P:
+    """Of an activation [B, T, ...]; `of_columns`: its third dimension is heads or columns."""
+    tokens = self.sequences or None, self.positions or None
+    return P(*tokens, self.columns or None) if of_columns else P(*tokens)
+
+
+def division(x, params, mesh) -> Division:
+  """How the layer is divided over the mesh.
+
+  Args:
+    x: [B, T, D], or its type.
+    params: the weights, or their types.
+  """
+  if not meshes.to_take_over(mesh):
+    return Division()
+  columns = meshes.partition(params["query"], 1, (meshes.HEAD_AXIS,), mesh)
+  if params["gate"].shape[1] % meshes.devices(mesh, columns):
+    columns = ()
+  return Division(meshes.partition(x, 0, meshes.BATCH_AXES, mesh),
+                  meshes.partition(x, 1, (meshes.SEQUENCE_AXIS,), mesh), columns)
+
+
+def on_one_device(x, params):
+  """The types of what a device's kernel is given: [tokens, D], and its share of each weight.
+
+  Args:
+    x, params: whole arrays or their types, x [..., T, D].
+  """
+  mesh = meshes.current(x)
+  x = meshes.with_one_batch(x, 2)
+  by = division(x, params, mesh)
+  tokens = x.shape[0] * x.shape[1] // meshes.devices(mesh, by.sequences + by.positions)
+
+  def share(name, weight):
+    shape = list(weight.shape)
+    if name in _COLUMNS:
+      shape[_COLUMNS[name]] //= meshes.devices(mesh, by.columns)
+    return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+
+  return (jax.ShapeDtypeStruct((tokens, x.shape[-1]), x.dtype),
+          {name: share(name, weight) for name, weight in params.items()})
+
+
+def parallel_attention_ffn(x, params, *, backend, chip, norm, norm_eps, rotary, xpos_scale_base,
+                           query_offset, **attention_options):
+  """See the op of the same name; it has a gradient and no other derivative.
+
+  What the first step makes is named "block_query", "block_key", "block_value", "block_act",
+  "block_gate" and "block_up" for `jax.checkpoint_policies`; attention has names of its own.
+  """
+  lead, mesh = x.shape[:-2], meshes.current(x)
+  with_batch = lambda a: a.reshape(math.prod(lead), *a.shape[len(lead):])
+  without_batch = lambda a: a.reshape(*lead, *a.shape[1:])
+  stream = with_batch(x)
+  by = division(stream, params, mesh)
+  options = Options(backend, chip, norm, norm_eps)
+  positions = jnp.asarray(query_offset)[..., None] + jnp.arange(x.shape[-2])
+  # In the kernel, unless something comes between or keys are needed as they were before.
+  rotated = (rotary and "value" in params and "key_scale" not in params
+             and xpos_scale_base is None)
+
+  weights = {name: w if name == "norm" else w.astype(x.dtype) for name, w in params.items()
+             if not name.endswith("_scale")}
+  weights_out = {name: weights.pop(name) for name in _OUT}
+
+  def project_in(x, positions, weights):
+    x, positions, weights = _varying_together(x, positions, weights)
+    half = weights["key"].shape[1] // 2
+    rotation = xla.rotation_at(positions.reshape(-1), half) if rotated else None
+    made = _project_in(options, x.reshape(-1, x.shape[-1]), weights, rotation)
+    # Each device keeps the key and value that it made, as the head that its queries attend to:
+    # nothing has to be told that they are equal, and gradients are summed with those of x.
+    made |= {name: made[name][:, None] for name in ("key", "value") if name in made}
+    return {name: out.reshape(*x.shape[:2], *out.shape[1:]) for name, out in made.items()}
+
+  def project_out(x, attended, hidden, weights):
+    rows = lambda a: a.reshape(-1, *a.shape[2:])
+    attended, hidden = jax.tree.map(rows, (attended, hidden))
+    if not by.columns:
+      arrays = _varying_together(rows(x), attended, hidden, weights)
+      return _project_out(options, *arrays).reshape(x.shape)
+    share = _project_out(options, None, *_varying_together(attended, hidden, weights))
+    return x + jax.lax.psum(share.reshape(x.shape), by.columns)
+
+  made = _over(
+      mesh, project_in,
+      (stream, jnp.broadcast_to(positions, (*lead, x.shape[-2])).reshape(stream.shape[:2]),
+       weights),
+      (by.rows(), by.rows(), {name: by.weight(name) for name in weights}),
+      {name: by.rows(of_columns=True) for name in ("query", "key", "value", "act", "gate", "up")
+       if name != "value" or name in weights})
+  made = {name: checkpoint_name(out, f"block_{name}") for name, out in made.items()}
+  query, key = without_batch(made.pop("query")), without_batch(made.pop("key"))
+  value = without_batch(made.pop("value")) if "value" in made else key
+  if not rotated:
+    query, key = xla.positioned(query, key, params, positions, rotary=rotary,
+                                xpos_scale_base=xpos_scale_base)
+  attended, cache = xla.attend(query, key, value, params, rotary=rotary,
+                               query_offset=query_offset, **attention_options)
+  y = _over(
+      mesh, project_out, (stream, with_batch(attended), made, weights_out),
+      (by.rows(), by.rows(of_columns=True), {name: by.rows(of_columns=True) for name in made},
+       {name: by.weight(name) for name in weights_out}),
+      by.rows())
+  y = without_batch(y)
+  return y if cache is None else (y, cache)
+
+
+def _over(mesh, f, arrays, in_specs, out_specs):
+  """f on each device's share of the arrays."""
+  free = meshes.to_take_over(mesh)
+  if not free:
+    return f(*arrays)
+  arrays = jax.tree.map(
+      lambda array, spec: meshes.reshard(array, spec, mesh), arrays, in_specs)
+  return jax.shard_map(f, mesh=mesh, axis_names=free, in_specs=in_specs, out_specs=out_specs)(
+      *arrays)
+
+
+def _varying_together(*arrays):
+  leaves, tree = jax.tree.flatten(arrays)
+  return tree.unflatten(meshes.varying_together(*leaves))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project_in(options, x, weights, rotation):
+  """{"query", "key", "value", "act", "gate", "up"} of x [M, D]; no value where no weight of it."""
+  made = _in_projection(options, x, weights, rotation, keep=False)
+  # Nobody reads these: only the backward pass would.
+  return made | dict(gate=made["act"], up=made["act"])
+
+
+def _in_projection(options, x, weights, rotation, keep):
+  kernel = folding_vmap(lambda tokens, weights: options.backend.in_projection(
+      tokens[0], weights, tokens[1], norm=options.norm, eps=options.eps, keep=keep,
+      chip=options.chip))
+  made = zip(("query", "key", "value", "act", "gate", "up"), kernel((x, rotation), weights))
+  return {name: out for name, out in made if out is not None}
+
+
+def _project_in_forward(options, x, weights, rotation):
+  # Only a second derivative differentiates these.
+  x, weights = _not_differentiable((x, weights))
+  return _in_projection(options, x, weights, rotation, keep=True), (x, weights, rotation)
+
+
+def _project_in_backward(options, residuals, cotangents):
+  x, weights, rotation = residuals
+  d = _not_differentiable(cotangents)
+  if rotation is not None:
+    back = rotation[0], -rotation[1]
+    d |= dict(query=xla.rotate_by(d["query"], back),
+              key=xla.rotate_by(d["key"][:, None], back)[:, 0])
+  d = {name: d.get(name) for name in ("query", "key", "value", "gate", "up")}
+  kernel = folding_vmap(lambda tokens, weights: options.backend.input_gradient(
+      *tokens, weights, chip=options.chip))
+  dh = kernel(tuple(d.values()), weights)
+  h, back = jax.vjp(
+      functools.partial(xla.normalize, kind=options.norm, eps=options.eps), x, weights["norm"])
+  dx, dnorm = back(dh)
+  dweights = {name: _weight_gradient(h, d[name]) for name in weights if name != "norm"}
+  return dx, dweights | dict(norm=dnorm), None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project_out(options, x, attended, hidden, weights):
+  """x + attended @ attn_out + act @ ff_out; hidden is {"act", "gate", "up"}."""
+  kernel = folding_vmap(lambda tokens, weights: options.backend.out_projection(
+      *tokens, *weights, chip=options.chip))
+  return kernel((x, attended, hidden["act"]), tuple(weights[name] for name in _OUT))
+
+
+def _project_out_forward(options, x, attended, hidden, weights):
+  x, attended, hidden, weights = _not_differentiable((x, attended, hidden, weights))
+  return (_project_out(options, x, attended, hidden, weights),
+          (x is None, attended, hidden["gate"], hidden["up"], weights))
+
+
+def _project_out_backward(options, residuals, dy):
+  without_x, attended, gate, up, weights = residuals
+  dy = _not_differentiable(dy)
+  kernel = folding_vmap(lambda tokens, ff_out: options.backend.swiglu_gradient(
+      *tokens, ff_out, chip=options.chip))
+  dgate, dup, act = kernel((dy, gate, up), weights["ff_out"])
+  attn_out = weights["attn_out"]
+  dattended = jnp.einsum("md,hed->mhe", dy, attn_out)
+  dweights = dict(
+      attn_out=_weight_gradient(attended.reshape(len(attended), -1), dy).reshape(attn_out.shape),
+      ff_out=_weight_gradient(act, dy))
+  # The gradient of act went through gate and up.
+  return None if without_x else dy, dattended, dict(act=None, gate=dgate, up=dup), dweights
+
+
+def _weight_gradient(x, dy):
+  """x.T @ dy for x [M, D] and dy [M, ...]; one product of two matrices, as in `xla.project`."""
+  return (x.T @ dy.reshape(len(dy), -1)).reshape(x.shape[1], *dy.shape[1:])
+
+
+def _not_differentiable(arrays):
+  return jax.tree.map(lambda x: not_differentiable(x, OP), arrays)
+
+
+_project_in.defvjp(_project_in_forward, _project_in_backward)
+_project_out.defvjp(_project_out_forward, _project_out_backward)
