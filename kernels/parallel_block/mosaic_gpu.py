@@ -32,7 +32,7 @@ def unsupported(x, params, *, chip):
   return None
 
 
-def in_projection(x, params, rotation, *, norm, eps, keep, chip, config=None):
+def in_projection(x, params, rotation, *, norm, eps, keep, chip):
   """(query [M, H, Dh], key [M, Dh], value [M, Dh] or None, act [M, F], gate, up) of norm(x).
 
   act = silu(gate) * up, from the float32 sums. gate and up [M, F] are None unless `keep`.
@@ -46,7 +46,6 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip, config=None):
     norm: "layer" or "rms", with `eps`.
     keep: whether to return gate and up.
     chip: "h100", "h200" or None.
-    config: tuning.ParallelBlockMosaicGpu, for tests.
   """
   num_tokens, dim = x.shape
   _, heads, dim_head = params["query"].shape
@@ -68,7 +67,7 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip, config=None):
       functools.partial(_in_projection_kernel, dim_head=dim_head), "in_projection",
       [h, *weights, *tables], [*of_heads, gate, *((gate, up) if keep else (None, None))],
       lambda columns: (2, CHUNK, columns // 2), copies=3, across=across, num_tokens=num_tokens,
-      dtype=x.dtype, chip=chip, config=config)
+      dtype=x.dtype, chip=chip)
   return query.reshape(num_tokens, heads, dim_head), *rest
 
 
@@ -167,7 +166,7 @@ def _rotated(sums, at, cos_ref, sin_ref, rows, dim_head):
   return halves[second_half]
 
 
-def out_projection(x, attended, act, attn_out, ff_out, *, chip, config=None):
+def out_projection(x, attended, act, attn_out, ff_out, *, chip):
   """y [M, D] = x + attended @ attn_out + act @ ff_out, summed in float32 and rounded once.
 
   Args:
@@ -177,7 +176,6 @@ def out_projection(x, attended, act, attn_out, ff_out, *, chip, config=None):
     attn_out: [H, Dh, D].
     ff_out: [F, D].
     chip: "h100", "h200" or None.
-    config: tuning.ParallelBlockMosaicGpu, for tests.
   """
   num_tokens, dim = act.shape[0], ff_out.shape[1]
   operands = [None if x is None else product.whole(x),
@@ -186,7 +184,7 @@ def out_projection(x, attended, act, attn_out, ff_out, *, chip, config=None):
   y, = product.launch(
       _out_projection_kernel, "out_projection", operands, [dim],
       lambda columns: (CHUNK, columns), copies=2, across=lambda columns: pl.cdiv(dim, columns),
-      num_tokens=num_tokens, dtype=act.dtype, chip=chip, config=config)
+      num_tokens=num_tokens, dtype=act.dtype, chip=chip)
   return y
 
 

@@ -11,7 +11,7 @@ from . import mosaic_gpu_product as product
 from .mosaic_gpu_product import CHUNK, STORE
 
 
-def swiglu_gradient(dy, gate, up, ff_out, *, chip, config=None):
+def swiglu_gradient(dy, gate, up, ff_out, *, chip):
   """(dgate, dup, act), [M, F] each, of act = silu(gate) * up where dact = dy @ ff_out.T.
 
   dact stays in float32 and on the chip.
@@ -21,14 +21,13 @@ def swiglu_gradient(dy, gate, up, ff_out, *, chip, config=None):
     gate, up: [M, F].
     ff_out: [F, D].
     chip: "h100", "h200" or None.
-    config: tuning.ParallelBlockMosaicGpu, for tests.
   """
   hidden = gate.shape[1]
   return tuple(product.launch(
       _swiglu_gradient_kernel, "swiglu_gradient",
       [*(product.whole(a) for a in (dy, gate, up)), ff_out], [hidden] * 3,
       lambda columns: (columns, CHUNK), copies=2, across=lambda columns: pl.cdiv(hidden, columns),
-      num_tokens=gate.shape[0], dtype=dy.dtype, chip=chip, config=config))
+      num_tokens=gate.shape[0], dtype=dy.dtype, chip=chip))
 
 
 def _swiglu_gradient_kernel(dy_ref, gate_ref, up_ref, ff_out_ref, dgate_ref, dup_ref, act_ref,
@@ -57,7 +56,7 @@ def _swiglu_gradient_kernel(dy_ref, gate_ref, up_ref, ff_out_ref, dgate_ref, dup
   product.run(ring, [(depth, products), (columns // STORE, gate_and_up)], compute)
 
 
-def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip, config=None):
+def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip):
   """dh [M, D], the gradient of norm(x): all branches in one float32 sum, rounded once.
 
   Args:
@@ -66,7 +65,6 @@ def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip, config=Non
     dgate, dup: [M, F].
     params: query [D, H, Dh], key, value [D, Dh], gate and up [D, F], in the dtype of dquery.
     chip: "h100", "h200" or None.
-    config: tuning.ParallelBlockMosaicGpu, for tests.
   """
   num_tokens, dim = dkey.shape[0], params["key"].shape[0]
   terms = [(dquery.reshape(num_tokens, -1), params["query"].reshape(dim, -1)),
@@ -77,7 +75,7 @@ def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip, config=Non
   dh, = product.launch(
       _input_gradient_kernel, "input_gradient", operands, [dim],
       lambda columns: (columns, CHUNK), copies=2, across=lambda columns: pl.cdiv(dim, columns),
-      num_tokens=num_tokens, dtype=dkey.dtype, chip=chip, config=config)
+      num_tokens=num_tokens, dtype=dkey.dtype, chip=chip)
   return dh
 
 

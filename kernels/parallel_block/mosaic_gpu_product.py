@@ -198,8 +198,7 @@ def whole(x, multiple=TILING):
   return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) if missing else x
 
 
-def launch(kernel, name, operands, widths, slot, *, copies, across, num_tokens, dtype, chip,
-           config):
+def launch(kernel, name, operands, widths, slot, *, copies, across, num_tokens, dtype, chip):
   """What kernel(*operands, *results, ring) makes: [num_tokens, width] for each of `widths`.
 
   Args:
@@ -208,10 +207,9 @@ def launch(kernel, name, operands, widths, slot, *, copies, across, num_tokens, 
     slot: slot(columns) is the shape of what a slot has beside A.
     copies: that fill a slot.
     across: across(columns) is how many tiles wide the result is.
-    config: tuning.ParallelBlockMosaicGpu; None for the table's.
   """
   down = pl.cdiv(num_tokens, ROWS)
-  config = config or tuning.parallel_block_mosaic_gpu(chip, down, across)
+  config = tuning.parallel_block_mosaic_gpu(chip, down, across)
   together = config.together and down > 1
   size = 2 if together else 1
   smem = functools.partial(plgpu.SMEM, dtype=dtype, transforms=tiles.TRANSFORMS)
