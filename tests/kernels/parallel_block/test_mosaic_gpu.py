@@ -64,16 +64,6 @@ def verify(case, *args, compiled=None, **keywords):
   return results
 
 
-def verify_variants(case, plan, data, variants):
-  """One program on several inputs: its compilation takes seconds, a run tenths of one."""
-  compiled = program(case, plan)
-  for _ in range(variants):
-    verify(case, compiled=compiled)
-    case = dataclasses.replace(
-        case, seed=data.draw(st.integers(0, 999)), mean=data.draw(st.sampled_from([0.0, 30.0])),
-        spread=data.draw(st.sampled_from([1.0, 10.0])))
-
-
 SIZES = (64, 128, 192, 320)
 plans = st.builds(
     Plan, columns=st.sampled_from([128, 256]), stages=st.integers(2, 4), together=st.booleans(),
@@ -89,27 +79,26 @@ def fitting(plan, case):
 
 @pytest.mark.timeout(900)
 @settings(max_examples=4, phases=PHASES)
-@given(contract.cases(dims=SIZES[:3], hiddens=SIZES[:3], dim_heads=(64, 128, 256)), plans,
-       st.data())
-def test_drawn_cases(case, plan, data):
-  verify_variants(case, fitting(plan, case), data, variants=3)
+@given(contract.cases(dims=SIZES[:3], hiddens=SIZES[:3], dim_heads=(64, 128, 256), max_heads=2),
+       plans)
+def test_drawn_cases(case, plan):
+  verify(case, fitting(plan, case))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
-@settings(max_examples=50, phases=PHASES, derandomize=False,
+@settings(max_examples=150, phases=PHASES, derandomize=False,
           suppress_health_check=list(HealthCheck))
 @given(contract.cases(dims=SIZES, hiddens=SIZES, dim_heads=(64, 128, 256), max_tokens=400,
                       max_heads=5),
-       plans | st.just(TABLE), st.data())
-def test_fuzz(case, plan, data):
-  """50 programs of four functions, 4 inputs for each: 800 results."""
-  verify_variants(case, fitting(plan, case), data, variants=4)
+       plans | st.just(TABLE))
+def test_fuzz(case, plan):
+  verify(case, fitting(plan, case))
   jax.clear_caches()
 
 
 # Three rows of tiles, of which a pair has one too many; columns that no tile divides.
-ODD = Case(tokens=259, dim=192, heads=1, dim_head=128, hidden=320, mean=30.0)
+ODD = Case(tokens=259, dim=64, heads=1, dim_head=64, hidden=192, mean=30.0)
 
 
 @pytest.mark.parametrize("case, plan", [
@@ -121,7 +110,7 @@ def test_edges(case, plan):
 
 
 def test_the_same_inputs_give_the_same_bits():
-  case = dataclasses.replace(ODD, tokens=130)
+  case = Case(tokens=130, dim=64, heads=1, hidden=64)
   compiled = program(case)
   jax.tree.map(np.testing.assert_array_equal, *(verify(case, compiled=compiled) for _ in range(2)))
 
@@ -152,7 +141,7 @@ def test_results_vary_over_the_mesh_as_what_they_are_made_of():
 
 # Mutants: each of these changes of the kernels must be noticed. ---------------------------------
 
-MUTANTS = {  # by what it is: the module that it is in, a function that it spoils, the change
+MUTANTS = {  # by what it is: the module, a function that it spoils, what is replaced by what
     "the residual is missing": (mosaic_gpu, "out_projection", "value += product.take",
                                 "value += 0 * product.take"),
     "the residual of the tile beside": (
@@ -176,9 +165,6 @@ MUTANTS = {  # by what it is: the module that it is in, a function that it spoil
                                    "table.at[pl.ds(0, 64), pl.ds(channel"),
     "gate's derivative is that of a sigmoid": (
         mosaic_gpu_backward, "swiglu_gradient", "s + silu * (1 - s)", "s * (1 - s)"),
-    "up is not waited for": (mosaic_gpu_backward, "swiglu_gradient",
-                             "ring, first + depth + i, ring.a, ring.b)",
-                             "ring, first + depth + (i & 2), ring.a, ring.b)"),
     "the value's gradient is left out": (mosaic_gpu_backward, "input_gradient",
                                          "(dvalue, params.get(\"value\"))",
                                          "(None, None)"),
@@ -197,29 +183,29 @@ MUTANTS = {  # by what it is: the module that it is in, a function that it spoil
         mosaic_gpu_product, "in_projection",
         "plgpu.wait_smem_to_gmem(min(i, 1), wait_read_only=True)", "pass"),
     "the last tile's products stay in the accumulator": (
-        mosaic_gpu_product, "input_gradient", "return [total[...] for total in sums]",
-        "return [total[...] + jnp.where(first > 0, 1., 0.) for total in sums]"),
+        mosaic_gpu_product, "input_gradient", "CHUNK = 64", "CHUNK, STALE = 64, []",
+        "each_tile(compute)\n", "pl.run_scoped(lambda *sums: STALE.append(sums) or each_tile("
+        "compute), plgpu.ACC((64, 128), jnp.float32))\n",
+        "pl.run_scoped(multiply, *[\n      plgpu.ACC((WARPGROUP_ROWS, b.shape[1]), jnp.float32) "
+        "for b in operands(0)])", "multiply(*STALE[-1])"),
     "both blocks of a pair take the same rows": (
         mosaic_gpu_product, "input_gradient", "lax.axis_index(\"pair\") if ring.together",
         "0 if ring.together"),
-    "a step is lost between tiles": (
-        mosaic_gpu_product, "out_projection", "body(row, column, info.local_index * steps)",
-        "body(row, column, info.local_index * (steps - 1))"),
 }
 QUICK = ("the residual is missing", "statistics of the wrong rows", "gate and up exchanged",
          "the value is rotated", "a slot is read before it is full",
          "a slot is refilled while it is read", "what an epilogue reads is refilled",
-         "the last tile's products stay in the accumulator", "gate's derivative is that of a sigmoid")
-SMALL = Case(tokens=150, dim=256, heads=1, hidden=128)
+         "the last tile's products stay in the accumulator")
+SMALL = Case(tokens=150, dim=256, heads=1, hidden=256)
 
 
-def mutant(module, old, new):
-  """`mosaic_gpu` with one line of one of its modules changed."""
+def mutant(module, *changes):
+  """`mosaic_gpu` with some text of one of its modules replaced by other text, in turns."""
   def copy(source, **names):
     made = types.ModuleType("mutant")
     made.__package__ = mosaic_gpu.__package__
     text = inspect.getsource(source)
-    if source is module:
+    for old, new in zip(changes[::2], changes[1::2]) if source is module else ():
       assert old in text, old
       text = text.replace(old, new)
     exec(compile(text, "mutant", "exec"), made.__dict__)
@@ -235,14 +221,14 @@ def mutant(module, old, new):
 @pytest.mark.parametrize("name", [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MUTANTS])
 def test_a_planted_mistake_is_noticed(name):
-  module, function, old, new = MUTANTS[name]
-  plan = Plan(processors=2)
+  module, function, *changes = MUTANTS[name]
+  wrong = mutant(module, *changes)
   with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
-    verify(SMALL, plan, mutant(module, old, new), of=(function,))
+    verify(SMALL, Plan(processors=2), wrong, of=(function,))
 
 
 def test_without_a_mistake():
-  verify(SMALL, Plan(processors=2), mutant(mosaic_gpu_product, "run", "run"))
+  verify(SMALL, Plan(processors=2), mutant(mosaic_gpu_product, "STORE", "STORE"))
 
 
 # What is refused, and which tiles are taken. -----------------------------------------------------
