@@ -20,6 +20,7 @@ from ..attention.mosaic_gpu_tiles import COMPUTE, ROWS, TILE, WARPGROUP_ROWS
 
 CHUNK = 64  # of the contraction in a slot: the 128 bytes of a swizzle
 STORE = 64  # columns of a store
+COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40  # with 24 the copies of several products spill
 TILING = 8  # rows of an array that TMA copies are a multiple of this
 
 
@@ -98,7 +99,7 @@ def run(ring, parts, compute):
 
   @pl.when(wg == COMPUTE)
   def copying():
-    plgpu.set_max_registers(tiles.COPY_REGISTERS, action="decrease")
+    plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
     each_tile(fill_tile)
     blocks = lax.axis_size("block")
     total = steps * lax.div(num_tiles - 1 - lax.axis_index("block") + blocks, blocks)
@@ -108,7 +109,7 @@ def run(ring, parts, compute):
 
   @pl.when(wg < COMPUTE)
   def computing():
-    plgpu.set_max_registers(tiles.COMPUTE_REGISTERS, action="increase")
+    plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
     each_tile(compute)
     plgpu.wait_smem_to_gmem(0)
 
@@ -135,7 +136,7 @@ def accumulate(ring, first, steps, operands):
   mine = _my_rows()  # out of the loop, which the compiler does not take it out of
 
   def multiply(*sums):
-    def chunk(k, _):
+    def chunk(k, previous):
       slot = ring.wait(first + k)
       for total, b in zip(sums, operands(slot), strict=True):
         plgpu.wgmma(total, ring.a.at[slot, mine], b)
@@ -143,9 +144,11 @@ def accumulate(ring, first, steps, operands):
 
       @pl.when(k > 0)
       def _():
-        ring.release(first + k - 1)
+        plgpu.barrier_arrive(ring.free.at[previous])
 
-    lax.fori_loop(0, steps, chunk, None)
+      return slot
+
+    lax.fori_loop(0, steps, chunk, ring.slot(first))
     return [total[...] for total in sums]
 
   sums = pl.run_scoped(multiply, *[
