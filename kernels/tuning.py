@@ -157,6 +157,43 @@ def cross_entropy_mosaic_gpu(chip: str | None) -> CrossEntropyMosaicGpu:
   return CROSS_ENTROPY_MOSAIC_GPU[chip or "h200"]
 
 
+HOPPER_PROCESSORS = 132  # streaming multiprocessors
+
+
+class ParallelBlockMosaicGpu(NamedTuple):
+  """Tiles of the Hopper kernels of the parallel block: 128 tokens, 64 to a compute warpgroup."""
+
+  columns: int  # of a tile
+  stages: int  # slots of 64 of the contraction in flight
+  together: bool  # two tiles of tokens share the copies of the weights
+
+
+# The largest tile that fits, and the next one where that fills more of the chip. 256 columns take
+# 128 of 240 registers, and 4 slots with the stores' 32 KiB leave 3 KiB of shared memory. In the main
+# loops: 61 to 64 instructions for 4 HGMMA of 256 columns, 73 for 8 of 128 (in_projection); with 128
+# columns 59 to 83 for half the product (ptxas 13.0). Alone a tile's step takes 48 KiB from the L2
+# cache in the 1024 cycles of its product; two that share the weights 32 KiB each, for 3 to 6
+# instructions more. No time has been measured.
+_PARALLEL_BLOCK_HOPPER = (ParallelBlockMosaicGpu(columns=256, stages=4, together=True),
+                          ParallelBlockMosaicGpu(columns=128, stages=6, together=True))
+PARALLEL_BLOCK_MOSAIC_GPU = {chip: _PARALLEL_BLOCK_HOPPER for chip in ("h100", "h200")}
+
+
+def parallel_block_mosaic_gpu(chip: str | None, rows: int, across) -> ParallelBlockMosaicGpu:
+  """Tiles for a chip, those of an h200 where it is not known, and a result.
+
+  Args:
+    rows: tiles of 128 tokens.
+    across: across(columns) is how many tiles wide the result is, 0 if tiles can't be so narrow.
+  """
+  def time(config):  # in bytes from the L2 cache for each step of the contraction
+    waves = -(-rows * across(config.columns) // HOPPER_PROCESSORS)
+    return waves * (128 + config.columns // 2)
+
+  return min((config for config in PARALLEL_BLOCK_MOSAIC_GPU[chip or "h200"]
+              if across(config.columns)), key=time)
+
+
 class CrossEntropyTriton(NamedTuple):
   """Tile sizes and launch of the Triton cross-entropy kernels."""
 
