@@ -1,0 +1,158 @@
+"""python -m benchmarks.block_static: the parallel block's products on TPUs, beside XLA's.
+
+Useful is the share of a core's matrix units that the products' FLOPs take of the cycles of all
+bundles that the compiler scheduled, each as often as the program runs it; no wait for memory is in
+them. Traffic is what a core's copies move, by the kernel's grid, and bound is its time at the
+published bandwidth over that of the cycles at the published clock: below 1 memory keeps up.
+"""
+
+import argparse
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from palm_haiku.kernels import aot, tuning
+from palm_haiku.kernels.parallel_block import mosaic_tpu, mosaic_tpu_plan, xla
+
+from . import table
+from .block import Shape
+
+SHAPES = ["4x2048x4096x16x256x4"]
+ARCHITECTURES = {"layer": dict(norm="layer", rotary=True, values=True),
+                 "rms": dict(norm="rms", rotary=False, values=False)}
+COLUMNS = {"chip": "chip", "shape": "shape", "step": "step", "variant": "", "useful": "useful %",
+           "busy": "MXU busy %", "us": "static us", "bundles": "bundles", "vmem": "VMEM MiB",
+           "intensity": "FLOP/byte", "bound": "memory / cycles", "xla": "XLA useful %",
+           "xla_us": "XLA static us"}
+
+
+def program(*, step, shape, implementation, chip, norm="layer", rotary=True, values=True, keep=True,
+            dtype="bfloat16"):
+  """(function, arguments) of one step of the layer."""
+  shape = Shape.parse(shape)
+  tokens, dim, heads, dim_head = shape.batch * shape.length, shape.dim, shape.heads, shape.dim_head
+  hidden = dim * shape.ff_mult
+  array = lambda *sizes, dtype=dtype: jax.ShapeDtypeStruct(sizes, dtype)
+  x, act = array(tokens, dim), array(tokens, hidden)
+  attended, key = array(tokens, heads, dim_head), array(tokens, dim_head)
+  params = {name: array(*sizes, dtype="float32" if name == "norm" else dtype)
+            for name, sizes in shape.weights.items() if values or name != "value"}
+  own = implementation == "mosaic_tpu"
+  if step == "in_projection":
+    rotation = (array(tokens, dim_head // 2, dtype="float32"),) * 2 if rotary else None
+
+    def function(x, params, rotation):
+      if own:
+        return mosaic_tpu.in_projection(
+            x, params, rotation, norm=norm, eps=1e-5, keep=keep, chip=chip)
+      query, key, value, gate, up = xla.in_projection(
+          x, params, jnp.arange(tokens), norm=norm, norm_eps=1e-5, rotary=rotary,
+          xpos_scale_base=None)
+      return query, key, value, jax.nn.silu(gate) * up, *((gate, up) if keep else ())
+
+    return function, (x, params, rotation)
+  if step == "out_projection":
+    if own:
+      function = lambda *a: mosaic_tpu.out_projection(*a, chip=chip)
+    else:
+      function = lambda x, attended, act, attn_out, ff_out: (
+          x + xla.project(attended, attn_out, axes=2) + xla.project(act, ff_out))
+    return function, (x, attended, act, params["attn_out"], params["ff_out"])
+  if step == "swiglu_gradient":
+    def plain(dy, gate, up, ff_out):
+      act, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+      return *pull(dy @ ff_out.T), act
+    function = (lambda *a: mosaic_tpu.swiglu_gradient(*a, chip=chip)) if own else plain
+    return function, (x, act, act, params["ff_out"])
+
+  def plain(dquery, dkey, dvalue, dgate, dup, params):
+    dh = dquery.reshape(tokens, -1) @ params["query"].reshape(dim, -1).T
+    dh += dkey @ params["key"].T + (0 if dvalue is None else dvalue @ params["value"].T)
+    return dh + dgate @ params["gate"].T + dup @ params["up"].T
+
+  function = (lambda *a: mosaic_tpu.input_gradient(*a, chip=chip)) if own else plain
+  return function, (attended, key, key if values else None, act, act, params)
+
+
+def about(step, shape, chip, values=True) -> tuple[float, mosaic_tpu_plan.Plan, dict]:
+  """FLOPs of a step, its plan, and how often the parts of its kernel run."""
+  s = Shape.parse(shape)
+  tokens, queries, hidden = s.batch * s.length, s.heads * s.dim_head, s.dim * s.ff_mult
+  plan = mosaic_tpu_plan.Sizes(
+      tokens, s.dim, s.heads, s.dim_head, hidden, 2).plans(chip)[step]
+  keys = s.dim_head * (1 + values)
+  width = {"in_projection": queries + keys + 2 * hidden, "out_projection": queries + hidden,
+           "swiglu_gradient": hidden, "input_gradient": queries + keys + 2 * hidden}[step]
+  return 2.0 * tokens * s.dim * width, plan, runs(step, plan, s)
+
+
+def runs(step, plan, s) -> aot.Steps:
+  queries, hidden = s.heads * s.dim_head, s.dim * s.ff_mult
+  if plan.depths:
+    sizes = [queries, hidden] if step == "out_projection" else [queries, s.dim_head, hidden]
+    counts = [size // depth for size, depth in zip(sizes, plan.depths, strict=True)]
+    return aot.Steps(active=tuple(n / sum(counts) for n in counts), edge=(1 / sum(counts),) * 9)
+  deep = s.dim // plan.depth
+  if step == "swiglu_gradient":
+    return aot.Steps() if deep == 1 else aot.Steps(edge=(1 / deep,) * 9)
+  counts = [1, -(-queries // plan.query_columns), -(-hidden // plan.columns)]
+  norm = 1 / (sum(counts) * deep)
+  ends = [] if deep == 1 else [n / sum(counts) / deep for n in counts for _ in range(2)]
+  return aot.Steps(active=tuple(n / sum(counts) for n in counts), edge=(norm, *ends))
+
+
+def figures(step, shape, chip, implementation="mosaic_tpu", **variant):
+  """(share of one core's matrix units that is useful, the report, cycles of a core, the plan)."""
+  flops, plan, steps = about(step, shape, chip, variant.get("values", True))
+  name = {"block_" + step: steps} if implementation == "mosaic_tpu" else {}
+  report = aot.report("benchmarks.block_static:program", target=chip, flops=flops, steps=name,
+                      step=step, shape=shape, implementation=implementation, chip=chip, **variant)
+  if report.seconds() is None:
+    raise aot.AotError("how often a loop runs is not known")
+  # A device is one core of a v4 and a tpu7x, and both of a v5p.
+  device = {"v4": 2, "tpu7x": 2}.get(chip, 1)
+  return device * report.utilization(), report, plan
+
+
+def main(argv=None) -> int:
+  parser = argparse.ArgumentParser(prog="python -m benchmarks.block_static", description=__doc__)
+  parser.add_argument("targets", nargs="*", default=list(tuning.VMEM))
+  parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BxTxDxHxDhxM")
+  parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
+  args = parser.parse_args(argv)
+  rows = []
+  for chip in args.targets:
+    for shape in args.shapes:
+      for step in args.steps:
+        for name, variant in STEPS[step].items():
+          try:
+            rows.append(row(chip, shape, step, name, variant))
+          except aot.AotError as error:
+            print(f"no row: {chip} {shape} {step} {name}: {str(error)[:300]}")
+  print(table.text(COLUMNS, rows))
+  return 0
+
+
+STEPS = {
+    "in_projection": {
+        "layer, kept": ARCHITECTURES["layer"] | dict(keep=True),
+        "layer": ARCHITECTURES["layer"] | dict(keep=False),
+        "rms, kept": ARCHITECTURES["rms"] | dict(keep=True),
+        "rms": ARCHITECTURES["rms"] | dict(keep=False)},
+    "out_projection": {"": {}}, "swiglu_gradient": {"": {}}, "input_gradient": {"": {}}}
+
+
+def row(chip, shape, step, name, variant) -> dict:
+  useful, report, plan = figures(step, shape, chip, **variant)
+  kernel, = report.kernels_named("block_" + step)
+  plain, xla_report, _ = figures(step, shape, chip, "xla", **variant)
+  return dict(
+      chip=chip, shape=shape, step=step, variant=name, useful=round(100 * useful, 1),
+      busy=round(100 * kernel.schedule.busy("MATMUL"), 1), us=round(report.seconds() * 1e6, 1),
+      bundles=kernel.schedule.root.end, vmem=round(plan.vmem_bytes / 2**20, 1),
+      xla=round(100 * plain, 1), xla_us=round(xla_report.seconds() * 1e6, 1))
+
+
+if __name__ == "__main__":
+  sys.exit(main())
