@@ -103,16 +103,20 @@ def runs(step, plan, s) -> aot.Steps:
 
 
 def figures(step, shape, chip, implementation="mosaic_tpu", **variant):
-  """(share of one core's matrix units that is useful, the report, cycles of a core, the plan)."""
+  """(share of the matrix units' FLOPs that is useful, its report, the plan) of one step.
+
+  Loops that do not say how often they run are copies of XLA's, and count once.
+  """
   flops, plan, steps = about(step, shape, chip, variant.get("values", True))
-  name = {"block_" + step: steps} if implementation == "mosaic_tpu" else {}
-  report = aot.report("benchmarks.block_static:program", target=chip, flops=flops, steps=name,
-                      step=step, shape=shape, implementation=implementation, chip=chip, **variant)
-  if report.seconds() is None:
-    raise aot.AotError("how often a loop runs is not known")
-  # A device is one core of a v4 and a tpu7x, and both of a v5p.
-  device = {"v4": 2, "tpu7x": 2}.get(chip, 1)
-  return device * report.utilization(), report, plan
+  own = {"block_" + step: steps} if implementation == "mosaic_tpu" else {}
+  report = aot.report("benchmarks.block_static:program", target=chip, steps=own, step=step,
+                      shape=shape, implementation=implementation, chip=chip, **variant)
+  cores = 2 if chip == "v5p" else 1  # of a device
+  return flops / (cycles(report) * report.chip.flops_per_cycle * cores), report, plan
+
+
+def cycles(report) -> float:
+  return sum(kernel.cycles * kernel.calls for kernel in report.kernels)
 
 
 def main(argv=None) -> int:
@@ -149,9 +153,9 @@ def row(chip, shape, step, name, variant) -> dict:
   plain, xla_report, _ = figures(step, shape, chip, "xla", **variant)
   return dict(
       chip=chip, shape=shape, step=step, variant=name, useful=round(100 * useful, 1),
-      busy=round(100 * kernel.schedule.busy("MATMUL"), 1), us=round(report.seconds() * 1e6, 1),
+      busy=round(100 * kernel.schedule.busy("MATMUL"), 1), us=round(cycles(report) / report.chip.clock * 1e6, 1),
       bundles=kernel.schedule.root.end, vmem=round(plan.vmem_bytes / 2**20, 1),
-      xla=round(100 * plain, 1), xla_us=round(xla_report.seconds() * 1e6, 1))
+      xla=round(100 * plain, 1), xla_us=round(cycles(xla_report) / report.chip.clock * 1e6, 1))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from .mosaic_tpu_backward import input_gradient, swiglu_gradient
 from .mosaic_tpu_plan import (
     LANES, Pair, Sizes, contraction, dot, fit_columns, fit_sum, round_up, sum_of_products)
 
+ROTATED = ("query", "key")
+
 __all__ = ["in_projection", "input_gradient", "out_projection", "swiglu_gradient", "unsupported"]
 
 
@@ -92,14 +94,7 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip, blocks=None):
 
     @pl.when((step == 0) & (deep == 0))
     def _():
-      def some_rows(i, _):
-        at = pl.ds(pl.multiple_of(i * plan.norm_rows, plan.norm_rows), plan.norm_rows)
-        wide = x[at, :].astype(jnp.float32)
-        if norm == "layer":
-          wide -= wide.mean(-1, keepdims=True)
-        wide *= jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
-        h[at, :] = (wide * gain[...]).astype(h.dtype)
-      jax.lax.fori_loop(0, plan.rows // plan.norm_rows, some_rows, None)
+      normalize(x, gain, h, plan.norm_rows, norm, eps)
 
     def products(*names):
       def product(at):
@@ -108,15 +103,14 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip, blocks=None):
       return product
 
     def write(name, at, part):
+      part = rotated(part, tables, at, dim_head) if name in ROTATED else part
       out[name][at, :] = part.astype(dtype)
 
-    def finish_keys(parts, at):
-      write("key", at, rotated(parts[0], tables, at, dim_head))
-      for name, part in zip(values, parts[1:], strict=True):
-        write(name, at, part)
-
-    def finish_queries(parts, at):
-      write("query", at, rotated(parts[0], tables, at, dim_head))
+    def finish_heads(names):
+      def finish(parts, at):
+        for name, part in zip(names, parts, strict=True):
+          write(name, at, part)
+      return finish
 
     def finish_hidden(parts, at):
       gate, up = parts
@@ -125,9 +119,10 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip, blocks=None):
         write("gate", at, gate)
         write("up", at, up)
 
+    keys = ("key", *values)
     for here, names, finish in (
-        (step == 0, ("key", *values), finish_keys),
-        ((step > 0) & (step <= query_steps), ("query",), finish_queries),
+        (step == 0, keys, finish_heads(keys)),
+        ((step > 0) & (step <= query_steps), ("query",), finish_heads(("query",))),
         (step > query_steps, ("gate", "up"), finish_hidden)):
       @pl.when(here)
       def _():
@@ -199,6 +194,19 @@ def out_projection(x, attended, act, attn_out, ff_out, *, chip, blocks=None):
   plan = fit_sum(blocks or tuning.parallel_block_mosaic_tpu(chip).out_projection, chip, num_tokens,
                  dim, [(heads * dim_head, 1), (hidden, 1)], act.dtype.itemsize)
   return sum_of_products(x, stages, plan, transposed=False, name="block_out_projection")
+
+
+def normalize(x, gain, h, chunk, norm, eps):
+  """h = norm(x), a few rows at a time; as `xla.normalize`."""
+  def some_rows(i, _):
+    at = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
+    wide = x[at, :].astype(jnp.float32)
+    if norm == "layer":
+      wide -= wide.mean(-1, keepdims=True)
+    wide *= jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+    h[at, :] = (wide * gain[...]).astype(h.dtype)
+
+  jax.lax.fori_loop(0, x.shape[0] // chunk, some_rows, None)
 
 
 def spread(rotation, dim_head):
