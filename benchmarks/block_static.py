@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from palm_haiku.kernels import aot, tuning
+from palm_haiku.kernels.aot import llo
 from palm_haiku.kernels.parallel_block import mosaic_tpu, mosaic_tpu_plan, xla
 
 from . import table
@@ -75,7 +76,7 @@ def program(*, step, shape, implementation, chip, norm="layer", rotary=True, val
   return function, (attended, key, key if values else None, act, act, params)
 
 
-def about(step, shape, chip, values=True) -> tuple[float, mosaic_tpu_plan.Plan, dict]:
+def about(step, shape, chip, values=True) -> tuple[float, mosaic_tpu_plan.Plan, tuple]:
   """FLOPs of a step, its plan, and how often the parts of its kernel run."""
   s = Shape.parse(shape)
   tokens, queries, hidden = s.batch * s.length, s.heads * s.dim_head, s.dim * s.ff_mult
@@ -87,19 +88,32 @@ def about(step, shape, chip, values=True) -> tuple[float, mosaic_tpu_plan.Plan, 
   return 2.0 * tokens * s.dim * width, plan, runs(step, plan, s)
 
 
-def runs(step, plan, s) -> aot.Steps:
+def runs(step, plan, s) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Fractions of the steps in which the guards run that multiply, and those that only compute."""
   queries, hidden = s.heads * s.dim_head, s.dim * s.ff_mult
   if plan.depths:
     sizes = [queries, hidden] if step == "out_projection" else [queries, s.dim_head, hidden]
     counts = [size // depth for size, depth in zip(sizes, plan.depths, strict=True)]
-    return aot.Steps(active=tuple(n / sum(counts) for n in counts), edge=(1 / sum(counts),) * 9)
+    return tuple(n / sum(counts) for n in counts), (1 / sum(counts),) * 2
   deep = s.dim // plan.depth
+  ends = () if deep == 1 else (1 / deep,) * 2  # clear the sums, write them
   if step == "swiglu_gradient":
-    return aot.Steps() if deep == 1 else aot.Steps(edge=(1 / deep,) * 9)
+    return (1.0,), ends
   counts = [1, -(-queries // plan.query_columns), -(-hidden // plan.columns)]
-  norm = 1 / (sum(counts) * deep)
-  ends = [] if deep == 1 else [n / sum(counts) / deep for n in counts for _ in range(2)]
-  return aot.Steps(active=tuple(n / sum(counts) for n in counts), edge=(norm, *ends))
+  return tuple(n / sum(counts) for n in counts), (1 / sum(counts) / deep, *ends * 3)
+
+
+def set_runs(schedule, products, others) -> None:
+  """Guards that only copy count as if they ran at every step."""
+  schedule.set_runs(aot.Steps(active=products))
+  matrix, vector, load, store = (
+      llo.SLOTS.index(name) for name in ("MATMUL", "VALU", "VLOAD", "VSTORE"))
+  others = list(others)
+  for region in schedule.root:
+    computes = region.total(vector) or not region.total(load) and region.total(store) > 64
+    if region.kind == "if" and not region.total(matrix) and computes:
+      region.runs = others.pop(0)
+  assert not others, f"{schedule.name}: guards are missing"
 
 
 def figures(step, shape, chip, implementation="mosaic_tpu", **variant):
@@ -108,9 +122,10 @@ def figures(step, shape, chip, implementation="mosaic_tpu", **variant):
   Loops that do not say how often they run are copies of XLA's, and count once.
   """
   flops, plan, steps = about(step, shape, chip, variant.get("values", True))
-  own = {"block_" + step: steps} if implementation == "mosaic_tpu" else {}
-  report = aot.report("benchmarks.block_static:program", target=chip, steps=own, step=step,
-                      shape=shape, implementation=implementation, chip=chip, **variant)
+  report = aot.report("benchmarks.block_static:program", target=chip, step=step, shape=shape,
+                      implementation=implementation, chip=chip, **variant)
+  for kernel in report.kernels_named("block_" + step):
+    set_runs(kernel.schedule, *steps)
   cores = 2 if chip == "v5p" else 1  # of a device
   return flops / (cycles(report) * report.chip.flops_per_cycle * cores), report, plan
 

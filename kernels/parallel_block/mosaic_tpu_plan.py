@@ -85,7 +85,7 @@ def fit_columns(blocks, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim
     return Plan(num_tokens, rows, tile, part, columns, depth, with_slack(taken, limit),
                 query_columns, norm_rows)
 
-  for most in halves(min(blocks.rows, round_up(num_tokens, 16)), 16):
+  for most in halves(*rows_of(blocks, num_tokens)):
     for depth in depths_of(dim):
       wanted = min(blocks.work // (products * most * depth), blocks.columns, hidden)
       for columns in halves(max(wanted, LANES), LANES):
@@ -111,7 +111,7 @@ def fit_sum(blocks, chip, num_tokens, dim, stages, itemsize, transposed=False) -
     taken += transposed * itemsize * deepest * columns  # turned
     return Plan(num_tokens, rows, tile, tile, columns, 0, with_slack(taken, limit), depths=depths)
 
-  for most in halves(min(blocks.rows, round_up(num_tokens, 16)), 16):
+  for most in halves(*rows_of(blocks, num_tokens)):
     for columns in halves(min(blocks.columns, dim), LANES):
       for halvings in range(4):
         found = plan(most, columns, blocks.work >> halvings)
@@ -133,7 +133,7 @@ def fit_rows(blocks, most, num_tokens, area, chip) -> tuple[int, int, int]:
 def staged(part, columns, parts, itemsize, depth):
   """Bytes of results that wait for their turn, and of operands: a float32 is three bfloat16s."""
   waiting = 4 * part * columns * (parts + 1)
-  return max(2**21, waiting + (6 * depth * (part + columns) if itemsize == 4 else 0))
+  return max(2**20, waiting + (6 * depth * (part + columns) if itemsize == 4 else 0))
 
 
 def with_slack(taken, limit):
@@ -148,6 +148,12 @@ def halves(size: int, least: int) -> Iterator[int]:
     if size == least:
       return
     size //= 2
+
+
+def rows_of(blocks, num_tokens) -> tuple[int, int]:
+  """The most and the least rows of a block: with fewer than 128, weights would be all it waits for."""
+  most = min(blocks.rows, round_up(num_tokens, 16))
+  return most, min(most, LANES)
 
 
 def depths_of(size: int) -> list[int]:
