@@ -1,9 +1,10 @@
 """python -m benchmarks.block_static: the parallel block's products on TPUs, beside XLA's.
 
 Useful is the share of a core's matrix units that the products' FLOPs take of the cycles of all
-bundles that the compiler scheduled, each as often as the program runs it; no wait for memory is in
-them. Traffic is what a core's copies move, by the kernel's grid, and bound is its time at the
-published bandwidth over that of the cycles at the published clock: below 1 memory keeps up.
+bundles that the compiler scheduled, each as often as the program runs it, copies that XLA makes
+around a product among them; no wait for memory is in them. FLOP/byte counts what the kernel's copies
+move by its grid. Memory / cycles is their time at the published bandwidth over that of the kernel's
+cycles: below 1 memory keeps up.
 """
 
 import argparse
@@ -103,6 +104,24 @@ def runs(step, plan, s) -> tuple[tuple[float, ...], tuple[float, ...]]:
   return tuple(n / sum(counts) for n in counts), (1 / sum(counts) / deep, *ends * 3)
 
 
+def traffic(step, plan, shape, values=True, keep=True, rotary=True, **_) -> int:
+  """Bytes that the kernel's copies move: a block is fetched again wherever its index changes."""
+  s = Shape.parse(shape)
+  tokens, queries, hidden = s.batch * s.length, s.heads * s.dim_head, s.dim * s.ff_mult
+  keys = s.dim_head * (1 + values)
+  blocks = -(-tokens // plan.rows)
+  if step == "in_projection":
+    tables = 2 * rotary * tokens * max(s.dim_head // 2, 128) * 4
+    out = queries + keys + (3 if keep else 1) * hidden
+    return 2 * (tokens * (s.dim + out) + blocks * s.dim * (queries + keys + 2 * hidden)) + tables
+  if step == "swiglu_gradient":
+    return 2 * (tokens * (s.dim + 5 * hidden) + blocks * s.dim * hidden)
+  depth = queries + hidden if step == "out_projection" else queries + keys + 2 * hidden
+  turns = -(-s.dim // plan.columns)
+  return 2 * (tokens * s.dim * (1 + (step == "out_projection")) + depth * (
+      turns * tokens + blocks * s.dim))
+
+
 def set_runs(schedule, products, others) -> None:
   """Guards that only copy count as if they ran at every step."""
   schedule.set_runs(aot.Steps(active=products))
@@ -110,7 +129,7 @@ def set_runs(schedule, products, others) -> None:
       llo.SLOTS.index(name) for name in ("MATMUL", "VALU", "VLOAD", "VSTORE"))
   others = list(others)
   for region in schedule.root:
-    computes = region.total(vector) or not region.total(load) and region.total(store) > 64
+    computes = region.total(vector) or region.total(store) > 2 * region.total(load)
     if region.kind == "if" and not region.total(matrix) and computes:
       region.runs = others.pop(0)
   assert not others, f"{schedule.name}: guards are missing"
@@ -121,11 +140,11 @@ def figures(step, shape, chip, implementation="mosaic_tpu", **variant):
 
   Loops that do not say how often they run are copies of XLA's, and count once.
   """
-  flops, plan, steps = about(step, shape, chip, variant.get("values", True))
+  flops, plan, runs = about(step, shape, chip, variant.get("values", True))
   report = aot.report("benchmarks.block_static:program", target=chip, step=step, shape=shape,
                       implementation=implementation, chip=chip, **variant)
   for kernel in report.kernels_named("block_" + step):
-    set_runs(kernel.schedule, *steps)
+    set_runs(kernel.schedule, *runs)
   cores = 2 if chip == "v5p" else 1  # of a device
   return flops / (cycles(report) * report.chip.flops_per_cycle * cores), report, plan
 
@@ -164,13 +183,19 @@ STEPS = {
 
 def row(chip, shape, step, name, variant) -> dict:
   useful, report, plan = figures(step, shape, chip, **variant)
-  kernel, = report.kernels_named("block_" + step)
   plain, xla_report, _ = figures(step, shape, chip, "xla", **variant)
+  kernel, = report.kernels_named("block_" + step)
+  clock, moved = report.chip.clock, traffic(step, plan, shape, **variant)
+  # A device is one core of a v4 and of a tpu7x, and both of a v5p.
+  bandwidth = report.chip.bandwidth / (2 if chip in ("v4", "tpu7x") else 1)
   return dict(
       chip=chip, shape=shape, step=step, variant=name, useful=round(100 * useful, 1),
-      busy=round(100 * kernel.schedule.busy("MATMUL"), 1), us=round(cycles(report) / report.chip.clock * 1e6, 1),
-      bundles=kernel.schedule.root.end, vmem=round(plan.vmem_bytes / 2**20, 1),
-      xla=round(100 * plain, 1), xla_us=round(cycles(xla_report) / report.chip.clock * 1e6, 1))
+      busy=round(100 * kernel.schedule.busy("MATMUL"), 1),
+      us=round(cycles(report) / clock * 1e6), bundles=kernel.schedule.root.end,
+      vmem=round(plan.vmem_bytes / 2**20), intensity=round(about(
+          step, shape, chip, variant.get("values", True))[0] / moved),
+      bound=round(moved / bandwidth / (kernel.cycles / clock), 2),
+      xla=round(100 * plain, 1), xla_us=round(cycles(xla_report) / clock * 1e6))
 
 
 if __name__ == "__main__":

@@ -388,8 +388,19 @@ _BLOCK_V6E = ParallelBlockTpu(
     out_projection=ProductTpu(rows=2048, columns=2048, work=2**32, code=2**31, part=1024),
     swiglu_gradient=ProductTpu(rows=2048, columns=2048, work=2**33, code=2**31, part=256),
     input_gradient=ProductTpu(rows=2048, columns=2048, work=2**32, code=2**31, part=1024))
+# Of the other chips' blocks those that fit; 16 and 64 MiB of VMEM.
+_BLOCK_V4 = ParallelBlockTpu(
+    in_projection=_BLOCK_V5.in_projection,
+    out_projection=_BLOCK_V5.out_projection._replace(rows=512, columns=512),
+    swiglu_gradient=_BLOCK_V5.swiglu_gradient._replace(rows=256),
+    input_gradient=_BLOCK_V5.input_gradient._replace(rows=512, columns=512))
+_BLOCK_7X = ParallelBlockTpu(
+    in_projection=_BLOCK_V6E.in_projection._replace(rows=1024),
+    out_projection=_BLOCK_V6E.out_projection._replace(rows=1024, columns=1024),
+    swiglu_gradient=_BLOCK_V6E.swiglu_gradient._replace(rows=1024),
+    input_gradient=_BLOCK_V6E.input_gradient._replace(rows=1024, columns=1024))
 PARALLEL_BLOCK_MOSAIC_TPU = {
-    "v4": _BLOCK_V5, "v5e": _BLOCK_V5, "v5p": _BLOCK_V5, "v6e": _BLOCK_V6E, "tpu7x": _BLOCK_V6E}
+    "v4": _BLOCK_V4, "v5e": _BLOCK_V5, "v5p": _BLOCK_V5, "v6e": _BLOCK_V6E, "tpu7x": _BLOCK_7X}
 
 
 def parallel_block_mosaic_tpu(chip: str | None) -> ParallelBlockTpu:

@@ -67,12 +67,13 @@ def fit_columns(blocks, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim
   limit = tuning.VMEM[chip or "v4"] * 2**20
   products, width = (2, round_up(dim_head, LANES)) if heads else (1, 0)
 
-  def plan(most, depth, columns):
-    query_columns = min(round_up(2 * columns, width), round_up(heads * dim_head, LANES)) if heads else 0
+  def plan(most, depth, columns, query_columns):
+    query_columns = min(round_up(query_columns, width or 1), round_up(heads * dim_head, LANES))
     together = max(products * columns, query_columns)
     rows, tile, part = fit_rows(blocks, most, num_tokens, together * depth, chip)
     two = 2 * itemsize  # bytes of what has two buffers
-    taken = two * rows * dim + staged(part, together, tile // part, itemsize, depth)
+    every = 2 * width + query_columns + products * columns if heads else columns
+    taken = two * rows * dim + 2**16 + 8 * dim + staged(part, every, tile // part, itemsize, depth)
     if heads:
       taken += itemsize * rows * dim + two * depth * (query_columns + 2 * width + 2 * columns)
       taken += two * rows * (query_columns + 2 * width + 3 * columns)
@@ -80,7 +81,7 @@ def fit_columns(blocks, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim
     else:
       taken += two * (depth * columns + 5 * rows * columns) + itemsize * depth * columns  # turned
     if depth < dim:
-      taken += 4 * rows * max(together, 2 * width)
+      taken += 4 * rows * max(together, 2 * width) + 2**19
     norm_rows = next(n for n in (256, 128, 64, 32, 16) if not rows % n and n * dim <= 2**18 or n == 16)
     return Plan(num_tokens, rows, tile, part, columns, depth, with_slack(taken, limit),
                 query_columns, norm_rows)
@@ -89,9 +90,10 @@ def fit_columns(blocks, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim
     for depth in depths_of(dim):
       wanted = min(blocks.work // (products * most * depth), blocks.columns, hidden)
       for columns in halves(max(wanted, LANES), LANES):
-        found = plan(most, depth, columns)
-        if found.vmem_bytes <= limit:
-          return found
+        for query_columns in (2 * columns, columns):
+          found = plan(most, depth, columns, query_columns)
+          if found.vmem_bytes <= limit:
+            return found
   return found
 
 
@@ -107,7 +109,7 @@ def fit_sum(blocks, chip, num_tokens, dim, stages, itemsize, transposed=False) -
     taken = 2 * itemsize * (rows + columns) * sum(
         max(d, LANES) * number for d, (_, number) in zip(depths, stages))
     taken += (4 + 4 * itemsize) * rows * columns  # the accumulator, the result, what is added
-    taken += staged(tile, columns, 1, itemsize, deepest)
+    taken += 2**16 + staged(tile, columns, 1, itemsize, deepest)
     taken += transposed * itemsize * deepest * columns  # turned
     return Plan(num_tokens, rows, tile, tile, columns, 0, with_slack(taken, limit), depths=depths)
 
