@@ -396,6 +396,55 @@ def cross_entropy_mosaic_tpu(chip: str | None) -> tuple[CrossEntropyTpu, CrossEn
   return CROSS_ENTROPY_MOSAIC_TPU[chip or "v4"]
 
 
+class ProductTpu(NamedTuple):
+  """Block sizes of a product in the parallel block on TPUs, before they are fitted to a problem."""
+
+  rows: int  # tokens in a block, at most
+  columns: int  # of the result in a step, at most
+  work: int  # multiply-adds of a step, at most
+  code: int  # multiply-adds in straight-line code, at most
+  part: int  # tokens of one product, the next of which overlaps with what is done to its result
+
+
+class ParallelBlockTpu(NamedTuple):
+  """Block sizes of the parallel block's kernels."""
+
+  in_projection: ProductTpu
+  out_projection: ProductTpu
+  swiglu_gradient: ProductTpu
+  input_gradient: ProductTpu
+
+
+_BLOCK_V5 = ParallelBlockTpu(
+    in_projection=ProductTpu(rows=1024, columns=1024, work=2**31, code=2**29, part=128),
+    out_projection=ProductTpu(rows=1024, columns=1024, work=2**30, code=2**29, part=512),
+    swiglu_gradient=ProductTpu(rows=1024, columns=1024, work=2**30, code=2**29, part=256),
+    input_gradient=ProductTpu(rows=1024, columns=1024, work=2**30, code=2**29, part=512))
+_BLOCK_V6E = ParallelBlockTpu(
+    in_projection=ProductTpu(rows=2048, columns=2048, work=2**33, code=2**31, part=256),
+    out_projection=ProductTpu(rows=2048, columns=2048, work=2**32, code=2**31, part=1024),
+    swiglu_gradient=ProductTpu(rows=2048, columns=2048, work=2**33, code=2**31, part=256),
+    input_gradient=ProductTpu(rows=2048, columns=2048, work=2**32, code=2**31, part=1024))
+# Of the other chips' blocks those that fit; 16 and 64 MiB of VMEM.
+_BLOCK_V4 = ParallelBlockTpu(
+    in_projection=_BLOCK_V5.in_projection,
+    out_projection=_BLOCK_V5.out_projection._replace(rows=512, columns=512),
+    swiglu_gradient=_BLOCK_V5.swiglu_gradient._replace(rows=256),
+    input_gradient=_BLOCK_V5.input_gradient._replace(rows=512, columns=512))
+_BLOCK_7X = ParallelBlockTpu(
+    in_projection=_BLOCK_V6E.in_projection._replace(rows=1024),
+    out_projection=_BLOCK_V6E.out_projection._replace(rows=1024, columns=1024),
+    swiglu_gradient=_BLOCK_V6E.swiglu_gradient._replace(rows=1024),
+    input_gradient=_BLOCK_V6E.input_gradient._replace(rows=1024, columns=1024))
+PARALLEL_BLOCK_MOSAIC_TPU = {
+    "v4": _BLOCK_V4, "v5e": _BLOCK_V5, "v5p": _BLOCK_V5, "v6e": _BLOCK_V6E, "tpu7x": _BLOCK_7X}
+
+
+def parallel_block_mosaic_tpu(chip: str | None) -> ParallelBlockTpu:
+  """Block sizes of the kernels of the parallel block; those of a v4 for None."""
+  return PARALLEL_BLOCK_MOSAIC_TPU[chip or "v4"]
+
+
 class DecodeTpu(NamedTuple):
   """Block sizes of the decode kernel for TPUs, before they are fitted to a problem."""
 

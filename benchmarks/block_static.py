@@ -1,0 +1,202 @@
+"""python -m benchmarks.block_static: the parallel block's products on TPUs, beside XLA's.
+
+Useful is the share of a core's matrix units that the products' FLOPs take of the cycles of all
+bundles that the compiler scheduled, each as often as the program runs it, copies that XLA makes
+around a product among them; no wait for memory is in them. FLOP/byte counts what the kernel's copies
+move by its grid. Memory / cycles is their time at the published bandwidth over that of the kernel's
+cycles: below 1 memory keeps up.
+"""
+
+import argparse
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from palm_haiku.kernels import aot, tuning
+from palm_haiku.kernels.aot import llo
+from palm_haiku.kernels.parallel_block import mosaic_tpu, mosaic_tpu_plan, xla
+
+from . import table
+from .block import Shape
+
+SHAPES = ["4x2048x4096x16x256x4"]
+ARCHITECTURES = {"layer": dict(norm="layer", rotary=True, values=True),
+                 "rms": dict(norm="rms", rotary=False, values=False)}
+COLUMNS = {"chip": "chip", "shape": "shape", "step": "step", "variant": "", "useful": "useful %",
+           "busy": "MXU busy %", "us": "static us", "bundles": "bundles", "vmem": "VMEM MiB",
+           "intensity": "FLOP/byte", "bound": "memory / cycles", "xla": "XLA useful %",
+           "xla_us": "XLA static us"}
+
+
+def program(*, step, shape, implementation, chip, norm="layer", rotary=True, values=True, keep=True,
+            dtype="bfloat16"):
+  """(function, arguments) of one step of the layer."""
+  shape = Shape.parse(shape)
+  tokens, dim, heads, dim_head = shape.batch * shape.length, shape.dim, shape.heads, shape.dim_head
+  hidden = dim * shape.ff_mult
+  array = lambda *sizes, dtype=dtype: jax.ShapeDtypeStruct(sizes, dtype)
+  x, act = array(tokens, dim), array(tokens, hidden)
+  attended, key = array(tokens, heads, dim_head), array(tokens, dim_head)
+  params = {name: array(*sizes, dtype="float32" if name == "norm" else dtype)
+            for name, sizes in shape.weights.items() if values or name != "value"}
+  own = implementation == "mosaic_tpu"
+  if step == "in_projection":
+    rotation = (array(tokens, dim_head // 2, dtype="float32"),) * 2 if rotary else None
+
+    def function(x, params, rotation):
+      if own:
+        return mosaic_tpu.in_projection(
+            x, params, rotation, norm=norm, eps=1e-5, keep=keep, chip=chip)
+      query, key, value, gate, up = xla.in_projection(
+          x, params, jnp.arange(tokens), norm=norm, norm_eps=1e-5, rotary=rotary,
+          xpos_scale_base=None)
+      return query, key, value, jax.nn.silu(gate) * up, *((gate, up) if keep else ())
+
+    return function, (x, params, rotation)
+  if step == "out_projection":
+    if own:
+      function = lambda *a: mosaic_tpu.out_projection(*a, chip=chip)
+    else:
+      function = lambda x, attended, act, attn_out, ff_out: (
+          x + xla.project(attended, attn_out, axes=2) + xla.project(act, ff_out))
+    return function, (x, attended, act, params["attn_out"], params["ff_out"])
+  if step == "swiglu_gradient":
+    def plain(dy, gate, up, ff_out):
+      act, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+      return *pull(dy @ ff_out.T), act
+    function = (lambda *a: mosaic_tpu.swiglu_gradient(*a, chip=chip)) if own else plain
+    return function, (x, act, act, params["ff_out"])
+
+  def plain(dquery, dkey, dvalue, dgate, dup, params):
+    dh = dquery.reshape(tokens, -1) @ params["query"].reshape(dim, -1).T
+    dh += dkey @ params["key"].T + (0 if dvalue is None else dvalue @ params["value"].T)
+    return dh + dgate @ params["gate"].T + dup @ params["up"].T
+
+  function = (lambda *a: mosaic_tpu.input_gradient(*a, chip=chip)) if own else plain
+  return function, (attended, key, key if values else None, act, act, params)
+
+
+def about(step, shape, chip, values=True) -> tuple[float, mosaic_tpu_plan.Plan, tuple]:
+  """FLOPs of a step, its plan, and how often the parts of its kernel run."""
+  s = Shape.parse(shape)
+  tokens, queries, hidden = s.batch * s.length, s.heads * s.dim_head, s.dim * s.ff_mult
+  plan = mosaic_tpu_plan.Sizes(
+      tokens, s.dim, s.heads, s.dim_head, hidden, 2).plans(chip)[step]
+  keys = s.dim_head * (1 + values)
+  width = {"in_projection": queries + keys + 2 * hidden, "out_projection": queries + hidden,
+           "swiglu_gradient": hidden, "input_gradient": queries + keys + 2 * hidden}[step]
+  return 2.0 * tokens * s.dim * width, plan, runs(step, plan, s)
+
+
+def runs(step, plan, s) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Fractions of the steps in which the guards run that multiply, and those that only compute."""
+  queries, hidden = s.heads * s.dim_head, s.dim * s.ff_mult
+  if plan.depths:
+    sizes = [queries, hidden] if step == "out_projection" else [queries, s.dim_head, hidden]
+    counts = [size // depth for size, depth in zip(sizes, plan.depths, strict=True)]
+    return tuple(n / sum(counts) for n in counts), (1 / sum(counts),) * 2
+  deep = s.dim // plan.depth
+  ends = () if deep == 1 else (1 / deep,) * 2  # clear the sums, write them
+  if step == "swiglu_gradient":
+    return (1.0,), ends
+  counts = [1, -(-queries // plan.query_columns), -(-hidden // plan.columns)]
+  return tuple(n / sum(counts) for n in counts), (1 / sum(counts) / deep, *ends * 3)
+
+
+def traffic(step, plan, shape, values=True, keep=True, rotary=True, **_) -> int:
+  """Bytes that the kernel's copies move: a block is fetched again wherever its index changes."""
+  s = Shape.parse(shape)
+  tokens, queries, hidden = s.batch * s.length, s.heads * s.dim_head, s.dim * s.ff_mult
+  keys = s.dim_head * (1 + values)
+  blocks = -(-tokens // plan.rows)
+  if step == "in_projection":
+    tables = 2 * rotary * tokens * max(s.dim_head // 2, 128) * 4
+    out = queries + keys + (3 if keep else 1) * hidden
+    return 2 * (tokens * (s.dim + out) + blocks * s.dim * (queries + keys + 2 * hidden)) + tables
+  if step == "swiglu_gradient":
+    return 2 * (tokens * (s.dim + 5 * hidden) + blocks * s.dim * hidden)
+  depth = queries + hidden if step == "out_projection" else queries + keys + 2 * hidden
+  turns = -(-s.dim // plan.columns)
+  return 2 * (tokens * s.dim * (1 + (step == "out_projection")) + depth * (
+      turns * tokens + blocks * s.dim))
+
+
+def set_runs(schedule, products, others) -> None:
+  """Guards that only copy count as if they ran at every step."""
+  schedule.set_runs(aot.Steps(active=products))
+  matrix, vector, load, store = (
+      llo.SLOTS.index(name) for name in ("MATMUL", "VALU", "VLOAD", "VSTORE"))
+  others = list(others)
+  for region in schedule.root:
+    computes = region.total(vector) or region.total(store) > 2 * region.total(load)
+    if region.kind == "if" and not region.total(matrix) and computes:
+      region.runs = others.pop(0)
+  assert not others, f"{schedule.name}: guards are missing"
+
+
+def figures(step, shape, chip, implementation="mosaic_tpu", **variant):
+  """(share of the matrix units' FLOPs that is useful, its report, the plan) of one step.
+
+  Loops that do not say how often they run are copies of XLA's, and count once.
+  """
+  flops, plan, runs = about(step, shape, chip, variant.get("values", True))
+  report = aot.report("benchmarks.block_static:program", target=chip, step=step, shape=shape,
+                      implementation=implementation, chip=chip, **variant)
+  for kernel in report.kernels_named("block_" + step):
+    set_runs(kernel.schedule, *runs)
+  cores = 2 if chip == "v5p" else 1  # of a device
+  return flops / (cycles(report) * report.chip.flops_per_cycle * cores), report, plan
+
+
+def cycles(report) -> float:
+  return sum(kernel.cycles * kernel.calls for kernel in report.kernels)
+
+
+def main(argv=None) -> int:
+  parser = argparse.ArgumentParser(prog="python -m benchmarks.block_static", description=__doc__)
+  parser.add_argument("targets", nargs="*", default=list(tuning.VMEM))
+  parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BxTxDxHxDhxM")
+  parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
+  args = parser.parse_args(argv)
+  rows = []
+  for chip in args.targets:
+    for shape in args.shapes:
+      for step in args.steps:
+        for name, variant in STEPS[step].items():
+          try:
+            rows.append(row(chip, shape, step, name, variant))
+          except aot.AotError as error:
+            print(f"no row: {chip} {shape} {step} {name}: {str(error)[:300]}")
+  print(table.text(COLUMNS, rows))
+  return 0
+
+
+STEPS = {
+    "in_projection": {
+        "layer, kept": ARCHITECTURES["layer"] | dict(keep=True),
+        "layer": ARCHITECTURES["layer"] | dict(keep=False),
+        "rms, kept": ARCHITECTURES["rms"] | dict(keep=True),
+        "rms": ARCHITECTURES["rms"] | dict(keep=False)},
+    "out_projection": {"": {}}, "swiglu_gradient": {"": {}}, "input_gradient": {"": {}}}
+
+
+def row(chip, shape, step, name, variant) -> dict:
+  useful, report, plan = figures(step, shape, chip, **variant)
+  plain, xla_report, _ = figures(step, shape, chip, "xla", **variant)
+  kernel, = report.kernels_named("block_" + step)
+  clock, moved = report.chip.clock, traffic(step, plan, shape, **variant)
+  # A device is one core of a v4 and of a tpu7x, and both of a v5p.
+  bandwidth = report.chip.bandwidth / (2 if chip in ("v4", "tpu7x") else 1)
+  return dict(
+      chip=chip, shape=shape, step=step, variant=name, useful=round(100 * useful, 1),
+      busy=round(100 * kernel.schedule.busy("MATMUL"), 1),
+      us=round(cycles(report) / clock * 1e6), bundles=kernel.schedule.root.end,
+      vmem=round(plan.vmem_bytes / 2**20), intensity=round(about(
+          step, shape, chip, variant.get("values", True))[0] / moved),
+      bound=round(moved / bandwidth / (kernel.cycles / clock), 2),
+      xla=round(100 * plain, 1), xla_us=round(cycles(xla_report) / clock * 1e6))
+
+
+if __name__ == "__main__":
+  sys.exit(main())
