@@ -15,7 +15,7 @@ _EVERY = ("mosaic_gpu", "mosaic_tpu", "triton")
 # The backends that an op has kernels for; "xla" is the fallback of every one.
 KERNELS = {
     "flash_attention": _EVERY,
-    "parallel_attention_ffn": _EVERY,  # of its attention; the projections are XLA's
+    "parallel_attention_ffn": _EVERY,  # of its products; attention is another op
     "linear_cross_entropy": _EVERY,
     "decode_attention": _EVERY,
 }
@@ -67,8 +67,8 @@ def explain(op: str, implementation: str = "auto", *arrays) -> Choice:
   Args:
     op: the name of a public op, such as "flash_attention".
     implementation: what the caller would pass to it.
-    arrays: of the op, or `jax.ShapeDtypeStruct`s: query, key, value of attention; x, embedding
-      of the loss; query and both caches when decoding. They are whole; under a mesh, what counts
+    arrays: of the op, or `jax.ShapeDtypeStruct`s: query, key, value of attention; x, params of
+      the block; x, embedding of the loss; query and both caches when decoding. They are whole; under a mesh, what counts
       is what a device has of them. Without them the answer leaves out what depends on shapes.
 
   Raises:

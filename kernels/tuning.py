@@ -10,8 +10,11 @@ def unknown(chip: str | None, op: str, array) -> str | None:
     return "a chip of known block sizes"
   if op == "decode_attention":
     return None
+  if op == "parallel_attention_ffn" and chip not in PARALLEL_BLOCK_MOSAIC_TPU:
+    return f"a time measured beside XLA's products to be chosen unasked; there is none of {chip}"
   number, rows = {"flash_attention": (array.shape[1:2], "queries"),
-                  "linear_cross_entropy": (array.shape[:1], "tokens")}[op]
+                  "linear_cross_entropy": (array.shape[:1], "tokens"),
+                  "parallel_attention_ffn": (array.shape[:1], "tokens")}[op]
   if number[0] < 128:  # As when decoding: most rows of a tile would be empty.
     return f"128 {rows} or more to be chosen unasked; got {number[0]}"
   return None

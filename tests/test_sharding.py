@@ -166,7 +166,7 @@ def test_what_a_mesh_does_not_divide_is_refused(mesh, change, message):
 
 def test_kernels_inside_a_sharded_step():
   """The TPU kernels, interpreted, train like the XLA path on one device."""
-  c = TrainConfig(model=PaLMConfig(128, 64, 1, 2, 64, **ARCHITECTURES["palm-lite"]), batch_size=2,
+  c = TrainConfig(model=PaLMConfig(128, 128, 1, 2, 64, **ARCHITECTURES["palm-lite"]), batch_size=2,
                   seq_len=16, implementation="mosaic_tpu", mesh="data=2,model=2,fsdp=2")
   c = dataclasses.replace(c, batch_size=4)
   tokens = TOKENS[:4, :17] % 128

@@ -72,6 +72,22 @@ def test_auto_takes_the_kernel_of_the_loss(platform, kind, implementation):
     assert choose(4, 1) == "xla"
 
 
+@pytest.mark.parametrize("platform, kind, implementation", [
+    ("tpu", "TPU v5p", "mosaic_tpu"), ("gpu", "NVIDIA H200", "xla"), ("cpu", "cpu", "xla")])
+def test_auto_takes_the_blocks_products_where_a_figure_says_so(platform, kind, implementation):
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
+  params = dict(norm=array(512), query=array(512, 8, 64), key=array(512, 64), value=array(512, 64),
+                gate=array(512, 2048), up=array(512, 2048), attn_out=array(8, 64, 512),
+                ff_out=array(2048, 512))
+  with on(platform, kind):
+    choose = lambda tokens: kernels.explain(
+        "parallel_attention_ffn", "auto", array(tokens, 512), params)
+    assert choose(4096).implementation == implementation
+    assert choose(16).implementation == "xla"
+    if platform == "gpu":
+      assert "time measured beside XLA's" in choose(4096).reason
+
+
 def on_mesh(kind, **sizes):
   device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="tpu")
   return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(

@@ -162,7 +162,7 @@ def test_weights_that_do_not_fit_are_named(change, message):
     (jnp.zeros((5, 12), int), {}, "x must be floating point"),
     (jnp.zeros((5, 12)), dict(norm="batch"), "norm must be layer or rms"),
     (jnp.zeros((5, 12)), dict(kv_cache=(jnp.zeros((5, 4)),)), r"must be \(keys, values\)"),
-    (jnp.zeros((5, 12)), dict(implementation="triton"), "triton needs dim_head"),
+    (jnp.zeros((5, 12)), dict(implementation="triton"), "triton needs dim a multiple of 64; got 12"),
 ])
 def test_other_bad_input_is_named(x, options, message):
   with pytest.raises(ValueError, match=message):
