@@ -508,12 +508,12 @@ PARALLEL_BLOCK_TRITON = {
 }
 
 # Up to here two programs share a multiprocessor, for one's epilogue to run under the other's
-# products. Outside of its main loop a warp of `swiglu_gradient` issues 3,400 instructions: with two
-# warps to a scheduler 6,800 clocks, as long as 7 steps of 64 take on Hopper where no other program
-# runs. Tiles of 128 columns read a quarter more of shared memory than it delivers in that time
-# (128 bytes a clock), so they take 1,280 clocks where those of 256 take 1,024: with nothing else
-# counted, the two are level at 27 steps for `swiglu_gradient` and, with some 1,300 instructions, at
-# 10 for `in_projection`.
+# products. Outside of its main loop a warp of `swiglu_gradient` issues some 3,300 instructions: with
+# two warps to a scheduler 6,600 clocks, as long as 6 steps of 64 take on Hopper, while no other
+# program runs. Tiles of 128 columns read a quarter more of shared memory than it delivers in that
+# time (128 bytes a clock), so they take 1,280 clocks where those of 256 take 1,024: with nothing
+# else counted, the two are level at 26 steps for `swiglu_gradient` and, with some 1,300
+# instructions, at 10 for `in_projection`.
 PARALLEL_BLOCK_SHORT = 1024
 PARALLEL_BLOCK_NORM = 4096  # numbers of x in a program of the norm: 32 a thread in 71 registers
 

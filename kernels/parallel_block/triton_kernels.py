@@ -59,7 +59,7 @@ def _sum_of_products(xs, ws, KS, token, M, column, N: tl.constexpr, TRANSPOSED: 
   One loop goes through all of them: its loads need not begin anew with each.
   """
   k = tl.arange(0, BLOCK_K)
-  # Columns past the end are those of the beginning: so a load is of whole vectors without a mask.
+  # Columns past the end are those of the beginning, so that loads of whole vectors need no mask.
   columns = (column + tl.arange(0, BLOCK_N)) % N
   acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
   total = KS[0]
@@ -97,8 +97,8 @@ def _quarters(x):
 
 
 @triton.jit
-def in_projection_kernel(h_ptr, query_ptr, key_ptr, value_ptr, gate_ptr, up_ptr, cos_ptr, sin_ptr, M,
-                         query_out, key_out, value_out, act_out, gate_out, up_out,
+def in_projection_kernel(h_ptr, query_ptr, key_ptr, value_ptr, gate_ptr, up_ptr, cos_ptr, sin_ptr,
+                         M, query_out, key_out, value_out, act_out, gate_out, up_out,
                          D: tl.constexpr, HEADS: tl.constexpr, DIM_HEAD: tl.constexpr,
                          F: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr,
                          KEEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -118,6 +118,8 @@ def in_projection_kernel(h_ptr, query_ptr, key_ptr, value_ptr, gate_ptr, up_ptr,
   token, tile = _place(M, TILES, BLOCK_M, TOGETHER)
   at = tl.arange(0, BLOCK_N)
   pair, right = at % PAIRS, at >= PAIRS
+  # That 32 columns lie together, as HALF, F and PAIRS are multiples of 32, Triton does not see
+  # through the selections: it would load them one by one.
   if tile >= HEAD_TILES:
     pair = ((tile - HEAD_TILES) * PAIRS + pair) % F
     column = tl.where(right, up_ptr + pair, gate_ptr + pair)
@@ -176,7 +178,7 @@ def _store_hidden(gate, up, token, M, column, act_out, gate_out, up_out, F: tl.c
 def _store_heads(first, second, token, M, pair, cos_ptr, sin_ptr, out_ptr, value_out,
                  HALF: tl.constexpr, HEADS: tl.constexpr, VALUE: tl.constexpr,
                  ROTATED: tl.constexpr):
-  """Pairs of channels of out [M, HEADS, 2 * HALF], rotated; those beyond are of the value, if any."""
+  """Pairs of channels of out [M, HEADS, 2 * HALF], rotated; then those of the value, if any."""
   COUNT: tl.constexpr = HEADS * HALF
   row = tl.arange(0, first.shape[0])[:, None]
   token = tl.cast(token, tl.int64)

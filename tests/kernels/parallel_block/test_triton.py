@@ -80,7 +80,8 @@ MUTANTS = {  # the function and the result that it spoils, what is replaced, and
         "tl.sum(tl.sum(x * x, 1), 0) / (BLOCK_M * D) + EPS)"),
     "the mean stays": ("in_projection", "act", "if CENTRED:", "if False:"),
     "what is past the end of a row counts": (
-        "in_projection", "act", "tl.where((column < D)[None, :], x - (tl.sum(x, 1) / D)[:, None], 0.0)",
+        "in_projection", "act",
+        "tl.where((column < D)[None, :], x - (tl.sum(x, 1) / D)[:, None], 0.0)",
         "x - (tl.sum(x, 1) / D)[:, None]"),
     "the last tile's products stay in the accumulator": (
         "out_projection", "y", "  acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)\n",
@@ -188,7 +189,8 @@ def program(tokens, dim, heads, dim_head, hidden, dtype, value, rotated, keep, c
 
   def layer(x, weights, rotation, query, kv, h, attn_out, ff_out):
     dvalue = kv if value else None
-    return (triton.in_projection(x, weights, rotation, norm="layer", eps=1e-5, keep=keep, chip=chip),
+    return (triton.in_projection(x, weights, rotation, norm="layer", eps=1e-5, keep=keep,
+                                 chip=chip),
             triton.out_projection(x, query, h, attn_out, ff_out, chip=chip),
             triton.swiglu_gradient(x, h, h, ff_out, chip=chip),
             triton.input_gradient(query, kv, dvalue, h, h, weights, chip=chip))
@@ -201,7 +203,8 @@ def compiles_well(chip, tokens=16_384, dim=4096, heads=16, dim_head=256, hidden=
                   dtype="bfloat16", value=True, rotated=True, keep=True):
   aot = pytest.importorskip("palm_haiku.kernels.aot", reason="compiles ahead of time")
   report = aot.report(program, target=chip, tokens=tokens, dim=dim, heads=heads, dim_head=dim_head,
-                      hidden=hidden, dtype=dtype, value=value, rotated=rotated, keep=keep, chip=chip)
+                      hidden=hidden, dtype=dtype, value=value, rotated=rotated, keep=keep,
+                      chip=chip)
   kernels = {k.name.removesuffix("_kernel"): k for k in report.kernels}
   assert kernels.keys() == {*ALL, "normalize"}  # and nothing of XLA's: no copy, no transposition
   for name, kernel in kernels.items():
