@@ -55,7 +55,7 @@ def instructions(text: str) -> Iterator[Instruction]:
     if inside is None:
       if start := _COMPUTATION.match(line):
         inside, entry = start[2], entry or start[1] is not None
-    elif line.startswith("}"):
+    elif line.rstrip() == "}":  # attributes that run over lines begin one with it too
       inside = None
     elif match := _INSTRUCTION.match(line):
       name, shapes, opcode = match.groups()
@@ -164,7 +164,7 @@ def calls(text: str) -> tuple[dict[str, int], bool]:
         inside = start[2]
         computations[inside] = {}
         entry = inside if start[1] else entry
-    elif line.startswith("}"):
+    elif line.rstrip() == "}":  # attributes that run over lines begin one with it too
       inside = None
     elif instruction := _INSTRUCTION.match(line):
       computations[inside][instruction[1]] = line.strip()

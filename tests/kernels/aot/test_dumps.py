@@ -272,7 +272,8 @@ ENTRY %main (x: bf16[256,16], w: bf16[16]) -> bf16[256,16] {
   %part = ((bf16[256,16]{1,0}), bf16[32,16]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:32]}
   %slice = bf16[32,16]{1,0:S(1)} slice-done(%part)
   %fused = bf16[256,16]{1,0} fusion(%x, %fast), kind=kLoop, calls=%inside
-  %kernel = (bf16[256,16]{1,0}, f32[4]{0}) custom-call(%fused, %slice), custom_call_target="k"
+  %kernel = (bf16[256,16]{1,0}, f32[4]{0}) custom-call(%fused, %slice), custom_call_target="k", frontend_attributes={names={
+}}, metadata={op_name="kernel"}
   ROOT %y = bf16[256,16]{1,0} get-tuple-element(%kernel), index=0
 }
 """
