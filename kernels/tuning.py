@@ -171,12 +171,12 @@ class ParallelBlockMosaicGpu(NamedTuple):
   together: bool  # two tiles of tokens share the copies of the weights
 
 
-# The largest tile that fits, and the next one where that fills more of the chip. 256 columns take
-# 128 of 240 registers, and 4 slots with the stores' 32 KiB leave 3 KiB of shared memory. In the main
-# loops: 61 to 64 instructions for 4 HGMMA of 256 columns, 73 for 8 of 128 (in_projection); with 128
-# columns 59 to 83 for half the product (ptxas 13.0). Alone a tile's step takes 48 KiB from the L2
-# cache in the 1024 cycles of its product; two that share the weights 32 KiB each, for 3 to 6
-# instructions more. No time has been measured.
+# The largest tile that fits, and the next one for where that leaves the chip empty. 256 columns
+# take 128 of 232 registers, and 4 slots with the stores' 32 KiB leave 3 KiB of shared memory. In
+# the main loops: 57 to 59 instructions for 4 HGMMA of 256 columns, 70 for 8 of 128 (in_projection);
+# with 128 columns and 6 slots 72 to 76 and 91, for half the product (ptxas 13.0). A tile's step
+# takes 48 KiB from the L2 cache in the 1024 cycles of its product; two that share the weights 32
+# KiB each, for two or three instructions more. No time has been measured.
 _PARALLEL_BLOCK_HOPPER = (ParallelBlockMosaicGpu(columns=256, stages=4, together=True),
                           ParallelBlockMosaicGpu(columns=128, stages=6, together=True))
 PARALLEL_BLOCK_MOSAIC_GPU = {chip: _PARALLEL_BLOCK_HOPPER for chip in ("h100", "h200")}

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from jax.sharding import AxisType, PartitionSpec as P
 
-from palm_haiku.kernels import tuning
+from palm_haiku.kernels import parallel_attention_ffn, tuning
 from palm_haiku.kernels.parallel_block import (
     mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_product)
 from tests.kernels import hopper
@@ -137,6 +137,24 @@ def test_results_vary_over_the_mesh_as_what_they_are_made_of():
     out = jax.eval_shape(
         jax.shard_map(f, mesh=mesh, in_specs=(specs,), out_specs=by_token), arrays)
   assert out["dh"].shape == arrays["x"].shape
+
+
+@pytest.mark.slow
+def test_gradients_through_the_op():
+  arrays = contract.inputs(Case(tokens=20, dim=64, hidden=128, dim_head=64))
+  params = arrays["weights"] | {name: arrays[name] for name in ("attn_out", "ff_out")}
+
+  def gradients(implementation):
+    def loss(x, params):
+      y = parallel_attention_ffn(x, params, implementation=implementation)
+      return jnp.vdot(y.astype(jnp.float32), arrays["dy"].astype(jnp.float32))
+    return jax.grad(loss, (0, 1))(arrays["x"], params)
+
+  with hopper.interpret():
+    got = jax.block_until_ready(gradients("mosaic_gpu"))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradients("xla")), strict=True):
+    np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32),
+                               atol=0.03 * float(jnp.abs(b).max()))
 
 
 # Mutants: each of these changes of the kernels must be noticed. ---------------------------------
