@@ -82,7 +82,6 @@ def fit_columns(blocks, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim
       taken += two * (depth * columns + 5 * rows * columns) + itemsize * depth * columns  # turned
     norm_rows = next(n for n in (256, 128, 64, 32, 16)
                      if not rows % n and n * dim <= 2**18 or n == 16)
-    taken += bool(heads) * 2 * 4 * norm_rows * dim
     if depth < dim:
       taken += 4 * rows * max(together, 2 * width) + 2**19
     return Plan(num_tokens, rows, tile, part, columns, depth, with_slack(taken, limit),
@@ -117,7 +116,7 @@ def fit_sum(blocks, chip, num_tokens, dim, stages, itemsize, transposed=False) -
 
   for most in halves(*rows_of(blocks, num_tokens)):
     for columns in halves(min(blocks.columns, dim), LANES):
-      for halvings in range(4):
+      for halvings in range(8):
         found = plan(most, columns, blocks.work >> halvings)
         if found.vmem_bytes <= limit:
           return found
