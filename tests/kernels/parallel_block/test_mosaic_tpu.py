@@ -205,7 +205,7 @@ def check(case, blocks=BLOCKS[0]):
   assert not found, f"{found} for {case}"
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(case=cases(), blocks=st.sampled_from(BLOCKS))
 def test_right_on_drawn_cases(case, blocks):
   check(case, blocks)
