@@ -381,13 +381,13 @@ class ParallelBlockTpu(NamedTuple):
 # Figures: useful share of the matrix units' peak, in %, at dim 4096, 16 heads of 256, hidden width
 # 16,384, 8,192 tokens, bfloat16; static cycles of libtpu 0.0.52. What chose a value:
 #   code 2**29 on a v5 and 2**31 on a v6e are some 8,000 bundles in straight line. Of the sums 4,000
-#   give 92.0 and 8,000 give 95.6 (v5e), 80.5 and 86.2 (v6e, half the rows).
+#   give 92.0 and 8,000 give 94.1 (v5e), 80.5 and 86.2 (v6e, half the rows).
 #   work: in-projection, 1024 rows of a v6e with 256 columns give 86.6, 2048 with 512 give 91.9;
 #   sums, 2**30 gives 94.5 / 94.4, 2**31 gives 95.6 / 95.1 (v5p, out / gradient of the norm's result).
 #   rows: FLOPs for a byte of weights; a v6e needs 560.
 #   part: 128 / 256 / 512 gives 86.7 / 86.6 / 86.9 (in-projection, v6e, 1024 rows). SwiGLU's gradient
 #   on a v6e, 512 columns: 62.3 / 86.8 / 85.1; with 1024 columns 256 gives 91.3.
-_BLOCK_V5 = ParallelBlockTpu(  # v5e 95.3, 93.2, 96.6, 93.1; v5p 95.0, 95.6, 95.6, 95.1
+_BLOCK_V5 = ParallelBlockTpu(  # v5e 93.2, 93.2, 96.6, 93.1; v5p 95.0, 95.6, 95.6, 95.1
     in_projection=ProductTpu(rows=1024, columns=1024, work=2**31, code=2**29, part=128),
     out_projection=ProductTpu(rows=1024, columns=1024, work=2**31, code=2**29, part=256),
     swiglu_gradient=ProductTpu(rows=1024, columns=1024, work=2**30, code=2**29, part=256),
