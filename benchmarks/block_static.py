@@ -158,6 +158,7 @@ def main(argv=None) -> int:
   parser.add_argument("targets", nargs="*", default=list(tuning.VMEM))
   parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BxTxDxHxDhxM")
   parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
+  parser.add_argument("--no-xla", action="store_true", help="this project's kernels alone")
   args = parser.parse_args(argv)
   rows = []
   for chip in args.targets:
@@ -165,7 +166,8 @@ def main(argv=None) -> int:
       for step in args.steps:
         for name, variant in STEPS[step].items():
           try:
-            rows.append(row(chip, shape, step, name, variant))
+            rows.append(row(chip, shape, step, name, variant, not args.no_xla))
+            print(*rows[-1].values(), flush=True)
           except aot.AotError as error:
             print(f"no row: {chip} {shape} {step} {name}: {str(error)[:300]}")
   print(table.text(COLUMNS, rows))
@@ -181,21 +183,23 @@ STEPS = {
     "out_projection": {"": {}}, "swiglu_gradient": {"": {}}, "input_gradient": {"": {}}}
 
 
-def row(chip, shape, step, name, variant) -> dict:
+def row(chip, shape, step, name, variant, beside_xla) -> dict:
   useful, report, plan = figures(step, shape, chip, **variant)
-  plain, xla_report, _ = figures(step, shape, chip, "xla", **variant)
   kernel, = report.kernels_named("block_" + step)
   clock, moved = report.chip.clock, traffic(step, plan, shape, **variant)
   # A device is one core of a v4 and of a tpu7x, and both of a v5p.
   bandwidth = report.chip.bandwidth / (2 if chip in ("v4", "tpu7x") else 1)
-  return dict(
+  found = dict(
       chip=chip, shape=shape, step=step, variant=name, useful=round(100 * useful, 1),
       busy=round(100 * kernel.schedule.busy("MATMUL"), 1),
       us=round(cycles(report) / clock * 1e6), bundles=kernel.schedule.root.end,
       vmem=round(plan.vmem_bytes / 2**20), intensity=round(about(
           step, shape, chip, variant.get("values", True))[0] / moved),
-      bound=round(moved / bandwidth / (kernel.cycles / clock), 2),
-      xla=round(100 * plain, 1), xla_us=round(cycles(xla_report) / clock * 1e6))
+      bound=round(moved / bandwidth / (kernel.cycles / clock), 2))
+  if beside_xla:
+    plain, report, _ = figures(step, shape, chip, "xla", **variant)
+    found |= dict(xla=round(100 * plain, 1), xla_us=round(cycles(report) / clock * 1e6))
+  return found
 
 
 if __name__ == "__main__":

@@ -80,9 +80,10 @@ def fit_columns(blocks, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim
       taken += 2 * 2 * 4 * rows * max(LANES, dim_head // 2)  # tables
     else:
       taken += two * (depth * columns + 5 * rows * columns) + itemsize * depth * columns  # turned
+    norm_rows = next(n for n in (256, 128, 64, 32, 16)
+                     if not rows % n and n * dim <= 2**18 or n == 16)
     if depth < dim:
       taken += 4 * rows * max(together, 2 * width) + 2**19
-    norm_rows = next(n for n in (256, 128, 64, 32, 16) if not rows % n and n * dim <= 2**18 or n == 16)
     return Plan(num_tokens, rows, tile, part, columns, depth, with_slack(taken, limit),
                 query_columns, norm_rows)
 
@@ -115,7 +116,7 @@ def fit_sum(blocks, chip, num_tokens, dim, stages, itemsize, transposed=False) -
 
   for most in halves(*rows_of(blocks, num_tokens)):
     for columns in halves(min(blocks.columns, dim), LANES):
-      for halvings in range(4):
+      for halvings in range(8):
         found = plan(most, columns, blocks.work >> halvings)
         if found.vmem_bytes <= limit:
           return found
@@ -140,7 +141,7 @@ def staged(part, columns, parts, itemsize, depth):
 
 def with_slack(taken, limit):
   # The count is rough, so a kernel may take some of what is left.
-  return max(taken, min(taken + 2**22, limit))
+  return max(taken, min(taken + taken // 8 + 2**22, limit))
 
 
 def halves(size: int, least: int) -> Iterator[int]:
