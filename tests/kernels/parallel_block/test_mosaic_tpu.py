@@ -62,7 +62,8 @@ def inputs(case: Case) -> dict:
   """Random arrays, rounded to the case's dtype: the oracle computes with the same numbers."""
   rng = np.random.default_rng(case.seed)
   c, m = case, case.num_tokens
-  normal = lambda *sizes, dtype=c.dtype, scale=1.0: jnp.asarray(scale * rng.normal(size=sizes), dtype)
+  normal = lambda *sizes, dtype=c.dtype, scale=1.0: jnp.asarray(
+      scale * rng.normal(size=sizes), dtype)
   weight = lambda *sizes: normal(*sizes, scale=sizes[0]**-0.5)
   params = dict(
       norm=1 + normal(c.dim, dtype="float32", scale=0.2),
@@ -181,7 +182,7 @@ def rough(case, a):
 
 
 def wrong(case, arrays, found) -> list[str]:
-  """The outputs that are more than twice as far from float64 as plain JAX is, each with its error."""
+  """The outputs more than twice as far from float64 as plain JAX is, each with its error."""
   want, compare, names = exact(case, arrays), rough(case, arrays), []
   assert found.keys() == want.keys()
   for name, got in found.items():
@@ -267,7 +268,8 @@ def gradient_of_relu(monkeypatch):
 @pytest.mark.parametrize("mutant, finds", [
     (skipped_statistics, {"query", "key", "value", "act", "gate", "up"}), (no_residual, {"y"}),
     (stale_accumulator, {"dh"}), (gate_and_up_exchanged, {"act", "gate", "up"}),
-    (rotated_value, {"value"}), (skipped_rows, {"query", "key", "value", "act", "gate", "up", "dh"}),
+    (rotated_value, {"value"}),
+    (skipped_rows, {"query", "key", "value", "act", "gate", "up", "dh"}),
     (gradient_of_relu, {"act", "dgate", "dup", "dact"})])
 def test_a_planted_error_is_found(monkeypatch, mutant, finds):
   case = Case(num_tokens=150, dim=256, hidden=256)
@@ -297,8 +299,8 @@ def test_what_varies_over_a_mesh_is_typed_so():
     return jax.lax.psum(y, "model") + x  # the sum needs a type that varies
 
   y = jax.eval_shape(
-      jax.shard_map(share, mesh=mesh, in_specs=(whole, split, split, jax.P("model"), jax.P("model")),
-                    out_specs=whole),
+      jax.shard_map(share, mesh=mesh, out_specs=whole,
+                    in_specs=(whole, split, split, jax.P("model"), jax.P("model"))),
       arrays["x"], arrays["attended"], arrays["act"], p["attn_out"], p["ff_out"])
   assert y.shape == arrays["x"].shape
 
