@@ -104,7 +104,7 @@ def fit_sum(blocks, chip, num_tokens, dim, stages, itemsize, transposed=False) -
 
   def plan(most, columns, work):
     depths = tuple(next((d for d in depths_of(size) if d * number * most * columns <= work),
-                        min(size, LANES)) for size, number in stages)
+                        depths_of(size)[-1]) for size, number in stages)
     deepest = max(d * number for d, (_, number) in zip(depths, stages))
     rows, tile, part = fit_rows(blocks, most, num_tokens, deepest * columns, chip)
     taken = 2 * itemsize * (rows + columns) * sum(

@@ -206,6 +206,11 @@ def check(case, blocks=BLOCKS[0]):
   assert not found, f"{found} for {case}"
 
 
+def one_step(size):
+  """The least depth of a step, in place of all that there are."""
+  return [size if size % 128 else 128]
+
+
 @settings(max_examples=3)
 @given(case=cases(), blocks=st.sampled_from(BLOCKS))
 def test_right_on_drawn_cases(case, blocks):
@@ -221,8 +226,15 @@ def test_right_where_it_is_easily_wrong(case):
 
 
 def test_right_with_a_contraction_in_steps(monkeypatch):
-  monkeypatch.setattr(mosaic_tpu_plan, "depths_of", lambda size: [min(size, 128)])
+  monkeypatch.setattr(mosaic_tpu_plan, "depths_of", one_step)
   check(Case(dim=384, heads=2))
+
+
+def test_steps_of_a_contraction_divide_it():
+  blocks = BLOCKS[0]._replace(work=1)
+  for size, least in ((64, 64), (192, 192), (384, 128), (4544, 4544), (5504, 128)):
+    plan = mosaic_tpu_plan.fit_sum(blocks, None, 64, 128, [(size, 1)], 2)
+    assert plan.depths == (least,)
 
 
 def skipped_statistics(monkeypatch):
@@ -371,5 +383,5 @@ def test_compiles_within_the_vmem_that_is_counted(chip, sizes):
 def test_right_on_many_drawn_cases(case, blocks, stepped):
   with pytest.MonkeyPatch.context() as patch:
     if stepped:
-      patch.setattr(mosaic_tpu_plan, "depths_of", lambda size: [min(size, 128)])
+      patch.setattr(mosaic_tpu_plan, "depths_of", one_step)
     check(case, blocks)
