@@ -2,9 +2,9 @@
 
 Useful is the share of a core's matrix units that the products' FLOPs take of the cycles of all
 bundles that the compiler scheduled, each as often as the program runs it, copies that XLA makes
-around a product among them; no wait for memory is in them. FLOP/byte counts what the kernel's copies
-move by its grid. Memory / cycles is their time at the published bandwidth over that of the kernel's
-cycles: below 1 memory keeps up.
+around a product among them; no wait for memory is in them. FLOP/byte counts what the kernel's
+copies move by its grid. Memory / cycles is their time at the published bandwidth over that of the
+kernel's cycles: below 1 memory keeps up.
 """
 
 import argparse

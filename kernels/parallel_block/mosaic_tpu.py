@@ -68,7 +68,7 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip, blocks=None):
     blocks: in place of those in `tuning`.
 
   Returns:
-    query [M, H, Dh], key [M, Dh], value [M, Dh] or None, act [M, F], and gate and up [M, F] or None.
+    query [M, H, Dh], key [M, Dh], value [M, Dh] or None, act [M, F], gate and up [M, F] or None.
   """
   (num_tokens, dim), dtype = x.shape, x.dtype
   _, heads, dim_head = params["query"].shape

@@ -1,4 +1,4 @@
-"""The products of the parallel block's backward pass for TPUs: two, with what XLA would do around."""
+"""Two products of the parallel block's backward pass for TPUs, with what stands around them."""
 
 import jax
 import jax.numpy as jnp

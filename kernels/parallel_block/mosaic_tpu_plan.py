@@ -1,4 +1,4 @@
-"""How the parallel block's kernels for TPUs divide their problems, and the loops that they share."""
+"""How the parallel block's kernels for TPUs divide their problems, and the loops they share."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -104,7 +104,7 @@ def fit_sum(blocks, chip, num_tokens, dim, stages, itemsize, transposed=False) -
 
   def plan(most, columns, work):
     depths = tuple(next((d for d in depths_of(size) if d * number * most * columns <= work),
-                        min(size, LANES)) for size, number in stages)
+                        depths_of(size)[-1]) for size, number in stages)
     deepest = max(d * number for d, (_, number) in zip(depths, stages))
     rows, tile, part = fit_rows(blocks, most, num_tokens, deepest * columns, chip)
     taken = 2 * itemsize * (rows + columns) * sum(
@@ -154,7 +154,7 @@ def halves(size: int, least: int) -> Iterator[int]:
 
 
 def rows_of(blocks, num_tokens) -> tuple[int, int]:
-  """The most and the least rows of a block: with fewer than 128, weights would be all it waits for."""
+  """The most and the least rows of a block: with fewer than 128 it would wait for weights."""
   most = min(blocks.rows, round_up(num_tokens, 16))
   return most, min(most, LANES)
 
@@ -239,7 +239,8 @@ def sum_of_products(x, stages, plan, *, transposed, name):
   """
   (num_tokens, _), dtype = stages[0][0].left.shape, stages[0][0].left.dtype
   dim = stages[0][0].right.shape[0 if transposed else 1]
-  counts = [stage[0].left.shape[1] // depth for stage, depth in zip(stages, plan.depths, strict=True)]
+  counts = [stage[0].left.shape[1] // depth
+            for stage, depth in zip(stages, plan.depths, strict=True)]
   bounds = [sum(counts[:i]) for i in range(len(counts) + 1)]
   tile = pl.BlockSpec((plan.rows, plan.columns), lambda i, j, k: (i, j))
 

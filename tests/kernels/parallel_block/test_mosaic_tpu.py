@@ -62,7 +62,8 @@ def inputs(case: Case) -> dict:
   """Random arrays, rounded to the case's dtype: the oracle computes with the same numbers."""
   rng = np.random.default_rng(case.seed)
   c, m = case, case.num_tokens
-  normal = lambda *sizes, dtype=c.dtype, scale=1.0: jnp.asarray(scale * rng.normal(size=sizes), dtype)
+  normal = lambda *sizes, dtype=c.dtype, scale=1.0: jnp.asarray(
+      scale * rng.normal(size=sizes), dtype)
   weight = lambda *sizes: normal(*sizes, scale=sizes[0]**-0.5)
   params = dict(
       norm=1 + normal(c.dim, dtype="float32", scale=0.2),
@@ -181,7 +182,7 @@ def rough(case, a):
 
 
 def wrong(case, arrays, found) -> list[str]:
-  """The outputs that are more than twice as far from float64 as plain JAX is, each with its error."""
+  """The outputs more than twice as far from float64 as plain JAX is, each with its error."""
   want, compare, names = exact(case, arrays), rough(case, arrays), []
   assert found.keys() == want.keys()
   for name, got in found.items():
@@ -205,6 +206,11 @@ def check(case, blocks=BLOCKS[0]):
   assert not found, f"{found} for {case}"
 
 
+def one_step(size):
+  """The least depth of a step, in place of all that there are."""
+  return [size if size % 128 else 128]
+
+
 @settings(max_examples=3)
 @given(case=cases(), blocks=st.sampled_from(BLOCKS))
 def test_right_on_drawn_cases(case, blocks):
@@ -220,8 +226,15 @@ def test_right_where_it_is_easily_wrong(case):
 
 
 def test_right_with_a_contraction_in_steps(monkeypatch):
-  monkeypatch.setattr(mosaic_tpu_plan, "depths_of", lambda size: [min(size, 128)])
+  monkeypatch.setattr(mosaic_tpu_plan, "depths_of", one_step)
   check(Case(dim=384, heads=2))
+
+
+def test_steps_of_a_contraction_divide_it():
+  blocks = BLOCKS[0]._replace(work=1)
+  for size, least in ((64, 64), (192, 192), (384, 128), (4544, 4544), (5504, 128)):
+    plan = mosaic_tpu_plan.fit_sum(blocks, None, 64, 128, [(size, 1)], 2)
+    assert plan.depths == (least,)
 
 
 def skipped_statistics(monkeypatch):
@@ -267,7 +280,8 @@ def gradient_of_relu(monkeypatch):
 @pytest.mark.parametrize("mutant, finds", [
     (skipped_statistics, {"query", "key", "value", "act", "gate", "up"}), (no_residual, {"y"}),
     (stale_accumulator, {"dh"}), (gate_and_up_exchanged, {"act", "gate", "up"}),
-    (rotated_value, {"value"}), (skipped_rows, {"query", "key", "value", "act", "gate", "up", "dh"}),
+    (rotated_value, {"value"}),
+    (skipped_rows, {"query", "key", "value", "act", "gate", "up", "dh"}),
     (gradient_of_relu, {"act", "dgate", "dup", "dact"})])
 def test_a_planted_error_is_found(monkeypatch, mutant, finds):
   case = Case(num_tokens=150, dim=256, hidden=256)
@@ -297,8 +311,8 @@ def test_what_varies_over_a_mesh_is_typed_so():
     return jax.lax.psum(y, "model") + x  # the sum needs a type that varies
 
   y = jax.eval_shape(
-      jax.shard_map(share, mesh=mesh, in_specs=(whole, split, split, jax.P("model"), jax.P("model")),
-                    out_specs=whole),
+      jax.shard_map(share, mesh=mesh, out_specs=whole,
+                    in_specs=(whole, split, split, jax.P("model"), jax.P("model"))),
       arrays["x"], arrays["attended"], arrays["act"], p["attn_out"], p["ff_out"])
   assert y.shape == arrays["x"].shape
 
@@ -369,5 +383,5 @@ def test_compiles_within_the_vmem_that_is_counted(chip, sizes):
 def test_right_on_many_drawn_cases(case, blocks, stepped):
   with pytest.MonkeyPatch.context() as patch:
     if stepped:
-      patch.setattr(mosaic_tpu_plan, "depths_of", lambda size: [min(size, 128)])
+      patch.setattr(mosaic_tpu_plan, "depths_of", one_step)
     check(case, blocks)
