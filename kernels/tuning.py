@@ -10,8 +10,9 @@ def unknown(chip: str | None, op: str, array) -> str | None:
     return "a chip of known block sizes"
   if op == "decode_attention":
     return None
-  if op == "parallel_attention_ffn" and chip not in PARALLEL_BLOCK_MOSAIC_TPU:
-    return f"a time measured beside XLA's products to be chosen unasked; there is none of {chip}"
+  if op == "parallel_attention_ffn" and (
+      chip not in PARALLEL_BLOCK_AUTO or array.shape[1] < PARALLEL_BLOCK_AUTO[chip]):
+    return f"figures better than XLA's products have, to be chosen unasked, on a {chip}"
   number, rows = {"flash_attention": (array.shape[1:2], "queries"),
                   "linear_cross_entropy": (array.shape[:1], "tokens"),
                   "parallel_attention_ffn": (array.shape[:1], "tokens")}[op]
@@ -452,6 +453,11 @@ _BLOCK_7X = ParallelBlockTpu(
 # In-projection, out-projection, SwiGLU's gradient, gradient of the norm's result.
 PARALLEL_BLOCK_MOSAIC_TPU = {
     "v4": _BLOCK_V4, "v5e": _BLOCK_V5, "v5p": _BLOCK_V5, "v6e": _BLOCK_V6E, "tpu7x": _BLOCK_7X}
+
+
+# From which dim on `auto` takes the kernels: where their static cycles together are fewer than XLA's
+# for the same steps (`benchmarks.block_static`, `benchmarks.layer_static`). GPUs were not timed.
+PARALLEL_BLOCK_AUTO = {"v5e": 2048, "v5p": 2048, "v6e": 2048}
 
 
 def parallel_block_mosaic_tpu(chip: str | None) -> ParallelBlockTpu:

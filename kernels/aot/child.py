@@ -69,9 +69,8 @@ def _report(job, folder) -> Report:
   if cuda:
     kernels = _gpu_kernels(compiled, folder, targets.chip(job.target))
   else:
-    calls, known = hlo.calls(text)
-    loops = not known
-    kernels = _tpu_kernels(job, folder, targets.chip(job.target), calls, hlo.product_steps(text))
+    loops = not hlo.calls(text)[1]
+    kernels = _tpu_kernels(job, folder, targets.chip(job.target), text)
   found = hlo.square(hlo.buffers(text), *job.square) if job.square else ()
   return Report(
       target=job.target, versions=_versions(cuda), kernels=tuple(kernels),
@@ -88,15 +87,17 @@ def _versions(cuda):
   return found | {"libtpu": importlib.metadata.version("libtpu")}
 
 
-def _tpu_kernels(job, folder, chip, calls, product_steps):
-  kernels = []
-  for schedule in llo.read(folder / "llo", chip):
+def _tpu_kernels(job, folder, chip, text):
+  kernels, schedules = [], llo.read(folder / "llo", chip)
+  calls = hlo.calls_of([schedule.name for schedule in schedules], text)
+  product_steps = hlo.product_steps(text)
+  for schedule in schedules:
     # XLA says itself how often its own products finish a tile of their result.
     steps = llo.Steps(edge=1 / product_steps.get(schedule.name, 1))
     steps = next((s for pattern, s in job.steps.items() if re.search(pattern, schedule.name)
                   and s != llo.Steps()), steps)
     schedule.set_runs(steps)
-    kernels.append(TpuKernel(schedule.name, schedule, calls.get(schedule.name, 1)))
+    kernels.append(TpuKernel(schedule.name, schedule, calls[schedule.name]))
   return kernels
 
 

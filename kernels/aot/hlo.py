@@ -187,6 +187,22 @@ def calls(text: str) -> tuple[dict[str, int], bool]:
   return counts, known
 
 
+def calls_of(kernels: list[str], text: str) -> dict[str, int]:
+  """TPU: how often each of the compiled kernels runs, by name.
+
+  The compiler makes one kernel of instructions that differ in nothing but names.
+  """
+  counts, _ = calls(text)
+  form = {one.name: re.sub(r"%[\w.<>\-]+", "%", re.sub(
+      r", metadata=\{.*?\}", "", one.line.removeprefix("ROOT "))) for one in instructions(text)}
+  first = {form[name]: name for name in reversed(kernels) if name in form}
+  found = {name: counts.get(name, 1) for name in kernels}
+  for name in form.keys() - found.keys():
+    if form[name] in first and " fusion(" in form[name]:
+      found[first[form[name]]] += counts.get(name, 1)
+  return found
+
+
 def _trips(computations, around, line) -> int | None:
   named = {part: computations.get(re.search(part + r"=%?([\w.<>\-]+)", line)[1], {})
            for part in ("condition", "body")}

@@ -76,16 +76,17 @@ def test_auto_takes_the_kernel_of_the_loss(platform, kind, implementation):
     ("tpu", "TPU v5p", "mosaic_tpu"), ("gpu", "NVIDIA H200", "xla"), ("cpu", "cpu", "xla")])
 def test_auto_takes_the_blocks_products_where_a_figure_says_so(platform, kind, implementation):
   array = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
-  params = dict(norm=array(512), query=array(512, 8, 64), key=array(512, 64), value=array(512, 64),
-                gate=array(512, 2048), up=array(512, 2048), attn_out=array(8, 64, 512),
-                ff_out=array(2048, 512))
+  def choose(tokens, dim):
+    params = dict(norm=array(dim), query=array(dim, 8, 64), key=array(dim, 64),
+                  value=array(dim, 64), gate=array(dim, 4 * dim), up=array(dim, 4 * dim),
+                  attn_out=array(8, 64, dim), ff_out=array(4 * dim, dim))
+    return kernels.explain("parallel_attention_ffn", "auto", array(tokens, dim), params)
+
   with on(platform, kind):
-    choose = lambda tokens: kernels.explain(
-        "parallel_attention_ffn", "auto", array(tokens, 512), params)
-    assert choose(4096).implementation == implementation
-    assert choose(16).implementation == "xla"
-    if platform == "gpu":
-      assert "time measured beside XLA's" in choose(4096).reason
+    assert choose(4096, 4096).implementation == implementation
+    assert choose(16, 4096).implementation == choose(4096, 256).implementation == "xla"
+    if platform != "cpu":
+      assert "figures better than XLA's" in choose(4096, 256).reason
 
 
 def on_mesh(kind, **sizes):

@@ -387,6 +387,15 @@ ENTRY %main (arg: f32[8]) -> f32[8] {
 """.replace("CONFIG", '"kernel_window_bounds":["80","8"],"iteration_bounds":["4","27","10"]')
 
 
+def test_fusions_that_are_alike_are_one_kernel():
+  twice = MOVED.replace("  %kernel =", """  %again = bf16[256,16]{1,0} fusion(%fused, %fast), kind=kLoop, calls=%inside, metadata={op="b"}
+  %other = bf16[256,16]{1,0} fusion(%fused, %fast), kind=kLoop, calls=%inside, config={1}
+  %kernel =""")
+  assert hlo.calls_of(["fused", "kernel"], MOVED) == {"fused": 1, "kernel": 1}
+  assert hlo.calls_of(["fused", "other", "kernel"], twice) == {"fused": 2, "other": 1, "kernel": 1}
+  assert hlo.calls_of(["product.1"], LOOP) == {"product.1": 35}
+
+
 def test_what_is_in_a_loop_runs_as_often_as_the_loop():
   calls, known = hlo.calls(LOOP)
   assert known and calls["product.1"] == 35 and calls["loop"] == calls["arg"] == 1
