@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from palm_haiku import PaLM, PaLMConfig
+from tests.kernels import hopper
 from tests.kernels.parallel_block.test_parallel_block import LITE
 
 INTERPRETERS = {"mosaic_tpu": pltpu.force_tpu_interpret_mode,
-                "mosaic_gpu": plgpu.force_gpu_interpret_mode}
+                "mosaic_gpu": functools.partial(hopper.interpret, detect_races=False)}
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 17))
 
 
