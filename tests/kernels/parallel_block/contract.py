@@ -1,7 +1,7 @@
 """What every block kernel must satisfy: drawn cases, the oracle in float64, the bound.
 
 A backend's test draws `cases(...)`, computes `inputs(case)`, runs its four functions on them
-(`run` does), and calls `check(case, arrays, results)`.
+(`run` does), and calls `check(case, arrays, results)`; a planted error is sought by `errors`.
 """
 
 import dataclasses
@@ -93,8 +93,8 @@ def run(backend, case: Case, arrays: dict, *, chip=None,
     made = backend.swiglu_gradient(a["dy"], a["gate"], a["up"], a["ff_out"], chip=chip)
     out |= zip(("dgate", "dup", "act of gradient"), made, strict=True)
   if "input_gradient" in of:
-    out["dh"] = backend.input_gradient(*(a[n] for n in ("dquery", "dkey", "dvalue", "dgate", "dup")),
-                                       a["weights"], chip=chip)
+    gradients = (a[n] for n in ("dquery", "dkey", "dvalue", "dgate", "dup"))
+    out["dh"] = backend.input_gradient(*gradients, a["weights"], chip=chip)
   return {name: array for name, array in out.items() if array is not None}
 
 
@@ -151,25 +151,34 @@ def rough(case: Case, arrays: dict) -> dict:
   return made
 
 
-def check(case: Case, arrays: dict, results: dict) -> None:
-  """Asserts that results are at most twice as far from float64 as the XLA path is.
+def errors(case: Case, arrays: dict, results: dict) -> dict[str, str]:
+  """What is more than twice as far from float64 as the XLA path is: how far, by name.
 
   Args:
     case: what was computed.
     arrays: its `inputs`.
     results: as `run` returned them.
   """
-  want, compare = exact(case, arrays), rough(case, arrays)
+  want, compare, found = exact(case, arrays), rough(case, arrays), {}
   for name, got in results.items():
     assert got.shape == want[name].shape and got.dtype == jnp.dtype(case.dtype), name
     expected, got = want[name], np.asarray(got, np.float64)
-    assert np.all(np.isfinite(got)), f"{name} is not finite"
     difference = got - expected
     baseline = np.asarray(compare[name], np.float64) - expected
-    # A rounding of the largest value, where the XLA path happens to be exact, or nearly so.
-    floor = float(jnp.finfo(case.dtype).eps) * np.abs(expected).max()
+    # A rounding of the largest value, where the XLA path happens to be exact, or nearly so; and
+    # four of the mean, a sum in float32 of any order, as large as the norm makes them.
+    floor = np.abs(expected).max() * (
+        float(jnp.finfo(case.dtype).eps)
+        + 4 * case.mean / case.spread * float(jnp.finfo("float32").eps))
     for norm, least, measure in (("largest", floor, lambda x: np.abs(x).max()),
                                  ("mean square", floor / 4, lambda x: np.sqrt(np.mean(x**2)))):
       error, allowed = measure(difference), max(least, 2 * measure(baseline))
-      assert error <= allowed, (
-          f"{name}: {norm} error {error:.3g}, allowed {allowed:.3g}, for {case}")
+      if not error <= allowed:  # NaN, too
+        found[name] = f"{norm} error {error:.3g}, allowed {allowed:.3g}"
+  return found
+
+
+def check(case: Case, arrays: dict, results: dict) -> None:
+  """Asserts that there are no `errors`."""
+  found = errors(case, arrays, results)
+  assert not found, f"{found} for {case}"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from palm_haiku import PaLM, PaLMConfig, kernels
+from palm_haiku import PaLMConfig
 from palm_haiku.kernels import backend, parallel_attention_ffn
 from palm_haiku.kernels.parallel_block import fused, xla
 from tests.kernels.parallel_block import contract
@@ -227,7 +227,8 @@ def test_gate_and_up_are_written_for_a_backward_pass_only(plain, monkeypatch):
 
 def test_the_gradient_of_act_is_never_an_array(plain):
   x, params, options = problem(LITE, lead=(4, 64))
-  params |= {n: jnp.zeros(s) for n, s in dict(gate=(16, 512), up=(16, 512), ff_out=(512, 16)).items()}
+  wide = dict(gate=(16, 512), up=(16, 512), ff_out=(512, 16))
+  params |= {name: jnp.zeros(shape) for name, shape in wide.items()}
   text = str(jax.make_jaxpr(gradients(options))(x, params))
   assert "custom_vmap_call" in text
   # gate, up, act of the forward pass; dgate, dup, act of the backward one: no seventh.
@@ -238,7 +239,8 @@ def test_the_gradient_of_act_is_never_an_array(plain):
 @pytest.mark.parametrize("jit", [False, True])
 def test_other_derivatives_name_the_xla_path(plain, jit):
   x, params, options = problem({})
-  f = lambda x, params: parallel_attention_ffn(x, params, implementation="mosaic_gpu", **options).sum()
+  f = lambda x, params: parallel_attention_ffn(
+      x, params, implementation="mosaic_gpu", **options).sum()
   f = jax.jit(f) if jit else f
   with pytest.raises(ValueError, match="no forward-mode derivative.*implementation='xla'"):
     jax.jvp(lambda x: f(x, params), (x,), (x,))

@@ -163,7 +163,8 @@ MUTANTS = {  # by what it is: the module, a function that it spoils, what is rep
     "the residual is missing": (mosaic_gpu, "out_projection", "value += product.take",
                                 "value += 0 * product.take"),
     "the residual of the tile beside": (
-        mosaic_gpu, "out_projection", "pl.ds(column * columns + i * STORE, STORE)],\n          ring",
+        mosaic_gpu, "out_projection",
+        "pl.ds(column * columns + i * STORE, STORE)],\n          ring",
         "pl.ds((1 - column) * columns + i * STORE, STORE)],\n          ring"),
     "the residual of the other 64 rows": (mosaic_gpu, "out_projection", "row * ROWS + half,",
                                           "row * ROWS + 64 - half,"),

@@ -3,8 +3,8 @@
 The interpreter looks for races and reads out of bounds, and fills fresh memory with NaN.
 """
 
-import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,195 +15,40 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from palm_haiku.kernels import aot, tuning
-from palm_haiku.kernels.parallel_block import mosaic_tpu, mosaic_tpu_backward, mosaic_tpu_plan, xla
+from palm_haiku.kernels.parallel_block import mosaic_tpu, mosaic_tpu_backward, mosaic_tpu_plan
 from palm_haiku.kernels.tuning import ProductTpu
+from tests.kernels.parallel_block import contract
+from tests.kernels.parallel_block.contract import Case
 
 # Small enough that little has several blocks, a block several tiles, and a tile several parts.
 BLOCKS = (
     ProductTpu(rows=64, columns=128, work=2**22, code=2**21, part=16),
     ProductTpu(rows=96, columns=256, work=2**23, code=2**30, part=32),
 )
-IN, OUT = ("query", "key", "value", "act", "gate", "up"), ("y",)
-SWIGLU, INPUT = ("dgate", "dup", "dact"), ("dh",)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """The products of one layer, forward and backward."""
-
-  num_tokens: int = 70
-  dim: int = 256
-  heads: int = 1
-  dim_head: int = 128
-  hidden: int = 384
-  dtype: str = "bfloat16"
-  norm: str = "layer"
-  rotary: bool = True
-  values: bool = True
-  keep: bool = True
-  residual: bool = True
-  offset: float = 0.0  # of x, common to all channels
-  seed: int = 0
-
-
-@st.composite
-def cases(draw, max_tokens=150):
-  size = st.one_of(st.integers(1, max_tokens), st.sampled_from([1, 16, 63, 64, 65, 96, 129]))
-  return Case(
-      num_tokens=draw(size), dim=128 * draw(st.integers(1, 3)), heads=draw(st.integers(1, 3)),
-      dim_head=draw(st.sampled_from([64, 128, 256])), hidden=128 * draw(st.integers(1, 4)),
-      dtype=draw(st.sampled_from(["bfloat16", "bfloat16", "float32"])),
-      norm=draw(st.sampled_from(["layer", "rms"])), rotary=draw(st.booleans()),
-      values=draw(st.booleans()), keep=draw(st.booleans()), residual=draw(st.booleans()),
-      offset=draw(st.sampled_from([0.0, 30.0])), seed=draw(st.integers(0, 10**6)))
-
-
-def inputs(case: Case) -> dict:
-  """Random arrays, rounded to the case's dtype: the oracle computes with the same numbers."""
-  rng = np.random.default_rng(case.seed)
-  c, m = case, case.num_tokens
-  normal = lambda *sizes, dtype=c.dtype, scale=1.0: jnp.asarray(
-      scale * rng.normal(size=sizes), dtype)
-  weight = lambda *sizes: normal(*sizes, scale=sizes[0]**-0.5)
-  params = dict(
-      norm=1 + normal(c.dim, dtype="float32", scale=0.2),
-      query=weight(c.dim, c.heads, c.dim_head), key=weight(c.dim, c.dim_head),
-      value=weight(c.dim, c.dim_head), gate=weight(c.dim, c.hidden), up=weight(c.dim, c.hidden),
-      attn_out=normal(c.heads, c.dim_head, c.dim, scale=(c.heads * c.dim_head)**-0.5),
-      ff_out=weight(c.hidden, c.dim))
-  if not c.values:
-    del params["value"]
-  angle = rng.uniform(0, 2 * np.pi, size=(m, c.dim_head // 2))
-  return dict(
-      x=normal(m, c.dim) + jnp.asarray(c.offset, c.dtype), params=params,
-      rotation=tuple(jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
-      if c.rotary else None,
-      attended=normal(m, c.heads, c.dim_head), act=normal(m, c.hidden), dy=normal(m, c.dim),
-      gate=normal(m, c.hidden, scale=2), up=normal(m, c.hidden),
-      dquery=normal(m, c.heads, c.dim_head), dkey=normal(m, c.dim_head),
-      dvalue=normal(m, c.dim_head) if c.values else None,
-      dgate=normal(m, c.hidden), dup=normal(m, c.hidden))
-
-
-def run(case, a, blocks):
-  """Every output of the four kernels, by name."""
-  p, keywords = a["params"], dict(chip=None, blocks=blocks)
-  found = dict(zip(IN, mosaic_tpu.in_projection(
-      a["x"], p, a["rotation"], norm=case.norm, eps=1e-5, keep=case.keep, **keywords)))
-  found["y"] = mosaic_tpu.out_projection(
-      a["x"] if case.residual else None, a["attended"], a["act"], p["attn_out"], p["ff_out"],
-      **keywords)
-  found |= zip(SWIGLU, mosaic_tpu.swiglu_gradient(
-      a["dy"], a["gate"], a["up"], p["ff_out"], **keywords))
-  found["dh"] = mosaic_tpu.input_gradient(
-      a["dquery"], a["dkey"], a["dvalue"], a["dgate"], a["dup"], p, **keywords)
-  return {name: array for name, array in found.items() if array is not None}
+def cases(**limits):
+  return contract.cases(**dict(
+      dims=(128, 256, 384), hiddens=(128, 256, 384, 512), dim_heads=(64, 128, 256),
+      dtypes=("bfloat16", "bfloat16", "float32")) | limits)
 
 
 def results(case, arrays, blocks=BLOCKS[0]):
   params = pltpu.InterpretParams(
       detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
-  # Every case is a compilation; optimizing it would cost more than it saves.
-  compiled = jax.jit(functools.partial(run, case, blocks=blocks),
-                     compiler_options={"xla_backend_optimization_level": 0})
+  config = tuning.ParallelBlockTpu(*[blocks] * 4)
+  run = jax.jit(functools.partial(contract.run, mosaic_tpu, case))
   try:
-    with pltpu.force_tpu_interpret_mode(params):
-      return jax.block_until_ready(compiled(arrays))
+    with (mock.patch.object(tuning, "parallel_block_mosaic_tpu", lambda chip: config),
+          pltpu.force_tpu_interpret_mode(params)):
+      return jax.block_until_ready(run(arrays))
   finally:
     pltpu.reset_tpu_interpret_mode_state()
 
 
-def exact(case, a):
-  """All outputs in float64 by numpy, from the formulas."""
-  a = jax.tree.map(lambda x: np.asarray(x, np.float64), a)
-  p, m = a["params"], case.num_tokens
-  flat = lambda x: x.reshape(m, -1)
-  columns = lambda w: w.reshape(case.dim, -1)
-  x = a["x"] - (a["x"].mean(-1, keepdims=True) if case.norm == "layer" else 0)
-  h = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["norm"]
-
-  def rotate(x):
-    if a["rotation"] is None:
-      return x
-    cos, sin = (t.reshape(m, *[1] * (x.ndim - 2), -1) for t in a["rotation"])
-    first, second = np.split(x, 2, -1)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-
-  sigmoid = lambda x: 1 / (1 + np.exp(-x))
-  gate, up = h @ p["gate"], h @ p["up"]
-  found = dict(query=rotate(np.tensordot(h, p["query"], 1)), key=rotate(h @ p["key"]),
-               act=gate * sigmoid(gate) * up)
-  if case.values:
-    found["value"] = h @ p["value"]
-  if case.keep:
-    found |= dict(gate=gate, up=up)
-  found["y"] = (a["x"] if case.residual else 0) + a["act"] @ p["ff_out"] + flat(
-      a["attended"]) @ p["attn_out"].reshape(-1, case.dim)
-  g, u, dact = a["gate"], a["up"], a["dy"] @ p["ff_out"].T
-  s = sigmoid(g)
-  found |= dict(dgate=dact * u * s * (1 + g * (1 - s)), dup=dact * g * s, dact=g * s * u)
-  dh = (flat(a["dquery"]) @ columns(p["query"]).T + a["dkey"] @ p["key"].T
-        + a["dgate"] @ p["gate"].T + a["dup"] @ p["up"].T)
-  found["dh"] = dh + (a["dvalue"] @ p["value"].T if case.values else 0)
-  return found
-
-
-def rough(case, a):
-  """All outputs by plain JAX in the case's dtype."""
-  p, m, dtype = a["params"], case.num_tokens, case.dtype
-  flat = lambda x: x.reshape(m, -1)
-  columns = lambda w: w.reshape(case.dim, -1)
-  h = xla.normalize(a["x"], p["norm"], kind=case.norm, eps=1e-5)
-
-  def rotate(x):
-    if a["rotation"] is None:
-      return x
-    cos, sin = (t.reshape(m, *[1] * (x.ndim - 2), -1) for t in a["rotation"])
-    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], -1).astype(dtype)
-
-  gate, up = xla.project(h, p["gate"]), xla.project(h, p["up"])
-  found = dict(query=rotate(xla.project(h, p["query"])), key=rotate(xla.project(h, p["key"])),
-               act=jax.nn.silu(gate) * up, gate=gate, up=up)
-  if case.values:
-    found["value"] = xla.project(h, p["value"])
-  found["y"] = xla.project(a["attended"], p["attn_out"], axes=2) + xla.project(
-      a["act"], p["ff_out"])
-  if case.residual:
-    found["y"] = a["x"] + xla.project(a["attended"], p["attn_out"], axes=2) + xla.project(
-        a["act"], p["ff_out"])
-  act, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, a["gate"], a["up"])
-  found |= dict(zip(SWIGLU, (*pull(a["dy"] @ p["ff_out"].T), act)))
-  dh = flat(a["dquery"]) @ columns(p["query"]).T + a["dkey"] @ p["key"].T
-  if case.values:
-    dh += a["dvalue"] @ p["value"].T
-  return found | dict(dh=dh + a["dgate"] @ p["gate"].T + a["dup"] @ p["up"].T)
-
-
-def wrong(case, arrays, found) -> list[str]:
-  """The outputs more than twice as far from float64 as plain JAX is, each with its error."""
-  want, compare, names = exact(case, arrays), rough(case, arrays), []
-  assert found.keys() == want.keys()
-  for name, got in found.items():
-    assert got.shape == want[name].shape and got.dtype == case.dtype, name
-    got, other = (np.asarray(x[name], np.float64) for x in (found, compare))
-    # Where plain JAX happens to be exact, or nearly so: a rounding of the largest value, and those
-    # of a sum in float32 with another order.
-    largest = np.abs(want[name]).max()
-    least = largest * (float(jnp.finfo(case.dtype).eps) + 8 * float(jnp.finfo("float32").eps))
-    for norm, floor in ((lambda x: np.abs(x).max(), least),
-                        (lambda x: np.sqrt(np.mean(x**2)), least / 2)):
-      error, allowed = norm(got - want[name]), max(floor, 2 * norm(other - want[name]))
-      if not error <= allowed:
-        names.append(f"{name}: error {error:.3g}, allowed {allowed:.3g}")
-  return names
-
-
 def check(case, blocks=BLOCKS[0]):
-  arrays = inputs(case)
-  found = wrong(case, arrays, results(case, arrays, blocks))
-  assert not found, f"{found} for {case}"
+  arrays = contract.inputs(case)
+  contract.check(case, arrays, results(case, arrays, blocks))
 
 
 def one_step(size):
@@ -218,16 +63,16 @@ def test_right_on_drawn_cases(case, blocks):
 
 
 @pytest.mark.parametrize("case", [
-    Case(num_tokens=1, rotary=False, values=False, norm="rms", keep=False),
-    Case(num_tokens=131, offset=30.0, dim_head=256, dtype="float32"),
-    Case(num_tokens=131, offset=30.0, dim_head=64, residual=False)])
+    Case(tokens=1, rotated=False, value=False, norm="rms", keep=False),
+    Case(tokens=131, mean=30.0, dim_head=256, dtype="float32"),
+    Case(tokens=131, mean=30.0, dim=256, hidden=384, with_x=False)], ids=str)
 def test_right_where_it_is_easily_wrong(case):
   check(case)
 
 
 def test_right_with_a_contraction_in_steps(monkeypatch):
   monkeypatch.setattr(mosaic_tpu_plan, "depths_of", one_step)
-  check(Case(dim=384, heads=2))
+  check(Case(tokens=70, dim=384, dim_head=128, hidden=384))
 
 
 def test_steps_of_a_contraction_divide_it():
@@ -282,29 +127,26 @@ def gradient_of_relu(monkeypatch):
     (stale_accumulator, {"dh"}), (gate_and_up_exchanged, {"act", "gate", "up"}),
     (rotated_value, {"value"}),
     (skipped_rows, {"query", "key", "value", "act", "gate", "up", "dh"}),
-    (gradient_of_relu, {"act", "dgate", "dup", "dact"})])
+    (gradient_of_relu, {"act", "dgate", "dup", "act of gradient"})])
 def test_a_planted_error_is_found(monkeypatch, mutant, finds):
-  case = Case(num_tokens=150, dim=256, hidden=256)
-  arrays = inputs(case)
+  case = Case(tokens=150, dim=256, heads=1, dim_head=128)
+  arrays = contract.inputs(case)
   mutant(monkeypatch)
-  found = {line.partition(":")[0] for line in wrong(case, arrays, results(case, arrays))}
-  assert found == finds
+  assert contract.errors(case, arrays, results(case, arrays)).keys() == finds
 
 
 def test_the_same_bits_twice():
-  case = Case(num_tokens=20, dim=128, hidden=128)
-  arrays = inputs(case)
+  case = Case(tokens=20, hidden=128)
+  arrays = contract.inputs(case)
   first, second = results(case, arrays), results(case, arrays)
   for name in first:
     np.testing.assert_array_equal(first[name], second[name])
 
 
 def test_what_varies_over_a_mesh_is_typed_so():
-  case = Case(heads=2, hidden=256)
-  arrays = inputs(case)
+  arrays = contract.inputs(Case())
   mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
   split, whole = jax.P(None, "model"), jax.P()
-  p = arrays["params"]
 
   def share(x, attended, act, attn_out, ff_out):
     y = mosaic_tpu.out_projection(None, attended, act, attn_out, ff_out, chip=None)
@@ -313,7 +155,7 @@ def test_what_varies_over_a_mesh_is_typed_so():
   y = jax.eval_shape(
       jax.shard_map(share, mesh=mesh, out_specs=whole,
                     in_specs=(whole, split, split, jax.P("model"), jax.P("model"))),
-      arrays["x"], arrays["attended"], arrays["act"], p["attn_out"], p["ff_out"])
+      *(arrays[name] for name in ("x", "attended", "act", "attn_out", "ff_out")))
   assert y.shape == arrays["x"].shape
 
 

@@ -97,7 +97,8 @@ def test_sequences_may_have_come_to_different_positions(architecture):
   rows = offsets[..., None] + jnp.arange(2)
   part = jnp.take_along_axis(x, rows[..., None], -2)
   # What stands behind the offset must have no influence.
-  cache = tuple(jnp.where(jnp.arange(11)[:, None] < offsets[..., None, None], a, 9.0) for a in cache)
+  filled = jnp.arange(11)[:, None] < offsets[..., None, None]
+  cache = tuple(jnp.where(filled, a, 9.0) for a in cache)
   y, cache = run(part, query_offset=offsets, kv_cache=cache)
   chex.assert_trees_all_close(y, jnp.take_along_axis(want, rows[..., None], -2), atol=1e-5)
   y, _ = run(x[..., 8:, :] * 0 + part[..., 1:, :], query_offset=offsets + 1, kv_cache=cache)
@@ -162,7 +163,8 @@ def test_weights_that_do_not_fit_are_named(change, message):
     (jnp.zeros((5, 12), int), {}, "x must be floating point"),
     (jnp.zeros((5, 12)), dict(norm="batch"), "norm must be layer or rms"),
     (jnp.zeros((5, 12)), dict(kv_cache=(jnp.zeros((5, 4)),)), r"must be \(keys, values\)"),
-    (jnp.zeros((5, 12)), dict(implementation="triton"), "triton needs dim a multiple of 64; got 12"),
+    (jnp.zeros((5, 12)), dict(implementation="triton"),
+     "triton needs dim a multiple of 64; got 12"),
 ])
 def test_other_bad_input_is_named(x, options, message):
   with pytest.raises(ValueError, match=message):
