@@ -1,8 +1,10 @@
 """Generation beside PaLM-jax: tokens a second, one sequence and many, with int8 and with a draft.
 
 All take turns in one process, round after round; what counts are medians of ratios to PaLM-jax's
-`sample` in the same round. The model is PaLM-jax's PaLM-lite of its demo, with random weights: a
-draft is the model itself, the best that can be guessed, so its row shows what checking costs.
+`sample` in the same round. It has no cache and computes the whole text anew at each token, so the
+ratios grow with prompt and length; as many steps of ours are as many steps of its. The model is
+PaLM-jax's PaLM-lite of its demo, with random weights: a draft is the model itself, the best that
+can be guessed, so its row shows what checking costs.
 """
 
 import argparse
@@ -20,11 +22,10 @@ from palm_haiku.recipe import TrainConfig
 from . import results, table
 from .train import PEER, PalmJax, Shape, absent
 
-PROMPT = 8
 METHOD = "calls in turns, wall clock, medians; times as fast in the same round"
 COLUMNS = {"implementation": "implementation", "batch": "sequences",
-           "shape": "dim x depth x heads x dim_head", "tokens": "tokens each", "rate": "tokens/s", "spread": "min-max",
-           "faster": "times PaLM-jax"}
+           "shape": "dim x depth x heads x dim_head", "prompt": "prompt", "tokens": "tokens each",
+           "rate": "tokens/s", "spread": "min-max", "faster": "times PaLM-jax"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--shape", default="512x8x8x64", metavar="DxLxHxDh",
                       help="dim, depth, heads, dim_head (default 512x8x8x64)")
   parser.add_argument("--num-tokens", type=int, default=256, help="vocabulary (default 256)")
+  parser.add_argument("--prompt", type=int, default=100, help="its tokens (default 100)")
   parser.add_argument("--length", type=int, default=128, help="tokens to add (default 128)")
   parser.add_argument("--batch", type=int, default=16, help="of the rows with many (default 16)")
   parser.add_argument("--rounds", type=int, default=7)
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
   params = jax.jit(lambda: train_step.init(TrainConfig(model=model)))().params
 
   def ours(batch, **options):
-    prompt = np.ones((batch, PROMPT), int)
+    prompt = np.ones((batch, args.prompt), int)
     return lambda key: generate(params, model, prompt, args.length, key=key, top_k=25, **options)
 
   calls = {}
@@ -53,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
   else:
     peer = PalmJax(shape, args.num_tokens)
     state = peer.init()
-    calls[PEER, 1] = lambda key: peer.sample(state, np.ones(PROMPT, np.int32), args.length, key)
+    prompt = np.ones(args.prompt, np.int32)
+    calls[PEER, 1] = lambda key: peer.sample(state, prompt, args.length, key)
   for name, options in (("float32", {}), ("int8 weights", dict(weights="int8")),
                         ("int8 weights and cache", dict(weights="int8", cache_dtype="int8")),
                         ("float32, itself as draft", dict(draft=(params, model)))):
@@ -74,8 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     faster = theirs and statistics.median(a / b for a, b in zip(rate, theirs))
     results.add(result, [{
         "implementation": name, "batch": batch, "shape": args.shape, "variant": str(batch),
-        "tokens": args.length, "rate": statistics.median(rate), "faster": faster,
-        "spread": f"{min(rate):.0f}-{max(rate):.0f}", "rates": rate}])
+        "prompt": args.prompt, "tokens": args.length, "rate": statistics.median(rate),
+        "faster": faster, "spread": f"{min(rate):.0f}-{max(rate):.0f}", "rates": rate}])
   print(table.text(COLUMNS, result["rows"]))
   print(results.save(result, args.out))
   return 0

@@ -1,9 +1,10 @@
 """python -m benchmarks.layer_static: a whole layer on a chip that is not here, fused and as XLA's.
 
-"splash" is XLA's products with JAX's splash attention, "xla+attention" with this project's, "xla" with
-attention in plain JAX. Time (TPUs) is that of all bundles that the compiler scheduled, each as often as
-it runs, at the published clock: no wait for memory is in it. Traffic is what all of the program's
-instructions read and write in the device's memory, a fusion or kernel being one instruction.
+"splash" is XLA's products with JAX's splash attention, "xla+attention" with this project's, "xla"
+with attention in plain JAX. Time (TPUs) is that of all bundles that the compiler scheduled, each as
+often as it runs, at the published clock: no wait for memory is in it. Traffic is what all of the
+program's instructions read and write in the device's memory, a fusion or kernel being one
+instruction.
 """
 
 import argparse
