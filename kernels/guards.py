@@ -86,7 +86,13 @@ def _check_platform(ctx, x, *, op, implementation, interpreted):
   return [x]
 
 
-# An eager call is lowered too, so that it is checked.
-_only_on_p.def_impl(lambda x, **params: jax.jit(lambda x: _only_on_p.bind(x, **params))(x))
+
+@_only_on_p.def_impl
+def _lower(x, **params):
+  """An eager call is lowered too, so that it is checked; under `jax.disable_jit` as well."""
+  with jax.disable_jit(False):
+    return jax.jit(lambda x: _only_on_p.bind(x, **params))(x)
+
+
 mlir.register_lowering(_only_on_p, _check_platform)
 ad.deflinear2(_only_on_p, lambda ct, x, **_: [ct])

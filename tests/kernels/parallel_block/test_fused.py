@@ -260,6 +260,13 @@ def test_inside_a_shard_map_of_the_caller(plain):
   assert_close(both(f), both(layer))
 
 
+def test_operation_by_operation(plain):
+  x, params, options = problem({})
+  want = gradients(options)(x, params)
+  with jax.disable_jit():
+    assert_close(gradients(options)(x, params), want)
+
+
 def test_the_same_bits_on_every_run(plain):
   x, params, options = problem({}, dtype=jnp.bfloat16)
   chex.assert_trees_all_equal(*(jax.jit(gradients(options))(x, params) for _ in range(2)))

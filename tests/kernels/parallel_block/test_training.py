@@ -1,5 +1,6 @@
 """A small model trains alike whichever kernels its layers are made of."""
 
+import contextlib
 import functools
 
 import haiku as hk
@@ -11,11 +12,24 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from palm_haiku import PaLM, PaLMConfig
+from palm_haiku.kernels import triton_call
+from tests import triton_interpreter
 from tests.kernels import hopper
 from tests.kernels.parallel_block.test_parallel_block import LITE
 
+
+@contextlib.contextmanager
+def interpreted_triton():
+  """Operation by operation: a compiled step would wait for a callback that waits for the step."""
+  if trouble := triton_call.problem():
+    pytest.skip(f"needs {trouble}")
+  with triton_interpreter.interpreted(), jax.disable_jit():
+    yield
+
+
 INTERPRETERS = {"mosaic_tpu": pltpu.force_tpu_interpret_mode,
-                "mosaic_gpu": functools.partial(hopper.interpret, detect_races=False)}
+                "mosaic_gpu": functools.partial(hopper.interpret, detect_races=False),
+                "triton": interpreted_triton}
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 17))
 
 
