@@ -2,9 +2,9 @@
 
 A stack of layers, as a scan, is compiled ahead of time for a slice, with weights divided over the
 fsdp axis. In the scheduled program a gather either stands alone, and the chip waits for it, or it
-has a start and a done, and instructions between them carry it: XLA puts the steps of the transfer
-into its own products and, with `ASYNC`, into kernels. A kernel whose results nobody reads was
-computed for the transfer's sake alone, a second time.
+has a start and a done with work between them. On a v5e this work carries the transfer: XLA puts its
+steps into products of its own and, with `--overlap`, into kernels; a kernel whose results nobody
+reads was then computed for the transfer's sake, a second time. On a v6e a SparseCore carries it.
 """
 
 import argparse
@@ -22,12 +22,14 @@ from palm_haiku.kernels.aot import hlo, targets
 from . import table
 from .block import Shape
 
-# Lets kernels carry transfers. XLA then forgets how much VMEM a kernel asked for.
-ASYNC = {"xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": "true",
-         "xla_tpu_scoped_vmem_limit_kib": "65536"}
+# What lets transfers pass under kernels. A v5e's XLA then forgets how much VMEM a kernel asked for.
+OVERLAP = {
+    "v5e": {"xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": "true",
+            "xla_tpu_scoped_vmem_limit_kib": "65536"},
+    "v6e": {"xla_tpu_enable_sparse_core_collective_offload_all_gather": "true"}}
 MIB = 2**20
 COLUMNS = {"computation": "loop", "waits": "waits, MiB", "passes": "passes, MiB",
-           "products": "in pieces, MiB", "carriers": "carried by", "twice": "computed twice"}
+           "products": "in pieces, MiB", "carriers": "under", "twice": "computed twice"}
 
 
 def compiled(target, mesh, shape, *, implementation, layers, unroll, backward, options) -> str:
@@ -71,26 +73,34 @@ def rows(text: str) -> list[dict]:
     parts = inside.get(called[one.name][1], []) if called[one.name] else []
     return [one, *(part for inner in parts for part in within(inner))]
 
-  fused = {match[1] for match in called.values() if match}
+  others = {match[1] for match in called.values() if match} | set(re.findall(
+      r'^%([\w.<>\-]+) \((?:(?!^%).)*?^\}, execution_thread="sparsecore"$', text, re.M | re.S))
+  is_kernel = lambda parts: any('"tpu_custom_call"' in part.line for part in parts)
   found = []
   for computation, body in inside.items():
-    if computation in fused:
+    if computation in others:
       continue
     row = dict(computation=computation, waits=0, passes=0, products=0, carriers=[], twice=[])
+    places = {one.name: place for place, one in enumerate(body)}
     for one in body:
       parts = within(one)
       gathered = sum(part.arrays[0].bytes for part in parts if part.opcode == "all-gather")
       text_of = " ".join(part.line for part in parts)
-      kernel = "tpu_custom_call" in text_of
       if one.opcode == "collective-permute-start":
         row["products"] += one.arrays[0].bytes
+      elif one.opcode == "custom-call-done" and one.name.startswith("all-gather"):
+        # A SparseCore's.
+        begin = places[re.search(r"-done\(%?([\w.\-]+)", one.line)[1]]
+        under = [other.name for other in body[begin:places[one.name]] if is_kernel(within(other))]
+        row["passes" if under else "waits"] += one.arrays[0].bytes
+        row["carriers"] += under
       elif one.opcode == "all-gather":
         row["waits"] += gathered
       elif '"AsyncCollectiveStart"' in text_of:
         row["passes"] += gathered
       elif gathered and '"AsyncCollectiveDone"' not in text_of:
         row["carriers"].append(one.name)
-      if kernel and gathered and not re.search(
+      if gathered and is_kernel(parts) and not re.search(
           rf"get-tuple-element\([^()]*%{re.escape(one.name)}\), index=0\b", text):
         row["twice"].append(one.name)
     if row["waits"] + row["passes"] + row["products"]:
@@ -110,12 +120,15 @@ def main(argv=None) -> int:
   parser.add_argument("--layers", type=int, default=4)
   parser.add_argument("--unroll", type=int, default=1, help="layers in the body of the loop")
   parser.add_argument("--backward", action="store_true", help="the gradient, with full remat")
-  parser.add_argument("--overlap", action="store_true", help="let kernels carry transfers")
+  parser.add_argument("--overlap", action="store_true", help="let transfers pass under kernels")
   parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
                       help="more for the compiler")
   parser.add_argument("--json", action="store_true")
   args = parser.parse_args(argv)
-  options = (ASYNC if args.overlap else {}) | dict(o.split("=", 1) for o in args.option)
+  chip = args.target.partition(":")[0]
+  if args.overlap and chip not in OVERLAP:
+    parser.error(f"known for {' and '.join(OVERLAP)} alone; got {chip}")
+  options = (OVERLAP[chip] if args.overlap else {}) | dict(o.split("=", 1) for o in args.option)
   found = rows(compiled(
       args.target, args.mesh, args.shape, implementation=args.implementation, layers=args.layers,
       unroll=args.unroll, backward=args.backward, options=options))

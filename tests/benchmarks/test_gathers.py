@@ -67,3 +67,24 @@ def test_gathers_pass_under_the_kernels_of_two_layers():
       env=os.environ | targets.environment("v5e")).stdout.splitlines()[-1])
   # Three of six large ones, where without estimates of cost it is one.
   assert row["passes"] >= 24 and row["waits"] + row["passes"] == 57 and not row["twice"]
+
+
+def test_what_a_sparse_core_gathers(monkeypatch):
+  monkeypatch.setattr(gathers_static, "MIB", 1)
+  program = """\
+%sparse (p: bf16[4,8]) -> bf16[16,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[16,8]{1,0} all-gather(%p), dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (w: bf16[4,8]) -> bf16[8,8] {
+  %w = bf16[4,8]{1,0} parameter(0)
+  %all-gather.2-update = ((bf16[4,8]{1,0}), bf16[16,8]{1,0}) custom-call-update(%w)
+  %all-gather.2-done = bf16[16,8]{1,0} custom-call-done(%all-gather.2-update)
+  %all-gather.3-update = ((bf16[4,8]{1,0}), bf16[16,8]{1,0}) custom-call-update(%w)
+  %kernel.1 = bf16[8,8]{1,0} custom-call(%all-gather.2-done), custom_call_target="tpu_custom_call"
+  %all-gather.3-done = bf16[16,8]{1,0} custom-call-done(%all-gather.3-update)
+}
+"""
+  assert gathers_static.rows(program) == [dict(
+      computation="main", waits=256, passes=256, products=0, carriers=["kernel.1"], twice=[])]
