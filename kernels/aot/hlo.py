@@ -9,6 +9,8 @@ from typing import NamedTuple
 from .errors import UnknownDump
 
 _COMPUTATION = re.compile(r"(?:(ENTRY) )?%?([\w.<>\-]+) \(.*\) -> .* \{$")
+# Attributes that run over lines begin one with a brace too. A SparseCore's computation says so.
+_END = re.compile(r'\}(, execution_thread="\w+")?')
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.<>\-]+) = ((?:\(.*?\)|\S+)) ([\w\-]+)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
@@ -55,7 +57,7 @@ def instructions(text: str) -> Iterator[Instruction]:
     if inside is None:
       if start := _COMPUTATION.match(line):
         inside, entry = start[2], entry or start[1] is not None
-    elif line.rstrip() == "}":  # attributes that run over lines begin one with it too
+    elif _END.fullmatch(line.rstrip()):
       inside = None
     elif match := _INSTRUCTION.match(line):
       name, shapes, opcode = match.groups()
@@ -164,7 +166,7 @@ def calls(text: str) -> tuple[dict[str, int], bool]:
         inside = start[2]
         computations[inside] = {}
         entry = inside if start[1] else entry
-    elif line.rstrip() == "}":  # attributes that run over lines begin one with it too
+    elif _END.fullmatch(line.rstrip()):
       inside = None
     elif instruction := _INSTRUCTION.match(line):
       computations[inside][instruction[1]] = line.strip()

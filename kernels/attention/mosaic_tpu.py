@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import mesh as meshes, tuning
+from .. import cost, mesh as meshes, tuning
 from . import mosaic_tpu_layout as layout
 from .mosaic_tpu_backward import backward as backward
 from .mosaic_tpu_layout import LOG2E
@@ -114,6 +114,11 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
     refs = dict(zip(("chunks", "blocks", *operands, "out", "lse", *scratch), refs, strict=True))
     _kernel(refs, ranges, plan, edges, num_keys, scale, **mask)
 
+  out_shape = [
+      meshes.out_shape((batch * kv_heads, plan.num_rows, dim), query.dtype, query, key, value),
+      meshes.out_shape((batch * kv_heads, 1, plan.num_rows), jnp.float32, query, key, value)]
+  arrays = [x for x, _ in operands.values()]
+  pairs = batch * heads * layout.pairs(length=length, num_keys=num_keys, **mask)
   out, lse = pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -123,9 +128,8 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
           in_specs=[spec for _, spec in operands.values()],
           out_specs=[rows_spec, row_spec(lambda b: b)],
           scratch_shapes=list(scratch.values())),
-      out_shape=[
-          meshes.out_shape((batch * kv_heads, plan.num_rows, dim), query.dtype, query, key, value),
-          meshes.out_shape((batch * kv_heads, 1, plan.num_rows), jnp.float32, query, key, value)],
+      out_shape=out_shape,
+      cost_estimate=cost.estimate(2 * 2 * dim * pairs, pairs, [*arrays, *out_shape]),
       compiler_params=pltpu.CompilerParams(
           disable_bounds_checks=True,  # of every copy, in every step; all indices are clipped
           dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"),
@@ -133,7 +137,7 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
               plan, dim=dim, itemsize=query.dtype.itemsize, shared=value is None,
               backward=False)),
       name="alibi_attention_forward",
-  )(*ranges.operands, *(x for x, _ in operands.values()))
+  )(*ranges.operands, *arrays)
   return (layout.unpack(out, batch, length, heads)[..., :given_dim],
           layout.unpack_vector(lse, batch, length, heads))
 

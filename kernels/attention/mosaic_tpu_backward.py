@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import mesh as meshes, tuning
+from .. import cost, mesh as meshes, tuning
 from . import mosaic_tpu_layout as layout
 from .mosaic_tpu_layout import LOG2E
 
@@ -109,6 +109,10 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
     refs = dict(zip(names, refs, strict=True))
     _kernel(refs, ranges, plan, edges, num_keys, scale, **mask)
 
+  out_shape = [shape for shape, _ in outputs.values()]
+  # Of one block of keys, on average.
+  pairs = batch * heads * layout.pairs(
+      length=length, num_keys=num_keys, **mask) // num_key_blocks
   call = pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -117,7 +121,9 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
           in_specs=[*carry.values(), *(spec for _, spec in operands.values())],
           out_specs=[spec for _, spec in outputs.values()],
           scratch_shapes=list(scratch.values())),
-      out_shape=[shape for shape, _ in outputs.values()],
+      out_shape=out_shape,
+      cost_estimate=cost.estimate(
+          5 * 2 * dim * pairs, pairs, [*(x for x, _ in operands.values()), *out_shape]),
       input_output_aliases={4: 0} if several else {},  # after the four scalar operands
       compiler_params=pltpu.CompilerParams(
           disable_bounds_checks=True,  # of every copy, in every step; all indices are clipped

@@ -69,6 +69,20 @@ def unpack_vector(x: jax.Array, batch: int, length: int, heads: int) -> jax.Arra
   return x.swapaxes(2, 3).reshape(batch, heads, length)
 
 
+def pairs(*, length, num_keys, query_offset, is_causal, window) -> int:
+  """(query, key) pairs that the mask leaves of each head; those of different segments count."""
+  # Of an offset that only the device knows: the last queries are at the last keys.
+  first = query_offset if isinstance(query_offset, int) else num_keys - length
+  position = first + np.arange(length)
+  low, high = np.zeros(length, int), np.full(length, num_keys - 1)
+  if is_causal:
+    high = np.minimum(high, position)
+  if window is not None:
+    left, right = (min(w, FAR) for w in window)
+    low, high = np.maximum(low, position - left), np.minimum(high, position + right)
+  return int(np.maximum(high - low + 1, 0).sum())
+
+
 def row_positions(length: int, group: int, num_rows: int, query_offset) -> jax.Array:
   """int32[1, num_rows]: the position of each row."""
   return (jnp.arange(num_rows, dtype=jnp.int32) // group + query_offset).astype(jnp.int32)[None]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import mesh as meshes, tuning
+from .. import cost, mesh as meshes, tuning
 from .mosaic_tpu_backward import input_gradient, swiglu_gradient
 from .mosaic_tpu_plan import (
     LANES, Pair, Sizes, contraction, dot, fit_columns, fit_sum, round_up, sum_of_products)
@@ -154,13 +154,17 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip, blocks=None):
   names = ("query", "key", *values, "act", *(("gate", "up") if keep else ()))
   sizes = {"query": heads * dim_head, "key": dim_head, "value": dim_head}
   widest = max(plan.query_columns, 2 * width, 2 * plan.columns)
+  out_shape = [meshes.out_shape((num_tokens, sizes.get(name, hidden)), dtype, *arrays)
+               for name in names]
+  columns_of_all = (heads + 1 + len(values)) * dim_head + 2 * hidden
   results = pl.pallas_call(
       kernel,
       grid=(-(-num_tokens // plan.rows), steps, depths),
       in_specs=[spec for _, spec in operands],
       out_specs=[result(*columns[name]) for name in names],
-      out_shape=[meshes.out_shape((num_tokens, sizes.get(name, hidden)), dtype, *arrays)
-                 for name in names],
+      out_shape=out_shape,
+      cost_estimate=cost.estimate(
+          2 * num_tokens * dim * columns_of_all, num_tokens * hidden, [*arrays, *out_shape]),
       scratch_shapes=[pltpu.VMEM((plan.rows, dim), dtype)]
       + [pltpu.VMEM((plan.rows, widest), jnp.float32)] * (depths > 1),
       compiler_params=pltpu.CompilerParams(

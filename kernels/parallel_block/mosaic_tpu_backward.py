@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import mesh as meshes, tuning
+from .. import cost, mesh as meshes, tuning
 from .mosaic_tpu_plan import Pair, contraction, dot, fit_columns, fit_sum, sum_of_products
 
 
@@ -48,19 +48,23 @@ def swiglu_gradient(dy, gate, up, ff_out, *, chip, blocks=None):
     contraction(plan, depths, product, finish, sums, [plan.columns])
 
   tile = pl.BlockSpec((plan.rows, plan.columns), lambda i, j, deep: (i, j))
+  operands = (dy, gate, up, ff_out)
+  out_shape = [meshes.out_shape(gate.shape, dtype, *operands)] * 3
   return pl.pallas_call(
       kernel,
       grid=(-(-num_tokens // plan.rows), -(-hidden // plan.columns), depths),
       in_specs=[pl.BlockSpec((plan.rows, dim), lambda i, j, deep: (i, 0)), tile, tile,
                 pl.BlockSpec((plan.columns, depth), lambda i, j, deep: (j, deep))],
       out_specs=[tile] * 3,
-      out_shape=[meshes.out_shape(gate.shape, dtype, dy, gate, up, ff_out)] * 3,
+      out_shape=out_shape,
+      cost_estimate=cost.estimate(
+          2 * num_tokens * dim * hidden, num_tokens * hidden, [*operands, *out_shape]),
       scratch_shapes=[pltpu.VMEM((plan.rows, plan.columns), jnp.float32)] * (depths > 1),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "parallel", "arbitrary"),
           vmem_limit_bytes=plan.vmem_bytes),
       name="block_swiglu_gradient",
-  )(dy, gate, up, ff_out)
+  )(*operands)
 
 
 def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip, blocks=None):

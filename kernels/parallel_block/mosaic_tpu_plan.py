@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import mesh as meshes, tuning
+from .. import cost, mesh as meshes, tuning
 
 LANES = 128
 
@@ -289,12 +289,15 @@ def sum_of_products(x, stages, plan, *, transposed, name):
     def _():
       y[...] = total[...].astype(dtype)
 
+  out_shape = meshes.out_shape((num_tokens, dim), dtype, *arrays)
+  contracted = sum(pair.left.shape[1] for stage in stages for pair in stage)
   return pl.pallas_call(
       kernel,
       grid=(-(-num_tokens // plan.rows), -(-dim // plan.columns), bounds[-1]),
       in_specs=[spec for _, spec in operands],
       out_specs=tile,
-      out_shape=meshes.out_shape((num_tokens, dim), dtype, *arrays),
+      out_shape=out_shape,
+      cost_estimate=cost.estimate(2 * num_tokens * contracted * dim, 0, [*arrays, out_shape]),
       scratch_shapes=[pltpu.VMEM((plan.rows, plan.columns), jnp.float32)],
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "parallel", "arbitrary"),
