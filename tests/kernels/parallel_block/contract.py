@@ -9,11 +9,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import strategies as st
+from hypothesis import Phase, strategies as st
 
 from palm_haiku.kernels.parallel_block import xla
 
 EPS = 1e-5
+# The message has the case; to look for a smaller one takes minutes.
+PHASES = (Phase.explicit, Phase.generate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,10 +168,10 @@ def errors(case: Case, arrays: dict, results: dict) -> dict[str, str]:
     difference = got - expected
     baseline = np.asarray(compare[name], np.float64) - expected
     # A rounding of the largest value, where the XLA path happens to be exact, or nearly so; and
-    # four of the mean, a sum in float32 of any order, as large as the norm makes them.
+    # eight of a sum in float32 of any order, those of the mean as large as the norm makes them.
     floor = np.abs(expected).max() * (
         float(jnp.finfo(case.dtype).eps)
-        + 4 * case.mean / case.spread * float(jnp.finfo("float32").eps))
+        + 8 * (1 + case.mean / case.spread) * float(jnp.finfo("float32").eps))
     for norm, least, measure in (("largest", floor, lambda x: np.abs(x).max()),
                                  ("mean square", floor / 4, lambda x: np.sqrt(np.mean(x**2)))):
       error, allowed = measure(difference), max(least, 2 * measure(baseline))

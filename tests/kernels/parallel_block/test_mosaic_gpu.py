@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from jax.sharding import AxisType, PartitionSpec as P
 
 from palm_haiku.kernels import parallel_attention_ffn, tuning
@@ -68,8 +68,6 @@ SIZES = (64, 128, 192, 320)
 plans = st.builds(
     Plan, columns=st.sampled_from([128, 256]), stages=st.integers(2, 4), together=st.booleans(),
     processors=st.sampled_from([2, 4, 132]), side_by_side=st.sampled_from([2, 16]))
-# The message has the case; to look for a smaller one takes minutes.
-PHASES = (Phase.explicit, Phase.generate)
 
 
 def fitting(plan, case):
@@ -78,7 +76,7 @@ def fitting(plan, case):
 
 
 @pytest.mark.timeout(900)
-@settings(max_examples=3, phases=PHASES)
+@settings(max_examples=3, phases=contract.PHASES)
 @given(contract.cases(dims=SIZES[:3], hiddens=SIZES[:3], dim_heads=(64, 128, 256), max_heads=2),
        plans)
 def test_drawn_cases(case, plan):
@@ -87,7 +85,7 @@ def test_drawn_cases(case, plan):
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
-@settings(max_examples=150, phases=PHASES, derandomize=False,
+@settings(max_examples=150, phases=contract.PHASES, derandomize=False,
           suppress_health_check=list(HealthCheck))
 @given(contract.cases(dims=SIZES, hiddens=SIZES, dim_heads=(64, 128, 256), max_tokens=400,
                       max_heads=5),

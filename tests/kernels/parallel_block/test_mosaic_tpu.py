@@ -56,7 +56,7 @@ def one_step(size):
   return [size if size % 128 else 128]
 
 
-@settings(max_examples=3)
+@settings(max_examples=3, phases=contract.PHASES)
 @given(case=cases(), blocks=st.sampled_from(BLOCKS))
 def test_right_on_drawn_cases(case, blocks):
   check(case, blocks)
@@ -220,7 +220,7 @@ def test_compiles_within_the_vmem_that_is_counted(chip, sizes):
 
 @pytest.mark.slow
 @pytest.mark.timeout(6 * 3600)
-@settings(max_examples=300)
+@settings(max_examples=300, phases=contract.PHASES)
 @given(case=cases(max_tokens=300), blocks=st.sampled_from(BLOCKS), stepped=st.booleans())
 def test_right_on_many_drawn_cases(case, blocks, stepped):
   with pytest.MonkeyPatch.context() as patch:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from palm_haiku.kernels import triton_call, tuning
 from palm_haiku.kernels.parallel_block import triton
@@ -42,12 +42,10 @@ drawn = dict(
                         dtypes=("bfloat16", "float16", "float32"), max_tokens=70, max_heads=2),
     blocks=st.sampled_from([(16, 128, 64), (32, 64, 64), (64, 128, 32), (128, 256, 64)]),
     together=st.integers(1, 3))
-# The message has the case; to look for a smaller one takes minutes.
-PHASES = (Phase.explicit, Phase.generate)
 
 
 @pytest.mark.timeout(900)  # for a busy machine
-@settings(max_examples=8, phases=PHASES)
+@settings(max_examples=8, phases=contract.PHASES)
 @given(**drawn)
 def test_results_are_as_near_to_float64_as_the_xla_path(case, blocks, together):
   verify(case, blocks, together)
@@ -55,7 +53,7 @@ def test_results_are_as_near_to_float64_as_the_xla_path(case, blocks, together):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@settings(max_examples=200, derandomize=False, phases=PHASES)
+@settings(max_examples=200, derandomize=False, phases=contract.PHASES)
 @given(**drawn | dict(case=contract.cases(
     dims=(64, 128, 192, 576), hiddens=(64, 192, 384), dim_heads=(64, 128, 256),
     dtypes=("bfloat16", "float16", "float32"), max_tokens=300)))
