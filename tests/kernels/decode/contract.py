@@ -106,7 +106,9 @@ def check(case: Case, arrays: dict, got) -> None:
   assert np.all(np.isfinite(got)), f"not finite, for {case}"
   nothing = np.asarray(case.lengths)[:, None] - case.num_queries + np.arange(case.num_queries) < 0
   np.testing.assert_array_equal(got[nothing], 0)
-  # A few roundings of the largest value, where the XLA path happens to be nearly exact.
-  floor = 4 * float(jnp.finfo(case.dtype).eps) * np.abs(want).max(initial=0)
+  # A few roundings of the largest value, where the XLA path happens to be nearly exact, and of a
+  # sum in float32 of any order.
+  floor = np.abs(want).max(initial=0) * (
+      4 * float(jnp.finfo(case.dtype).eps) + 8 * float(jnp.finfo("float32").eps))
   error, allowed = np.abs(got - want).max(), max(floor, 2 * np.abs(compare - want).max())
   assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}, for {case}"
