@@ -29,7 +29,7 @@ _EXIT = re.compile(r"scmp\.ge\.s32\.totalorder (%\w+), (\d+) /\* loop exit test"
 _DEFINITION = re.compile(r"(%s\w+) = (smov\.u32|sadd\.s32|sphi|sld) ([^;}/]*)")
 _STORE = re.compile(r"= sst (\[smem:\[#\w+_spill\]\]) (%s\w+)")  # registers may be spilled between
 # A guard this short only bumps a counter or skips a copy.
-_SMALL, _LARGE = 6, 64
+_SMALL, _TOLD, _LARGE = 6, 32, 64
 
 
 @dataclasses.dataclass
@@ -65,18 +65,19 @@ class Steps:
     active: the fraction of the steps in which a guard that holds matrix work runs; several
       guards, several fractions, in the order of their addresses.
     edge: the fraction of the steps that begin or end an output block: of guards without matrix
-      work; several fractions are those of the guards of more than 128 bundles, likewise.
+      work; several fractions are those of the guards of more than 32 bundles, likewise.
     inner: trips of those loops inside the grid's loop whose counters do not say them, in the order
       of their addresses; a mean where they differ from step to step.
     visited: the fraction of the steps in which the outermost guard runs that holds such guards; the
-      other fractions and trips are then those of such a step.
+      other fractions and trips are then those of such a step. Several fractions are those of the
+      guards that hold others, in the order of their addresses, each of what it is part of.
   """
 
   grid: int | None = None
   active: float | Sequence[float] = 1.0
   edge: float | Sequence[float] = 1.0
   inner: float | Sequence[float] | None = None
-  visited: float = 1.0
+  visited: float | Sequence[float] = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,14 +288,14 @@ def _set_runs(root, steps):
   active = list(steps.active) if isinstance(steps.active, Sequence) else None
   inner = list(steps.inner) if isinstance(steps.inner, Sequence) else None
   edges = list(steps.edge) if isinstance(steps.edge, Sequence) else None
-  visited = []
+  visited = list(steps.visited) if isinstance(steps.visited, Sequence) else [steps.visited]
   matrix = lambda region: region.total(_MATMUL) > 0
   any_matrix = matrix(root)
 
   def edge(size):
     if edges is None:
       return steps.edge
-    return edges.pop(0) if edges and size > 2 * _LARGE else 1.0
+    return edges.pop(0) if edges and size > _TOLD else 1.0
 
   def visit(region, grid, in_body, drained):
     for part in region.parts:
@@ -318,9 +319,8 @@ def _set_runs(root, steps):
         elif not any(r.kind == "if" and matrix(r) for r in part if r is not part):
           part.runs = active.pop(0) if active else steps.active if active is None else 1.0
           body_of = True
-        elif drained and not visited:
-          visited.append(part)
-          part.runs = steps.visited
+        elif drained and visited:
+          part.runs = visited.pop(0)
         if not drained:
           part.runs *= grid / (grid + 2)
           drained_of = True
