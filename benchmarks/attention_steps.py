@@ -118,7 +118,7 @@ def steps(plan, shape, chip, backward, mask=Mask(), compiled=None, alibi=True,
   return aot.Steps(
       grid=grid * shape.batch * shape.kv_heads, edge=[mean(end) for end in ends], inner=inner,
       active=[*(mean(x, does.seen) for x in diagonals), *(1 for _ in inner)],
-      visited=(mean(does.seen), mean(~does.alone, does.seen)))
+      visited=(mean(does.seen), *((mean(~does.alone, does.seen),) if edges else ())))
 
 
 class Visits(NamedTuple):

@@ -8,6 +8,7 @@ they rank kernels and are no times.
 import argparse
 import functools
 import importlib.util
+import math
 import re
 import sys
 
@@ -246,12 +247,15 @@ def mask_rows(about: dict, report: aot.Report) -> list[dict]:
     def cycles(met):
       found = []  # of each core, the slower of which counts
       for core in range(plan.cores):
-        kernel.schedule.set_runs(attention_steps.steps(
+        fits = kernel.schedule.set_runs(attention_steps.steps(
             plan, shape, report.target, backward, met, mask, core=core))
-        found.append(kernel.cycles * kernel.calls)
+        found.append(kernel.cycles * kernel.calls if fits else math.nan)
       return max(found)
 
     took = cycles(mask)
+    if math.isnan(took):
+      rows.append(about | {"pass": name, "absent": "the program has other guards than its plan"})
+      continue
     cores = 2 if report.target == "v5p" else 1  # of a device
     flops = (5 if backward else 2) / 2 * shape.flops(False, causal=False) * share
     rows.append(about | {
@@ -261,8 +265,6 @@ def mask_rows(about: dict, report: aot.Report) -> list[dict]:
         "cost": round(took / (cycles(nothing) * share), 2),
         "causal": round(took / cycles(causal) * causal.share(length) / share, 2),
         "square": ", ".join(map(str, report.square))})
-    if kernel.schedule.unknown:
-      rows[-1] = about | {"pass": name, "absent": "how often a loop runs is not known"}
   return rows
 
 

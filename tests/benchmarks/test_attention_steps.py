@@ -110,7 +110,7 @@ def test_steps_are_those_of_the_dense_mask(name, backward, change):
     expected = [want[kind] for kind in kinds if edges] + [want["edge"]] * (len(edges) > 1)
     *active, _, _, _ = steps.active
     assert [seen * x for x in active] == pytest.approx(expected)
-    loops = [seen * steps.visited[1] * plan.steps * x for x in steps.inner]
+    loops = [seen * steps.visited[-1] ** bool(edges) * plan.steps * x for x in steps.inner]
     assert loops == pytest.approx([want[kind] for kind in ("large", "plain", "masked")])
 
     ends = [steps.grid * calls * x for x in steps.edge]

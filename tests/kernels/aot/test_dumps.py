@@ -174,8 +174,11 @@ def test_a_guard_around_guards_has_a_fraction_of_its_own():
   assert [r.runs for r in (around, one, other)] == [0.25, 0.5, 1]
   assert step.runs == pytest.approx(10 / 12)
   around.parts = [llo.Region("if", 250, 700, [one, other], 200, (0,) * len(llo.SLOTS))]
-  llo.Schedule("guards", root, (1,) * len(llo.SLOTS)).set_runs(
-      llo.Steps(active=(0.5, 1), visited=(0.25, 0.75)))
+  fits = lambda active, visited: llo.Schedule("guards", root, (1,) * len(llo.SLOTS)).set_runs(
+      llo.Steps(active=active, visited=visited))
+  assert not fits((0.5,), (0.25, 0.75)) and not fits((0.5, 1, 1), (0.25, 0.75))
+  assert not fits((0.5, 1), (0.25,)) and not fits((0.5, 1), (0.25, 0.75, 1))
+  assert fits((0.5, 1), (0.25, 0.75))
   assert [r.runs for r in (around, *around.parts, one, other)] == [0.25, 0.75, 0.5, 1]
 
 
