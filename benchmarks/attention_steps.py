@@ -38,7 +38,7 @@ class Mask(NamedTuple):
       else:
         ids = self.segment_ids
         seen += np.mean([(pairs & (x[query] == x)).sum() for x in ids])
-    return seen / length**2
+    return float(seen) / length**2
 
 
 def documents(length: int, size: int) -> np.ndarray:

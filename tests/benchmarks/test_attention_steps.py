@@ -83,6 +83,18 @@ def brute(plan, length, mask, backward, blocks):
   return counts
 
 
+def idle(plan, length, mask, blocks):
+  """Blocks of rows in turn on a core, of one that sees the keys to one that does, but don't."""
+  size, found = plan.block_rows // plan.group, 0
+  for first in range(0, plan.padded_keys, plan.major):
+    keys = slice(first, first + plan.major)
+    meet = [dense(length, mask)[n * size : n * size + size, keys].any()
+            for n in range(plan.num_blocks)]
+    on = [n // plan.cores for n in range(plan.num_blocks) if meet[n]]
+    found += sum(not meet[block] and on[0] <= turn <= on[-1] for turn, block in enumerate(blocks))
+  return found
+
+
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("change", [{}, {"cores": 2}, {"area": 2**6, "lanes": 16, "rows": 16}])
@@ -125,6 +137,7 @@ def test_steps_are_those_of_the_dense_mask(name, backward, change):
     if edges and ids:
       assert ends[2] == pytest.approx(want["seen"] - want["alone"])
     assert len(ends) == 2 + bool(edges) * (1 + ids)
+    assert ends[-1] == pytest.approx(idle(plan, length, mask, blocks))
 
 
 @pytest.mark.parametrize("name", MASKS)
