@@ -37,7 +37,7 @@ def dense(length, mask):
   return seen
 
 
-def brute(plan, length, mask, backward, blocks):
+def brute(plan, length, mask, blocks):
   """Counts over the grid, for the blocks of rows of a core."""
   seen, ids = dense(length, mask), mask.segment_ids
   edges = layout.find_edges(plan, length=length, num_keys=length, **mask.known)
@@ -108,7 +108,7 @@ def test_steps_are_those_of_the_dense_mask(name, backward, change):
   assert turns == 2
   for core in range(plan.cores):
     blocks = plan.dealt(core, np.arange(plan.num_blocks // plan.cores))
-    want = brute(plan, length, mask, backward, blocks)
+    want = brute(plan, length, mask, blocks)
     steps = attention_steps.steps(plan, shape, "v5p", backward, mask, core=core)
     calls = turns if backward else 1
     assert steps.grid * calls == len(blocks) * turns
