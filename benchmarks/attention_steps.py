@@ -1,6 +1,6 @@
 """How often the parts of this project's TPU attention kernels run, counted from their plans.
 
-What a kernel decides at run time, its steps of the grid decide here, for a mask with values.
+What a kernel decides at run time, in each step of its grid, is decided here for a mask with values.
 """
 
 from typing import NamedTuple
@@ -31,7 +31,7 @@ class Mask(NamedTuple):
     for first in range(0, length, rows):
       query = np.arange(first, min(length, first + rows))[:, None]
       distance = key - query - self.query_offset
-      left, right = self.window or (length, length)
+      left, right = self.window or (np.inf, np.inf)
       pairs = (distance >= -left) & (distance <= (min(right, 0) if self.is_causal else right))
       if self.segment_ids is None:
         seen += pairs.sum()
