@@ -71,7 +71,8 @@ def row(chip, shape, architecture, implementation, backward) -> dict:
           static.best_blocks("jax-splash", chip, sizes.dim_head, sizes.length, True), chip)
       steps = {"splash.*dkv": found["dkv"], "splash": found[""]}
     else:
-      own = functools.partial(static.own_steps, "mosaic_tpu", attention, chip, "bfloat16")
+      own = functools.partial(static.own_steps, "mosaic_tpu", attention, chip, "bfloat16",
+                              alibi=not block.ARCHITECTURES[architecture]["rotary"])
       steps = {"attention_forward": own(False)[""], "attention_backward": own(True)[""]}
   report = aot.report("benchmarks.layer_static:program", target=chip, backward=backward,
                       steps=steps, shape=shape, architecture=architecture,

@@ -15,10 +15,11 @@ class Absent(Exception):
   """Why an implementation has no row."""
 
 
-def ours(query, key, value, *, alibi, implementation):
+def ours(query, key, value, segment_ids=None, *, alibi, implementation, window=None):
   """This project's op."""
   slopes = jnp.asarray(kernels.alibi_slopes(query.shape[-2])) if alibi else None
   return kernels.flash_attention(query, key, value, alibi_slopes=slopes,
+                                 segment_ids=segment_ids, local_window_size=window,
                                  implementation=implementation)
 
 

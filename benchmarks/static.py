@@ -6,18 +6,19 @@ they rank kernels and are no times.
 """
 
 import argparse
+import dataclasses
 import functools
-import importlib
 import importlib.util
+import math
 import re
 import sys
 
 import jax
 import jax.numpy as jnp
 
-from palm_haiku.kernels import aot, tuning
+from palm_haiku.kernels import aot
 
-from . import peers, results, table
+from . import attention_steps, peers, results, table
 from .shapes import Attention
 
 GPUS = ("h200",)
@@ -34,6 +35,16 @@ TPU_COLUMNS = {
     "length": "T", "blocks": "blocks", "body": "body bundles", "mxu": "MXU %", "valu": "VALU %",
     "eup": "EUP %", "spills": "spills/fills", "us": "static us", "busy": "MXU busy %",
     "useful": "useful %", "square": "T x S buffer"}
+
+MASK_COLUMNS = {
+    "variant": "mask", "pass": "pass", "dim_head": "dim_head", "length": "T", "pairs": "pairs %",
+    "us": "static us", "useful": "useful %", "cost": "cost / unmasked", "causal": "cost / causal",
+    "square": "T x S buffer"}
+
+# Causal masks that hide more: (T, what they are). The window's left end is a diagonal of blocks.
+MASKS = {
+    "window": (32768, attention_steps.Mask(window=(1024, 0))),
+    "documents": (8192, attention_steps.Mask(segment_ids=attention_steps.documents(8192, 512)))}
 
 
 # ---- programs, built in the process that compiles them
@@ -59,7 +70,9 @@ def _forward(implementation, chip, shape, dtype, alibi, options):
     function = functools.partial(peers.ours, implementation=implementation)
   rows = jax.ShapeDtypeStruct((shape.batch, shape.length, shape.heads, shape.dim_head), dtype)
   keys = jax.ShapeDtypeStruct((shape.batch, shape.length, shape.kv_heads, shape.dim_head), dtype)
-  return functools.partial(function, alibi=alibi, **dict(options)), (rows, keys, keys)
+  options = dict(options)
+  ids = (jax.ShapeDtypeStruct((shape.batch, shape.length), "int32"),) * options.pop("ids", False)
+  return functools.partial(function, alibi=alibi, **options), (rows, keys, keys, *ids)
 
 
 def _tpu_peer(name, shape, dtype, blocks):
@@ -129,7 +142,21 @@ def tpu_jobs(target, implementations, dims, dtype, lengths=(2048, 8192)):
             options = {"blocks": blocks} if blocks else {}
             jobs.append(_job(name, target, shape, dtype, variant, backward, options,
                              causal_steps(name, shape, blocks, target) if blocks
-                             else own_steps(name, shape, target, dtype, backward)))
+                             else own_steps(name, shape, target, dtype, backward,
+                                            variant == "alibi")))
+  return jobs
+
+
+def mask_jobs(target, masks, dims, dtype):
+  """Of this project's TPU kernels, both passes in one program."""
+  jobs = []
+  for dim in dims:
+    for name in masks:
+      length, mask = MASKS[name]
+      options = {"window": mask.window, "ids": mask.segment_ids is not None}
+      jobs.append(_job("mosaic_tpu", target, Attention(1, length, 16, 1, dim), dtype, "alibi",
+                       True, options))
+      jobs[-1][0].update(variant=name, dtype=dtype)
   return jobs
 
 
@@ -179,40 +206,12 @@ def causal_steps(name, shape, blocks, target) -> dict[str, aot.Steps]:
   return {"dkv": aot.Steps(active=visible / pairs, edge=1 / rows), "dq": by_query, "": by_query}
 
 
-def own_steps(name, shape, target, dtype, backward) -> dict[str, aot.Steps]:
+def own_steps(name, shape, target, dtype, backward, alibi) -> dict[str, aot.Steps]:
   """The same for this project's TPU kernel, from its plan of the problem."""
   if name != "mosaic_tpu":
     return {}
-  layout = importlib.import_module("palm_haiku.kernels.attention.mosaic_tpu_layout")
-  group = shape.heads // shape.kv_heads
-  blocks = tuning.attention_mosaic_tpu(target, shape.dim_head)[backward]
-  plan = layout.fit(blocks, length=shape.length, group=group, num_keys=shape.length,
-                    itemsize=jnp.dtype(dtype).itemsize)
-  positions = plan.block_rows // group
-  if plan.block_rows % group or any(
-      n % m for n, m in ((shape.length, positions), (plan.major, positions),
-                         (positions, plan.fine))):
-    return {}  # no diagonal steps: how many there are of the others is not said here
-  # A block of rows sees all keys before it in steps without a mask and one diagonal step; where
-  # the keys are several blocks, it meets each in turn, and visits those that it sees.
-  turns = plan.padded_keys // plan.major
-  seen = (1 + turns) / 2 / turns
-  before = [n * positions for n in range(plan.num_blocks)]
-  visits = plan.num_blocks * turns * seen
-  inner = (sum(keys // plan.chunk for keys in before) / visits,
-           sum(keys % plan.chunk // plan.fine for keys in before) / visits, 0)
-  first = 1 / plan.num_blocks  # that block of rows sees its diagonal alone
-  if backward:
-    # To begin with: gradients of keys and values, of rows whose diagonal is in other keys; at the
-    # end of rows that see none of them. The end of rows that see some is a part of their visit.
-    begin_end = (plan.cores / plan.num_blocks, seen - 1 / turns, 0)
-    active = (1 / turns / seen, 1, 1, 1)
-  else:
-    # Rows without a diagonal, the end of all but the first rows.
-    begin_end = (0, (1 - first) / turns)
-    active = ((1 - first) / turns / seen, first / turns / seen, 1, 1, 1)
-  grid = plan.num_blocks * turns * shape.batch * shape.kv_heads // plan.cores
-  return {"": aot.Steps(grid=grid, active=active, visited=seen, edge=begin_end, inner=inner)}
+  plan = attention_steps.plan_of(shape, target, dtype, backward)
+  return {"": attention_steps.steps(plan, shape, target, backward, alibi=alibi)}
 
 
 # ---- the table
@@ -232,6 +231,46 @@ def row(about: dict, report: aot.Report) -> list[dict]:
   return [about | _tpu_figures(report, found) | {"square": square}]
 
 
+def mask_rows(about: dict, report: aot.Report) -> list[dict]:
+  """Both passes of a sparse mask: what it costs over its share of what all pairs cost.
+
+  The denominator is the same program's, on a mask that hides nothing, and on the causal one.
+  """
+  length, mask = MASKS[about["variant"]]
+  shape = Attention(1, length, 16, 1, about["dim_head"])
+  nothing, causal = attention_steps.Mask(is_causal=False), attention_steps.Mask()
+  share = mask.share(length)
+  rows = []
+  for backward, name in enumerate(("forward", "backward")):
+    kernel, = report.kernels_named("attention_" + name)
+    plan = attention_steps.plan_of(shape, report.target, about["dtype"], backward)
+
+    def cycles(met):
+      found = []  # of each core, the slower of which counts
+      for core in range(plan.cores):
+        steps = attention_steps.steps(plan, shape, report.target, backward, met, mask, core=core)
+        # The loop over the steps of a block of rows mostly says its trips, but not always.
+        around = dataclasses.replace(steps, inner=[plan.steps, *steps.inner])
+        fits = kernel.schedule.set_runs(steps) or kernel.schedule.set_runs(around)
+        found.append(kernel.cycles * kernel.calls if fits else math.nan)
+      return max(found)
+
+    took = cycles(mask)
+    if math.isnan(took):
+      rows.append(about | {"pass": name, "absent": "the program has other guards than its plan"})
+      continue
+    cores = 2 if report.target == "v5p" else 1  # of a device
+    flops = (5 if backward else 2) / 2 * shape.flops(False, causal=False) * share
+    rows.append(about | {
+        "pass": name, "pairs": round(100 * share, 2),
+        "us": round(took / report.chip.clock * 1e6, 1),
+        "useful": round(100 * flops / (took * report.chip.flops_per_cycle * cores), 1),
+        "cost": round(took / (cycles(nothing) * share), 2),
+        "causal": round(took / cycles(causal) * causal.share(length) / share, 2),
+        "square": ", ".join(map(str, report.square))})
+  return rows
+
+
 def _gpu_row(about, kernel, square):
   loops = kernel.code.tensor_loops
   loop, tensor = "/".join(str(l.instructions) for l in loops), "/".join(
@@ -246,7 +285,7 @@ def _gpu_row(about, kernel, square):
 
 
 def _tpu_figures(report, kernels):
-  cycles = sum(k.cycles for k in kernels)
+  cycles = sum(k.cycles * k.calls for k in kernels)
   unknown = any(k.schedule.unknown for k in kernels)
   seconds = cycles / report.chip.clock
   percent = lambda x: round(100 * x, 1)
@@ -260,7 +299,7 @@ def _tpu_figures(report, kernels):
       "spills": join("{}/{}".format(*s.spills(b)) for s, b in bodies)}
   if unknown:
     return figures | {"absent": "how often a loop runs is not known"}
-  busy = sum(k.schedule.matmul_cycles for k in kernels) / cycles
+  busy = sum(k.schedule.matmul_cycles * k.calls for k in kernels) / cycles
   return figures | {
       "us": round(seconds * 1e6, 1), "busy": percent(busy),
       "useful": percent(report.flops / (seconds * report.chip.tflops * 1e12))}
@@ -268,7 +307,7 @@ def _tpu_figures(report, kernels):
 
 def _earlier_peers(result, measured, out):
   """The last rows of peers that are not compiled now: they depend on the compilers alone."""
-  found = [earlier for earlier in results.load(out) if earlier["benchmark"] == "static"
+  found = [earlier for earlier in results.load(out) if earlier["benchmark"] == result["benchmark"]
            and all(earlier[key] == result[key] for key in ("device", "versions"))]
   return [row for row in found[-1]["rows"]
           if row["implementation"] in peers.PEERS.keys() - measured] if found else []
@@ -294,8 +333,12 @@ def main(argv: list[str] | None = None) -> int:
                       help="default 64 128 256 on GPUs, 128 256 on TPUs")
   parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192], metavar="T",
                       help="on TPUs; default 2048 8192")
+  parser.add_argument("--masks", nargs="+", choices=["causal", *MASKS], default=["causal"],
+                      help="causal: this table. Others: what a sparse mask costs this project's "
+                      "TPU kernels over its share, in a table of its own")
   parser.add_argument("--dtype", default="bfloat16")
   parser.add_argument("--timeout", type=float, default=600, help="seconds for one compilation")
+  parser.add_argument("--workers", type=int, help="compilers at a time, default one for each core")
   parser.add_argument("--out", metavar="DIR", help="default benchmarks/results")
   args = parser.parse_args(argv)
 
@@ -309,28 +352,30 @@ def main(argv: list[str] | None = None) -> int:
     if args.implementations:
       names = [n for n in args.implementations if platform in peers.PLATFORMS.get(n, (platform,))
                and (n in peers.PEERS or n == "xla" or n in own(platform))]
-    if gpu:
-      jobs = gpu_jobs(target, names, args.dims or DIMS, args.dtype)
-    else:
-      jobs = tpu_jobs(target, names, args.dims or DIMS[1:], args.dtype, args.lengths)
-    failed += table_of(target, jobs, args)
+    if "causal" in args.masks:
+      jobs = (gpu_jobs(target, names, args.dims or DIMS, args.dtype) if gpu else
+              tpu_jobs(target, names, args.dims or DIMS[1:], args.dtype, args.lengths))
+      failed += table_of(target, jobs, args)
+    if not gpu and (masks := [mask for mask in args.masks if mask in MASKS]):
+      jobs = mask_jobs(target, masks, args.dims or DIMS[1:], args.dtype)
+      failed += table_of(target, jobs, args, "masks-static", MASK_COLUMNS, mask_rows)
   return 1 if failed else 0
 
 
-def table_of(target, jobs, args) -> int:
+def table_of(target, jobs, args, benchmark="static", columns=None, rows_of=row) -> int:
   """Compiles the jobs, prints and saves their table; how many did not compile."""
-  result = results.document("static", device=target)
+  result = results.document(benchmark, device=target)
   kept = _earlier_peers(result, {about["implementation"] for about, _ in jobs}, args.out)
   about_of = {id(job): (order, about) for order, (about, job) in enumerate(jobs)}
   rows, failed = {}, 0
-  for done, report in aot.run_all((job for _, job in jobs), timeout=args.timeout):
+  for done, report in aot.run_all((job for _, job in jobs), args.timeout, args.workers):
     order, about = about_of[id(done)]
     if isinstance(report, aot.AotError):
       absent = re.search(r"Absent: (.*)", str(report))
       failed += not absent
       rows[order] = [about | {"absent": absent[1] if absent else str(report)}]
     else:
-      rows[order] = row(about, report)
+      rows[order] = rows_of(about, report)
       result["compiler"] = report.versions
     result["rows"] = _once([r for i in sorted(rows) for r in rows[i]]) + kept
     results.save(result, args.out)
@@ -338,7 +383,8 @@ def table_of(target, jobs, args) -> int:
   print(file=sys.stderr)
   print(f"{target}, compiled ahead of time: "
         + ", ".join(f"{k} {v}" for k, v in result.get("compiler", {}).items()))
-  columns = GPU_COLUMNS if isinstance(aot.chip(target), aot.Gpu) else TPU_COLUMNS
+  if columns is None:
+    columns = GPU_COLUMNS if isinstance(aot.chip(target), aot.Gpu) else TPU_COLUMNS
   print(table.text(columns, [r for r in result["rows"] if "absent" not in r]))
   for r in result["rows"]:
     if "absent" in r:

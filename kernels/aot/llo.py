@@ -29,7 +29,7 @@ _EXIT = re.compile(r"scmp\.ge\.s32\.totalorder (%\w+), (\d+) /\* loop exit test"
 _DEFINITION = re.compile(r"(%s\w+) = (smov\.u32|sadd\.s32|sphi|sld) ([^;}/]*)")
 _STORE = re.compile(r"= sst (\[smem:\[#\w+_spill\]\]) (%s\w+)")  # registers may be spilled between
 # A guard this short only bumps a counter or skips a copy.
-_SMALL, _LARGE = 6, 64
+_SMALL, _TOLD, _LARGE = 6, 32, 64
 
 
 @dataclasses.dataclass
@@ -65,18 +65,19 @@ class Steps:
     active: the fraction of the steps in which a guard that holds matrix work runs; several
       guards, several fractions, in the order of their addresses.
     edge: the fraction of the steps that begin or end an output block: of guards without matrix
-      work; several fractions are those of the guards of more than 128 bundles, likewise.
+      work; several fractions are those of the guards of more than 32 bundles, likewise.
     inner: trips of those loops inside the grid's loop whose counters do not say them, in the order
       of their addresses; a mean where they differ from step to step.
     visited: the fraction of the steps in which the outermost guard runs that holds such guards; the
-      other fractions and trips are then those of such a step.
+      other fractions and trips are then those of such a step. Several fractions are those of the
+      guards that hold others, in the order of their addresses, each of what it is part of.
   """
 
   grid: int | None = None
   active: float | Sequence[float] = 1.0
   edge: float | Sequence[float] = 1.0
   inner: float | Sequence[float] | None = None
-  visited: float = 1.0
+  visited: float | Sequence[float] = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +88,9 @@ class Schedule:
   root: Region
   capacity: tuple[int, ...]  # how many of each of SLOTS one bundle has
 
-  def set_runs(self, steps: Steps) -> None:
-    _set_runs(self.root, steps)
+  def set_runs(self, steps: Steps) -> bool:
+    """Whether there were as many guards and loops as `steps` gives one by one."""
+    return _set_runs(self.root, steps)
 
   @property
   def unknown(self) -> list[Region]:
@@ -284,17 +286,23 @@ def _set_runs(root, steps):
   loop is. In it, the outermost guard with matrix work is the pipeline's "a step of the grid, not
   of the drain"; the innermost is the kernel's own "this block has something to do".
   """
-  active = list(steps.active) if isinstance(steps.active, Sequence) else None
-  inner = list(steps.inner) if isinstance(steps.inner, Sequence) else None
-  edges = list(steps.edge) if isinstance(steps.edge, Sequence) else None
-  visited = []
+  left = {name: list(value) if isinstance(value, Sequence) else None
+          for name, value in dataclasses.asdict(steps).items()}
+  if left["visited"] is None:
+    left["visited"] = [steps.visited]
+  fits = True
   matrix = lambda region: region.total(_MATMUL) > 0
   any_matrix = matrix(root)
 
+  def take(name):
+    nonlocal fits
+    if left[name] is None:
+      return getattr(steps, name)
+    fits &= bool(left[name])
+    return left[name].pop(0) if left[name] else None if name == "inner" else 1.0
+
   def edge(size):
-    if edges is None:
-      return steps.edge
-    return edges.pop(0) if edges and size > 2 * _LARGE else 1.0
+    return 1.0 if left["edge"] is not None and size <= _TOLD else take("edge")
 
   def visit(region, grid, in_body, drained):
     for part in region.parts:
@@ -307,7 +315,7 @@ def _set_runs(root, steps):
           trips = trips or (steps.grid + 2 if steps.grid else None)
           grid_of = max(1, trips - 2) if trips else 1
         elif trips is None:
-          trips = inner.pop(0) if inner else steps.inner if inner is None else None
+          trips = take("inner")
         part.runs, part.known = 1.0 if trips is None else float(trips), trips is not None
       elif in_body:
         if not matrix(part) and size > _LARGE:  # an initialisation inside the main body
@@ -316,14 +324,14 @@ def _set_runs(root, steps):
         if not matrix(part):
           part.runs = edge(size) if any_matrix else 1.0
         elif not any(r.kind == "if" and matrix(r) for r in part if r is not part):
-          part.runs = active.pop(0) if active else steps.active if active is None else 1.0
+          part.runs = take("active")
           body_of = True
-        elif drained and not visited:
-          visited.append(part)
-          part.runs = steps.visited
+        elif drained:
+          part.runs = take("visited")
         if not drained:
           part.runs *= grid / (grid + 2)
           drained_of = True
       visit(part, grid_of, body_of, drained_of)
 
   visit(root, None, False, False)
+  return fits and not any(left.values())

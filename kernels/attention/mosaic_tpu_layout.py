@@ -455,6 +455,38 @@ def interleave(plan, tiles, scores, update):
     ready[n] = None  # frees it for the interpreter, too
 
 
+def edge_chunks(plan, edges, block, query_offset):
+  """The chunk of `fine` keys at which each edge of a block of rows begins."""
+  span = plan.block_rows // plan.group // plan.fine
+  return [block * span + (query_offset + edge.start) // plan.fine for edge in edges]
+
+
+def parts(plan, edges, lows, offset, visible):
+  """What a step of `rows` visits of a block of keys beside the edges, in chunks of `fine` keys.
+
+  Args:
+    edges, lows: of its block of rows, and where they begin.
+    offset: where the block of keys begins.
+    visible: (first, full, rest, last) of `visible_chunks`.
+
+  Returns:
+    (first, full, num_large, rest, last), relative to the block of keys: as many large steps from
+    `full` on, chunks without a mask from there to `rest`, and [first, full) and [rest, last) under
+    the mask.
+  """
+  first, full, rest, last = visible
+  span, per_block = plan.block_rows // plan.group // plan.fine, plan.major // plan.fine
+  if edges:
+    last, rest = jnp.minimum(last, lows[0]), jnp.minimum(rest, lows[0])
+  if len(edges) > 1:
+    first, full = jnp.maximum(first, lows[1] + span), jnp.maximum(full, lows[1] + span)
+  first, full, rest, last = (jnp.clip(x - offset, 0, per_block) for x in (first, full, rest, last))
+  last = jnp.maximum(first, last)
+  full = jnp.clip(full, first, last)
+  rest = jnp.clip(rest, full, last)
+  return first, full, (rest - full) // (plan.chunk // plan.fine), rest, last
+
+
 def traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, step, whole=False):
   """Visits what a block of rows sees of a block of keys.
 
@@ -471,7 +503,8 @@ def traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, st
   span = plan.block_rows // plan.group // fine
   per_block, every = plan.major // fine, range(0, plan.rows, plan.lanes)
   offset = key_block * per_block  # in chunks of `fine` keys, as all ranges here
-  lows = [block * span + (query_offset + edge.start) // fine for edge in edges]
+  ratio = plan.chunk // fine
+  lows = edge_chunks(plan, edges, block, query_offset)
 
   alone = False  # whether the diagonal is all that the block sees
   for n, edge in enumerate(edges):
@@ -489,18 +522,8 @@ def traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, st
         step(0, (lows[n] - offset) * fine, edge.tiles, span * fine, True, kind == 2, n == 0, only)
 
   def of_rows(n, _):
-    first, full, rest, last = ranges.of_step(refs, head, block * plan.steps + n)
-    if edges:
-      last, rest = jnp.minimum(last, lows[0]), jnp.minimum(rest, lows[0])
-    if len(edges) > 1:
-      first, full = jnp.maximum(first, lows[1] + span), jnp.maximum(full, lows[1] + span)
-    first, full, rest, last = (
-        jnp.clip(x - offset, 0, per_block) for x in (first, full, rest, last))
-    last = jnp.maximum(first, last)
-    full = jnp.clip(full, first, last)
-    rest = jnp.clip(rest, full, last)
-    ratio = plan.chunk // fine
-    num_large = (rest - full) // ratio
+    first, full, num_large, rest, last = parts(
+        plan, edges, lows, offset, ranges.of_step(refs, head, block * plan.steps + n))
     middle = full + num_large * ratio
     before = full - first
 

@@ -224,6 +224,21 @@ def test_the_static_table_reproduces_known_figures(tmp_path, capsys):
     assert found[key] == pytest.approx(figures, rel=0.03), key
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_cost_of_documents_reproduces_known_figures(tmp_path, capsys):
+  assert static.main(["--dims", "128", "--masks", "documents", "--targets", "v6e", "--out",
+                      str(tmp_path)]) == 0
+  assert "cost / unmasked" in capsys.readouterr().out
+  path, = tmp_path.glob("*-v6e-masks-static.json")
+  found = {row["pass"]: (row["useful"], row["cost"], row["causal"])
+           for row in json.loads(path.read_text())["rows"]}
+  # libtpu 0.0.52 and jax 0.12.0.1.
+  assert found.keys() == {"forward", "backward"}
+  assert found["forward"] == pytest.approx((37.1, 1.16, 1.15), rel=0.02)
+  assert found["backward"] == pytest.approx((46.9, 1.10, 1.09), rel=0.02)
+
+
 def test_causal_steps_count_blocks():
   shape = Attention(1, 2048, 16, 1, 128)
   steps = static.causal_steps("tokamax-tpu", shape, (512, 1024, 512), "v6e")

@@ -152,7 +152,7 @@ def test_each_guard_without_matrix_work_may_have_its_own_fraction():
     return llo.Region(kind, first, end, list(parts), end - first, tuple(slots), trips)
 
   begin, short, end = (region("if", first, first + size)
-                       for first, size in ((0, 200), (200, 50), (300, 300)))
+                       for first, size in ((0, 200), (200, 30), (300, 300)))
   work = region("if", 600, 900, matrix=1)
   root = region("kernel", 0, 1000, region("loop", 0, 1000, begin, short, end, work, trips=12))
   schedule = llo.Schedule("guards", root, (1,) * len(llo.SLOTS))
@@ -173,6 +173,13 @@ def test_a_guard_around_guards_has_a_fraction_of_its_own():
       llo.Steps(active=(0.5, 1), visited=0.25))
   assert [r.runs for r in (around, one, other)] == [0.25, 0.5, 1]
   assert step.runs == pytest.approx(10 / 12)
+  around.parts = [llo.Region("if", 250, 700, [one, other], 200, (0,) * len(llo.SLOTS))]
+  fits = lambda active, visited: llo.Schedule("guards", root, (1,) * len(llo.SLOTS)).set_runs(
+      llo.Steps(active=active, visited=visited))
+  assert not fits((0.5,), (0.25, 0.75)) and not fits((0.5, 1, 1), (0.25, 0.75))
+  assert not fits((0.5, 1), (0.25,)) and not fits((0.5, 1), (0.25, 0.75, 1))
+  assert fits((0.5, 1), (0.25, 0.75))
+  assert [r.runs for r in (around, *around.parts, one, other)] == [0.25, 0.75, 0.5, 1]
 
 
 @pytest.mark.parametrize("change, trips", [
