@@ -130,8 +130,7 @@ def test_a_planted_mistake_is_noticed(name):
   of, result, old, new = MUTANTS[name]
   check_unmutated(of)
   arrays, results = run(MUTANT_CASE, mutate={old: new}, of=(of,))
-  with pytest.raises(AssertionError, match=f"^{result}"):
-    contract.check(MUTANT_CASE, arrays, {result: results[result]})
+  assert result in contract.errors(MUTANT_CASE, arrays, results)
 
 
 def test_same_bits_every_time():
