@@ -90,6 +90,8 @@ def _columns(result):
   if result["benchmark"] == "static":
     gpu = isinstance(aot.chip(result["device"]), aot.Gpu)
     return static.GPU_COLUMNS if gpu else static.TPU_COLUMNS
+  if result["benchmark"] == "masks-static":
+    return static.MASK_COLUMNS
   if result["benchmark"] == "train":
     return _TRAIN
   if result["benchmark"] == "plan":
