@@ -86,7 +86,6 @@ def _check_platform(ctx, x, *, op, implementation, interpreted):
   return [x]
 
 
-
 @_only_on_p.def_impl
 def _lower(x, **params):
   """An eager call is lowered too, so that it is checked; under `jax.disable_jit` as well."""
