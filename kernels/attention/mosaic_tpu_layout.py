@@ -322,7 +322,9 @@ def find_edges(plan, *, length, num_keys, query_offset, is_causal, window) -> tu
     right.append(Tile(row, (0, end), (cut, end)))
     start = first // grain * grain
     left.append(Tile(row, (start, size), (start, round_up(last, sublanes))))
-  edges = [Edge(0, tuple(right))]
+  # Tiles of many keys come first, for nothing hides the end of the last one: 7043 bundles on a
+  # tpu7x, forward at dim_head 256, and 7164 in ascending order.
+  edges = [Edge(0, tuple(reversed(right)))]
   if window is not None and window[0] >= size and window[0] % size == 0:
     edges.append(Edge(-window[0], tuple(left)))
   return tuple(edges)
