@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from palm_haiku.kernels import aot, tuning
-from palm_haiku.kernels.attention import mosaic_tpu_layout as layout
+from palm_haiku.kernels.attention import mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
 
 
 class Mask(NamedTuple):
@@ -69,7 +69,7 @@ def steps(plan, shape, chip, backward, mask=Mask(), compiled=None, alibi=True,
   compiled = compiled or mask
   does = visits(plan, shape.length, mask)
   has_ids, turns = compiled.segment_ids is not None, plan.padded_keys // plan.major
-  edges = layout.find_edges(plan, length=shape.length, num_keys=shape.length, **compiled.known)
+  edges = masking.find_edges(plan, length=shape.length, num_keys=shape.length, **compiled.known)
   whole = has_ids or not backward  # whether a diagonal that is all has a step of its own
   cores = [plan.dealt(core, np.arange(plan.num_blocks // plan.cores)) for core in range(plan.cores)]
   order = np.empty((plan.num_blocks, 1), int)  # of the blocks of rows on their core
@@ -124,7 +124,7 @@ def steps(plan, shape, chip, backward, mask=Mask(), compiled=None, alibi=True,
 class Visits(NamedTuple):
   """What each block of rows does with each block of keys, as [batch, blocks of rows, of keys]."""
 
-  ranges: layout.Ranges
+  ranges: masking.Ranges
   seen: np.ndarray  # whether they meet at all
   here: list[np.ndarray]  # whether an edge lies in these keys
   states: list[np.ndarray]  # of each edge, as `Ranges` numbers them
@@ -139,22 +139,22 @@ class Visits(NamedTuple):
 
 
 def visits(plan, length, mask) -> Visits:
-  """The decisions of `layout.traverse`, for all blocks at once."""
-  edges = layout.find_edges(plan, length=length, num_keys=length, **mask.known)
+  """The decisions of `masking.traverse`, for all blocks at once."""
+  edges = masking.find_edges(plan, length=length, num_keys=length, **mask.known)
   ids = None if mask.segment_ids is None else (jnp.asarray(mask.segment_ids),) * 2
-  chunks = layout.visible_chunks(
+  chunks = masking.visible_chunks(
       plan, length=length, num_keys=length, segment_ids=ids, **mask.known)
-  ranges = layout.Ranges(chunks, plan, edges, 1, mask.query_offset, ids)
+  ranges = masking.Ranges(chunks, plan, edges, 1, mask.query_offset, ids)
   low, high, *states = np.asarray(ranges.operands[1]).reshape(
       len(chunks), 2 + len(edges), plan.num_blocks, 1).swapaxes(0, 1)
   per_block, ratio = plan.major // plan.fine, plan.chunk // plan.fine
   key_block = np.arange(plan.padded_keys // plan.major)
   seen = (low <= key_block) & (key_block <= high)
 
-  lows = layout.edge_chunks(plan, edges, np.arange(plan.num_blocks)[:, None], mask.query_offset)
+  lows = masking.edge_chunks(plan, edges, np.arange(plan.num_blocks)[:, None], mask.query_offset)
   visible = np.asarray(chunks).reshape(
       len(chunks), 4, plan.num_blocks, 1, plan.steps).swapaxes(0, 1)
-  first, full, num_large, rest, last = map(np.asarray, layout.parts(
+  first, full, num_large, rest, last = map(np.asarray, masking.parts(
       plan, edges, [low[..., None] for low in lows], key_block[:, None] * per_block, visible))
   trips = [num_large, rest - full - num_large * ratio, full - first + last - rest]
   if ratio == 1:

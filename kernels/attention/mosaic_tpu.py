@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import cost, mesh as meshes, tuning
-from . import mosaic_tpu_layout as layout
+from . import mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
 from .mosaic_tpu_backward import backward as backward
 from .mosaic_tpu_layout import LOG2E
 
@@ -75,10 +75,10 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
   plan = layout.fit(blocks or tuning.attention_mosaic_tpu(chip, dim)[0], length=length,
                     group=group, num_keys=num_keys, itemsize=query.dtype.itemsize)
   mask = dict(query_offset=query_offset, is_causal=is_causal, window=window)
-  edges = layout.find_edges(plan, length=length, num_keys=num_keys, **mask)
-  chunks = layout.visible_chunks(
+  edges = masking.find_edges(plan, length=length, num_keys=num_keys, **mask)
+  chunks = masking.visible_chunks(
       plan, length=length, num_keys=num_keys, segment_ids=segment_ids, **mask)
-  ranges = layout.Ranges(chunks, plan, edges, kv_heads, query_offset, segment_ids)
+  ranges = masking.Ranges(chunks, plan, edges, kv_heads, query_offset, segment_ids)
 
   # Grid: core, batch and key/value head, block of rows, block of keys. The last keys come first:
   # where a block of rows has a diagonal, it starts there.
@@ -118,7 +118,7 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
       meshes.out_shape((batch * kv_heads, plan.num_rows, dim), query.dtype, query, key, value),
       meshes.out_shape((batch * kv_heads, 1, plan.num_rows), jnp.float32, query, key, value)]
   arrays = [x for x, _ in operands.values()]
-  pairs = batch * heads * layout.pairs(length=length, num_keys=num_keys, **mask)
+  pairs = batch * heads * masking.pairs(length=length, num_keys=num_keys, **mask)
   out, lse = pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -220,7 +220,7 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
 
   @pl.when((low <= key_block) & (key_block <= high))
   def _():
-    layout.traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, step,
+    masking.traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, step,
                     whole=True)
 
   @pl.when((turn == last_turn) & (diagonal != 3))

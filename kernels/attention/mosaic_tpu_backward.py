@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import cost, mesh as meshes, tuning
-from . import mosaic_tpu_layout as layout
+from . import mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
 from .mosaic_tpu_layout import LOG2E
 
 
@@ -40,10 +40,10 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   plan = layout.fit(blocks or tuning.attention_mosaic_tpu(chip, dim)[1], length=length,
                     group=group, num_keys=num_keys, itemsize=query.dtype.itemsize)
   mask = dict(query_offset=query_offset, is_causal=is_causal, window=window)
-  edges = layout.find_edges(plan, length=length, num_keys=num_keys, **mask)
-  chunks = layout.visible_chunks(
+  edges = masking.find_edges(plan, length=length, num_keys=num_keys, **mask)
+  chunks = masking.visible_chunks(
       plan, length=length, num_keys=num_keys, segment_ids=segment_ids, **mask)
-  ranges = layout.Ranges(chunks, plan, edges, kv_heads, query_offset, segment_ids)
+  ranges = masking.Ranges(chunks, plan, edges, kv_heads, query_offset, segment_ids)
   num_key_blocks = plan.padded_keys // plan.major
 
   # A row's sum of (gradient * output); the log-sum-exp in base 2, infinite where the row is
@@ -111,7 +111,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
 
   out_shape = [shape for shape, _ in outputs.values()]
   # Of one block of keys, on average.
-  pairs = batch * heads * layout.pairs(
+  pairs = batch * heads * masking.pairs(
       length=length, num_keys=num_keys, **mask) // num_key_blocks
   call = pl.pallas_call(
       kernel,
@@ -240,7 +240,7 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
   # Short documents are diagonals and little else; the first block alone would not pay.
   @pl.when(visits)
   def _():
-    layout.traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, step,
+    masking.traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, step,
                     whole=ranges.has_ids)
 
   @pl.when(visits & ((diagonal != 3) | (not ranges.has_ids)))

@@ -7,7 +7,7 @@ from benchmarks import attention_steps, static
 from benchmarks.attention_steps import Mask, documents
 from benchmarks.shapes import Attention
 from palm_haiku.kernels import tuning
-from palm_haiku.kernels.attention import mosaic_tpu_layout as layout
+from palm_haiku.kernels.attention import mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
 
 # 32 positions of 4 heads to a block of rows, two steps of 16; a major block of 128 keys.
 BLOCKS = tuning.TpuBlocks(
@@ -41,7 +41,7 @@ def dense(length, mask):
 def brute(plan, length, mask, blocks):
   """Counts over the grid, for the blocks of rows of a core."""
   seen, ids = dense(length, mask), mask.segment_ids
-  edges = layout.find_edges(plan, length=length, num_keys=length, **mask.known)
+  edges = masking.find_edges(plan, length=length, num_keys=length, **mask.known)
   size, tall = plan.block_rows // plan.group, plan.rows // plan.group
   counts = dict.fromkeys(("seen", "one id", "ids", "alone", "edge", "large", "plain", "masked",
                           "diagonal ends", "alone ends"), 0)
@@ -103,7 +103,7 @@ def test_steps_are_those_of_the_dense_mask(name, backward, change):
   length, mask = MASKS[name]
   shape = Attention(1, length, 4, 1, 128)
   plan = layout.fit(BLOCKS._replace(**change), length=length, group=4, num_keys=length, itemsize=2)
-  edges = layout.find_edges(plan, length=length, num_keys=length, **mask.known)
+  edges = masking.find_edges(plan, length=length, num_keys=length, **mask.known)
   assert bool(edges) == ("area" not in change and name not in ("none", "none, offset", "offset"))
   turns = plan.padded_keys // plan.major
   assert turns == 2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from palm_haiku import kernels
-from palm_haiku.kernels.attention import mosaic_tpu_layout
+from palm_haiku.kernels.attention import mosaic_tpu_mask
 
 TOKENS, DIM, HEADS, DIM_HEAD, HIDDEN = 300, 256, 2, 128, 640
 
@@ -63,6 +63,6 @@ def test_pairs_are_those_of_the_mask(length, num_keys, query_offset, is_causal, 
   mask = distance <= 0 if is_causal else distance < num_keys
   if window:
     mask &= (distance >= -window[0]) & (distance <= window[1])
-  assert mask.sum() == mosaic_tpu_layout.pairs(
+  assert mask.sum() == mosaic_tpu_mask.pairs(
       length=length, num_keys=num_keys, query_offset=query_offset, is_causal=is_causal,
       window=window)

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from palm_haiku.kernels import alibi_slopes, flash_attention, tuning
 from palm_haiku.kernels.attention import mosaic_tpu, mosaic_tpu_layout as layout
+from palm_haiku.kernels.attention import mosaic_tpu_mask as masking
 from palm_haiku.kernels.tuning import TpuBlocks
 
 from tests.kernels.attention import contract
@@ -141,10 +142,11 @@ def nothing(clear):
 
 
 MUTANTS = {
-    "mask": ("hide", off_by_one), "slopes": ("row_slopes", of_another_head),
-    "skipped block": ("visible_chunks", shortened),
-    "block without its mask": ("visible_chunks", without_a_mask_there),
-    "stale accumulator": ("clear", nothing)}
+    "mask": (layout, "hide", off_by_one),
+    "slopes": (layout, "row_slopes", of_another_head),
+    "skipped block": (masking, "visible_chunks", shortened),
+    "block without its mask": (masking, "visible_chunks", without_a_mask_there),
+    "stale accumulator": (layout, "clear", nothing)}
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
@@ -158,9 +160,9 @@ def test_a_planted_error_is_found(monkeypatch, mutant):
 
 
 def check_fails(monkeypatch, mutant, case):
-  name, mutate = MUTANTS[mutant]
+  module, name, mutate = MUTANTS[mutant]
   with monkeypatch.context() as patch:
-    patch.setattr(layout, name, mutate(getattr(layout, name)))
+    patch.setattr(module, name, mutate(getattr(module, name)))
     compiled.cache_clear()
     results = attention(contract.inputs(case))
   compiled.cache_clear()
