@@ -46,6 +46,12 @@ def documents(length: int, size: int) -> np.ndarray:
   return (np.arange(length, dtype=np.int32) // size)[None]
 
 
+def drawn_documents(length: int, number: int) -> np.ndarray:
+  """The same of documents whose lengths are drawn: all sets of boundaries are as probable."""
+  ends = np.random.default_rng(0).choice(np.arange(1, length), number - 1, replace=False)
+  return np.searchsorted(np.sort(ends), np.arange(length), side="right").astype(np.int32)[None]
+
+
 def plan_of(shape, chip, dtype, backward) -> layout.Plan:
   return layout.fit(tuning.attention_mosaic_tpu(chip, shape.dim_head)[backward],
                     length=shape.length, group=shape.heads // shape.kv_heads,

@@ -44,7 +44,8 @@ MASK_COLUMNS = {
 # Causal masks that hide more: (T, what they are). The window's left end is a diagonal of blocks.
 MASKS = {
     "window": (32768, attention_steps.Mask(window=(1024, 0))),
-    "documents": (8192, attention_steps.Mask(segment_ids=attention_steps.documents(8192, 512)))}
+    "documents": (8192, attention_steps.Mask(segment_ids=attention_steps.documents(8192, 512))),
+    "ragged": (8192, attention_steps.Mask(segment_ids=attention_steps.drawn_documents(8192, 16)))}
 
 
 # ---- programs, built in the process that compiles them

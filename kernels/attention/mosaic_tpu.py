@@ -221,7 +221,7 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
   @pl.when((low <= key_block) & (key_block <= high))
   def _():
     masking.traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, step,
-                    whole=True)
+                     window=window, whole=True)
 
   @pl.when((turn == last_turn) & (diagonal != 3))
   def _():

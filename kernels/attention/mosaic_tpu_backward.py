@@ -241,7 +241,7 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
   @pl.when(visits)
   def _():
     masking.traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, step,
-                    whole=ranges.has_ids)
+                     window=window, whole=ranges.has_ids)
 
   @pl.when(visits & ((diagonal != 3) | (not ranges.has_ids)))
   def _():

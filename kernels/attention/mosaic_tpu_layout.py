@@ -211,7 +211,9 @@ def hide(x, tile, distance, num_keys, refs, at, key_ids, *, is_causal, window):
     num_keys: keys from the step's first to the last one there is; None if they all exist.
     key_ids: int32[size of the step, 1 or lanes] or None.
   """
-  start, end = tile.keys if key_ids is not None else tile.cut
+  if key_ids is not None:
+    x = jnp.where(key_ids[slice(*tile.keys)] == refs["query_id"][:, at], x, -jnp.inf)
+  start, end = tile.cut
   if start >= end:
     return x
   place = start + jax.lax.broadcasted_iota(jnp.int32, (end - start, x.shape[1]), 0)
@@ -222,9 +224,6 @@ def hide(x, tile, distance, num_keys, refs, at, key_ids, *, is_causal, window):
   mask = place >= -min(window[0], FAR) - distance if window is not None else None
   if last is not None:
     mask = place <= last if mask is None else mask & (place <= last)
-  if key_ids is not None:
-    same = key_ids[start:end] == refs["query_id"][:, at]
-    mask = same if mask is None else mask & same
   if mask is None:
     return x
   start, end = start - tile.keys[0], end - tile.keys[0]

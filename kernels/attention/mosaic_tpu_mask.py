@@ -240,7 +240,8 @@ def parts(plan, edges, lows, offset, visible):
   return first, full, (rest - full) // (plan.chunk // plan.fine), rest, last
 
 
-def traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, step, whole=False):
+def traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, step, *, window,
+             whole=False):
   """Visits what a block of rows sees of a block of keys.
 
   Args:
@@ -250,6 +251,7 @@ def traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, st
     step: called as step(first_row, first_key, tiles, size, masked, ids, fresh, whole) with the
       first row and key within their blocks, dynamic; whether the mask counts, whether segment
       ids do, whether it is the first step of all its rows, and whether it is their only one.
+    window: of the mask.
     whole: whether that last distinction is worth a step of its own.
   """
   fine = plan.fine
@@ -258,6 +260,8 @@ def traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, st
   offset = key_block * per_block  # in chunks of `fine` keys, as all ranges here
   ratio = plan.chunk // fine
   lows = edge_chunks(plan, edges, block, query_offset)
+  # Before a diagonal all keys exist, and of them only segments and a window's left end hide any.
+  cut = (0, fine) if not edges or window is not None else (0, 0)
 
   alone = False  # whether the diagonal is all that the block sees
   for n, edge in enumerate(edges):
@@ -286,7 +290,7 @@ def traverse(ranges, refs, head, block, key_block, query_offset, plan, edges, st
            False)
 
     def small(chunk, masked):
-      tiles = [Tile(row, (0, fine), (0, fine)) for row in every]
+      tiles = [Tile(row, (0, fine), cut) for row in every]
       step(n * plan.rows, chunk * fine, tiles, fine, masked, masked and ranges.has_ids, False,
            False)
 

@@ -169,3 +169,7 @@ def test_the_masks_of_the_table():
   length, packed = static.MASKS["documents"]
   assert packed.segment_ids.max() == 15
   np.testing.assert_allclose(packed.share(length) * length**2, 16 * 512 * 513 / 2)
+  length, ragged = static.MASKS["ragged"]
+  sizes = np.bincount(ragged.segment_ids[0])
+  assert len(sizes) == 16 and sizes.min() > 0 and (np.diff(ragged.segment_ids[0]) >= 0).all()
+  np.testing.assert_allclose(ragged.share(length) * length**2, (sizes * (sizes + 1) / 2).sum())
