@@ -457,7 +457,9 @@ PARALLEL_BLOCK_MOSAIC_TPU = {
 
 # From which dim on `auto` takes the kernels: where their static cycles together are fewer than XLA's
 # for the same steps (`benchmarks.block_static`, `benchmarks.layer_static`). GPUs were not timed.
-PARALLEL_BLOCK_AUTO = {"v5e": 2048, "v5p": 2048, "v6e": 2048}
+# At 1024, 16 heads of 64, 16,384 tokens, ms of a layer forward, and with its gradients, XLA's second:
+# 3.64, 3.74 and 11.1, 11.3 (v5e), 1.59, 1.62 and 4.84, 5.04 (v5p), 1.09, 1.24 and 3.46, 3.90 (v6e).
+PARALLEL_BLOCK_AUTO = {"v5e": 1024, "v5p": 1024, "v6e": 1024}
 
 
 def parallel_block_mosaic_tpu(chip: str | None) -> ParallelBlockTpu:
