@@ -133,7 +133,7 @@ def test_blocks_cover_tokens_and_vocabulary_once(plain, monkeypatch):
   runs.clear()
   blocks(monkeypatch, 10**6, most=48)
   run()
-  assert runs == [(48, 48), (48, 2)]
+  assert sorted(runs) == [(48, 2), (48, 48)]
 
 
 def test_an_embedding_of_another_dtype_is_never_copied_whole(plain):
