@@ -4,8 +4,9 @@ from typing import Literal, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from .. import backend, guards
+from .. import attention, backend, guards
 from . import fused, xla
 
 
@@ -50,15 +51,30 @@ def parallel_attention_ffn(
     [..., T, D] in the dtype of x; with `kv_cache`, a pair of that and the new cache.
 
   Raises:
-    ValueError: weights that do not fit x or each other, or a backend that cannot run.
+    ValueError: weights, a cache or arguments of attention that do not fit, an offset beyond the
+      cache (inside jit it is moved back, as `jax.lax.dynamic_update_slice` does), or a backend
+      that cannot run.
+
+  `jax.checkpoint_policies` can name what the products make, "block_query", "block_key",
+  "block_value", "block_gate" and "block_up", in kernels also "block_act", and those of attention,
+  "attention_out" and "attention_lse".
 
   References:
     PaLM (arXiv:2204.02311, section 2); GPT-J for the parallel form.
   """
   backend.explain(fused.OP, implementation)
-  _check(x, params, norm, rotary, kv_cache)
+  _check(x, params, norm, rotary, xpos_scale_base)
+  if kv_cache is not None:
+    _check_cache(x, params, rotary, kv_cache, query_offset)
   if jnp.ndim(query_offset):
     _check_offsets(x, query_offset, kv_cache, is_causal, segment_ids, local_window_size)
+  length, (_, heads, dim_head) = x.shape[-2], params["query"].shape
+  of_heads = lambda length, heads: jax.ShapeDtypeStruct(
+      (*x.shape[:-2], length, heads, dim_head), x.dtype)
+  key = of_heads(length if kv_cache is None else kv_cache[0].shape[-2], 1)
+  attention.check(of_heads(length, heads), key, key, alibi_slopes=alibi_slopes,
+                  segment_ids=segment_ids, local_window_size=local_window_size,
+                  query_offset=0 if jnp.ndim(query_offset) else query_offset)
   options = dict(
       norm=norm,
       norm_eps=norm_eps,
@@ -82,8 +98,8 @@ def parallel_attention_ffn(
       chip=backend.chip_for(name, backend.target(x)), **options)
 
 
-def _check(x, params, norm, rotary, kv_cache):
-  if x.ndim < 2 or 0 in x.shape[-2:]:
+def _check(x, params, norm, rotary, xpos_scale_base):
+  if x.ndim < 2 or 0 in x.shape:
     raise ValueError(f"x must be [..., T, D] with at least one row; got {x.shape}")
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f"x must be floating point; got {x.dtype}")
@@ -110,12 +126,35 @@ def _check(x, params, norm, rotary, kv_cache):
       "query_scale": (dim_head,), "key_scale": (dim_head,),
   }
   for name, array in params.items():
-    if array.shape != expected[name]:
-      raise ValueError(f"params[{name!r}] must be {expected[name]}; got {array.shape}")
+    if array.shape != expected[name] or 0 in array.shape:
+      raise ValueError(f"params[{name!r}] must be {expected[name]}, none of them 0; "
+                       f"got {array.shape}")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      raise ValueError(f"params[{name!r}] must be floating point; got {array.dtype}")
+  if rotary and dim_head % 2:
+    raise ValueError(f"rotary pairs channels: dim_head must be even; got {dim_head}")
+  if xpos_scale_base is not None and not (rotary and xpos_scale_base > 0):
+    raise ValueError("xpos_scale_base must be positive, and comes with rotary; "
+                     f"got {xpos_scale_base}, rotary={rotary}")
+
+
+def _check_cache(x, params, rotary, kv_cache, offset):
   shared = xla.values_are_keys(params, rotary)
-  if kv_cache is not None and len(kv_cache) != (1 if shared else 2):
+  if len(kv_cache) != (1 if shared else 2):
     raise ValueError(f"kv_cache must be {'(keys,)' if shared else '(keys, values)'}; "
                      f"got {len(kv_cache)} arrays")
+  lead, length, dim_head = x.shape[:-2], x.shape[-2], params["key"].shape[1]
+  size = kv_cache[0].shape[-2] if kv_cache[0].ndim > 1 else 0
+  for array in kv_cache:
+    if array.shape != (*lead, size, dim_head) or size < length:
+      raise ValueError(f"kv_cache must be {[*lead, 'S', dim_head]} with S of at least {length}; "
+                       f"got {[a.shape for a in kv_cache]}")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      raise ValueError(f"kv_cache must be floating point; got {array.dtype}")
+  if not isinstance(offset, jax.core.Tracer) and np.size(offset):
+    low, high = np.min(offset), np.max(offset) + length
+    if low < 0 or high > size:
+      raise ValueError(f"rows {low} to {high - 1} are not all in the cache of {size}")
 
 
 def _check_offsets(x, offsets, kv_cache, is_causal, segment_ids, window):

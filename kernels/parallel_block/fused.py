@@ -129,6 +129,10 @@ def parallel_attention_ffn(x, params, *, backend, chip, norm, norm_eps, rotary, 
   weights = {name: w if name == "norm" else w.astype(x.dtype) for name, w in params.items()
              if not name.endswith("_scale")}
   weights_out = {name: weights.pop(name) for name in _OUT}
+  # The gradient of ff_out needs gate and up, which the first step makes only if it is
+  # differentiated itself.
+  weights["norm"], weights_out["ff_out"] = _differentiated_together(
+      weights["norm"], weights_out["ff_out"])
 
   def from_stream(x, positions, weights):
     x, positions, weights = _varying_together(x, positions, weights)
@@ -187,6 +191,14 @@ def _over(mesh, f, arrays, in_specs, out_specs):
 def _varying_together(*arrays):
   leaves, tree = jax.tree.flatten(arrays)
   return tree.unflatten(meshes.varying_together(*leaves))
+
+
+@jax.custom_vjp
+def _differentiated_together(*arrays):
+  return arrays
+
+
+_differentiated_together.defvjp(lambda *arrays: (arrays, None), lambda _, cotangents: cotangents)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -36,8 +36,8 @@ def unsupported(x, params, *, chip) -> str | None:
   for name, size in (("dim", dim), ("hidden width", hidden)):
     if size % LANES:
       return f"{name} a multiple of {LANES}; got {size}"
-  if dim_head not in (64, 128) and dim_head % 256:
-    return f"dim_head 64, 128 or a multiple of 256; got {dim_head}"
+  if dim_head not in (64, 128, 256):  # attention's, too
+    return f"dim_head in {{64, 128, 256}}; got {dim_head}"
   if chip is None:
     return None
   if chip not in tuning.VMEM:

@@ -30,6 +30,8 @@ def unsupported(x, params, *, chip: str | None) -> str | None:
   for name, size in sizes.items():
     if size % _STEP:
       return f"{name} a multiple of {_STEP}; got {size}"
+  if sizes["dim_head"] not in (64, 128, 256):  # of these, what attention has
+    return f"dim_head in {{64, 128, 256}}; got {sizes['dim_head']}"
   if sizes["dim"] > _MOST:
     return f"dim at most {_MOST}; got {sizes['dim']}"
   return triton_call.problem()

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
 from .. import mesh as meshes
@@ -126,13 +127,15 @@ def parallel_attention_ffn(x, params, *, norm, norm_eps, rotary, xpos_scale_base
   """See the op of the same name.
 
   The backward pass keeps x and what the matrix products made, and recomputes what is between
-  them: of a layer's activations that is less than half, for hardly any time.
+  them: of a layer's activations that is less than half, for hardly any time. A policy of
+  `jax.checkpoint` knows them by the names that they have in the fused form.
   """
   positions = jnp.asarray(query_offset)[..., None] + jnp.arange(x.shape[-2])
   project_in = functools.partial(
       in_projection, norm=norm, norm_eps=norm_eps, rotary=rotary, xpos_scale_base=xpos_scale_base)
-  query, key, value, gate, up = jax.checkpoint(project_in, prevent_cse=False)(
-      x, params, positions)
+  made = jax.checkpoint(project_in, prevent_cse=False)(x, params, positions)
+  query, key, value, gate, up = map(
+      checkpoint_name, made, [f"block_{name}" for name in ("query", "key", "value", "gate", "up")])
   attended, kv_cache = attend(query, key, value, params, rotary=rotary, query_offset=query_offset,
                               kv_cache=kv_cache, **attention_options)
   y = jax.checkpoint(out_projection, prevent_cse=False)(x, attended, gate, up, params)
@@ -160,7 +163,9 @@ def attend(query, key, value, params, *, rotary, query_offset, kv_cache, **optio
         query, key, value, query_offset + query.shape[-3],
         alibi_slopes=options["alibi_slopes"], implementation=options["implementation"])
   else:
-    attended = flash_attention(query, key, value, query_offset=query_offset, **options)
+    # Without a cache, keys begin where the queries do; only distances count.
+    attended = flash_attention(
+        query, key, value, query_offset=0 if kv_cache is None else query_offset, **options)
   return attended, kv_cache
 
 

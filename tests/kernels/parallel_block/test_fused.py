@@ -121,6 +121,24 @@ def test_value_and_gradients_equal_the_xla_path(plain, architecture, dtype):
   assert_close(got, want, dtype)
 
 
+@pytest.mark.parametrize("trained", [
+    *([name] for name in ("norm", "query", "key", "value", "gate", "up", "attn_out", "ff_out")),
+    ["attn_out", "ff_out"], ["query_scale"], []], ids=lambda names: " ".join(names) or "x")
+@pytest.mark.parametrize("jit", [False, True])
+def test_part_of_the_weights_may_be_trained(plain, trained, jit):
+  x, params, options = problem(dict(qk_norm=True))
+
+  def gradient(implementation):
+    def total(x, part):
+      return jnp.sin(parallel_attention_ffn(
+          x, params | part, implementation=implementation, **options)).sum()
+
+    d = jax.grad(total, argnums=1 if trained else 0)
+    return (jax.jit(d) if jit else d)(x, {name: params[name] for name in trained})
+
+  assert_close(gradient("mosaic_gpu"), gradient("xla"))
+
+
 @pytest.mark.parametrize("wrap", [
     jax.jit, jax.checkpoint, jax.vmap, lambda f: jax.vmap(f, in_axes=(0, None)),
     lambda f: lambda *x: jax.lax.scan(lambda c, _: (c, f(*x)), 0, None, length=2)[1][0],
@@ -212,6 +230,18 @@ def test_a_policy_chooses_what_runs_again(plain, monkeypatch):
   kept = [f"block_{name}" for name in ("query", "key", "gate", "up")]
   assert keeps(*kept, "attention_out", "attention_lse")
   assert not keeps(*kept[:3], "attention_out", "attention_lse")
+
+
+def test_policies_name_the_same_in_the_xla_path(capsys):
+  x, params, options = problem({})
+  names = [f"block_{name}" for name in ("query", "key", "value", "gate", "up")]
+  policy = jax.checkpoint_policies.save_only_these_names(*names)
+  f = jax.checkpoint(functools.partial(
+      parallel_attention_ffn, implementation="xla", **options), policy=policy)
+  jax.ad_checkpoint.print_saved_residuals(f, x, params)
+  saved = capsys.readouterr().out
+  for name in names:
+    assert saved.count(f"named '{name}'") == 1, saved
 
 
 def test_gate_and_up_are_written_for_a_backward_pass_only(plain, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 
 from palm_haiku import PaLMConfig, ParallelBlock
 from palm_haiku.kernels import alibi_slopes, parallel_attention_ffn
+from palm_haiku.kernels.parallel_block import xla
 from tests import numpy_palm
 
 LITE = dict(norm="rms", position="alibi", shared_kv=True)
@@ -60,6 +61,16 @@ def test_bfloat16_stays_close():
   assert got.dtype == jnp.bfloat16
   want = parallel_attention_ffn(x, params)
   assert np.abs(got.astype(jnp.float32) - want).max() < 0.03 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("architecture", [{}, LITE], ids=["palm", "palm-lite"])
+def test_only_distances_count_without_a_cache(architecture):
+  config = PaLMConfig(10, 12, 1, 3, 4, **architecture)
+  params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), random_params(config))
+  x = jax.random.normal(jax.random.key(0), (2, 9, 12))
+  run = lambda offset: parallel_attention_ffn(
+      x, params, query_offset=offset, local_window_size=(4, 0), **options_of(config))
+  chex.assert_trees_all_close(run(7), run(0), atol=1e-5)
 
 
 @pytest.mark.parametrize("qk_scales", [False, True])
@@ -148,6 +159,8 @@ def test_xpos_decays_with_distance_alone():
     (dict(key=(12, 5)), r"params\['key'\] must be \(12, 4\)"),
     (dict(attn_out=(3, 4, 11)), r"params\['attn_out'\] must be \(3, 4, 12\)"),
     (dict(gate=(12,)), r"gate \[D, F\]"),
+    (dict(gate=(12, 0), up=(12, 0), ff_out=(0, 12)), "none of them 0"),
+    (dict(query=(12, 3, 5), key=(12, 5), value=(12, 5), attn_out=(3, 5, 12)), "must be even; got 5"),
 ])
 def test_weights_that_do_not_fit_are_named(change, message):
   params = random_params(PaLMConfig(10, 12, 1, 3, 4))
@@ -162,13 +175,33 @@ def test_weights_that_do_not_fit_are_named(change, message):
     (jnp.zeros(12), {}, r"x must be \[..., T, D\]"),
     (jnp.zeros((5, 12), int), {}, "x must be floating point"),
     (jnp.zeros((5, 12)), dict(norm="batch"), "norm must be layer or rms"),
+    (jnp.zeros((5, 12)), dict(xpos_scale_base=0), "xpos_scale_base must be positive"),
+    (jnp.zeros((5, 12)), dict(alibi_slopes=jnp.zeros(2)), r"alibi_slopes must be \[3\]"),
+    (jnp.zeros((5, 12)), dict(segment_ids=jnp.zeros(4, int)), r"segment_ids must be \(5,\)"),
+    (jnp.zeros((5, 12)), dict(local_window_size=-1), "must not be negative"),
+    (jnp.zeros((5, 12)), dict(query_offset=0.5), "query_offset must be one integer"),
     (jnp.zeros((5, 12)), dict(kv_cache=(jnp.zeros((5, 4)),)), r"must be \(keys, values\)"),
+    (jnp.zeros((5, 12)), dict(kv_cache=(jnp.zeros((4, 4)),) * 2), "S of at least 5"),
+    (jnp.zeros((5, 12)), dict(kv_cache=(jnp.zeros((9, 3)),) * 2), r"\['S', 4\]"),
+    (jnp.zeros((5, 12)), dict(kv_cache=(jnp.zeros((9, 4), jnp.int8),) * 2), "floating point; got int8"),
+    (jnp.zeros((5, 12)), dict(kv_cache=(jnp.zeros((9, 4)),) * 2, query_offset=5),
+     "rows 5 to 9 are not all in the cache of 9"),
+    (jnp.zeros((5, 12)), dict(kv_cache=(jnp.zeros((9, 4)),) * 2, query_offset=jnp.asarray(-1)),
+     "rows -1 to 3"),
     (jnp.zeros((5, 12)), dict(implementation="triton"),
      "triton needs dim a multiple of 64; got 12"),
 ])
-def test_other_bad_input_is_named(x, options, message):
+def test_other_bad_input_is_named(monkeypatch, x, options, message):
+  # Nothing is computed before.
+  monkeypatch.setattr(xla, "parallel_attention_ffn", None)
   with pytest.raises(ValueError, match=message):
     parallel_attention_ffn(x, random_params(PaLMConfig(10, 12, 1, 3, 4)), **options)
+
+
+def test_weights_of_integers_are_refused():
+  params = random_params(PaLMConfig(10, 12, 1, 3, 4))
+  with pytest.raises(ValueError, match=r"params\['up'\] must be floating point; got int32"):
+    parallel_attention_ffn(jnp.zeros((5, 12)), params | dict(up=np.zeros_like(params["up"], "int32")))
 
 
 def test_the_op_is_what_the_module_calls():
