@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from .compat import in_32_bits
+
 
 def folding_vmap(function):
   """`function(tokens, others)` with a rule for `vmap`: mapped tokens become more tokens.
@@ -10,7 +12,7 @@ def folding_vmap(function):
   Every array of `tokens`, and every result, has one row for each token. Where one of the others
   is mapped, the calls are made one after the other.
   """
-  mapped = jax.custom_batching.custom_vmap(function)
+  mapped = jax.custom_batching.custom_vmap(in_32_bits(function))
 
   @mapped.def_vmap
   def fold(size, batched, tokens, others):

@@ -1,7 +1,9 @@
 """What the supported releases of jax and jax-triton lack or do differently."""
 
+import functools
 import inspect
 
+import jax
 from jax._src import config
 
 
@@ -11,6 +13,18 @@ def interpreting() -> bool:
   JAX (0.11.2 to 0.12.0) has no public name for that.
   """
   return config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
+def in_32_bits(function):
+  """The function, traced as if `jax_enable_x64` were off.
+
+  Kernels are written for indices of 32 bits; with 64 they would not compile.
+  """
+  @functools.wraps(function)
+  def narrow(*args, **kwargs):
+    with jax.enable_x64(False):
+      return function(*args, **kwargs)
+  return narrow
 
 
 def mend_jax_triton() -> None:

@@ -66,6 +66,8 @@ def _refuse_any(op):
 
 _tangent_p.def_impl(lambda x, *, op: _refuse_forward_mode(op))
 mlir.register_lowering(_tangent_p, lambda ctx, x, *, op: _refuse_forward_mode(op))
+# What `jacfwd` maps over is computed, too.
+batching.primitive_batchers[_tangent_p] = lambda args, axes, *, op: _refuse_forward_mode(op)
 ad.deflinear2(_tangent_p, lambda ct, x, *, op: [ct])
 ad.primitive_jvps[_reverse_only_p] = lambda primals, tangents, *, op: (
     _reverse_only_p.bind(*primals, op=op),

@@ -1,6 +1,7 @@
 """Attention with an optional ALiBi bias that is computed, never stored."""
 
 import math
+import operator
 from typing import Literal
 
 import jax
@@ -54,12 +55,14 @@ def flash_attention(
   References:
     FlashAttention (arXiv:2205.14135), ALiBi (arXiv:2108.12409), MQA (arXiv:1911.02150).
   """
-  _check(query, key, value, alibi_slopes, query_offset)
+  check(query, key, value, alibi_slopes=alibi_slopes, segment_ids=segment_ids,
+        local_window_size=local_window_size, query_offset=query_offset)
   lead, (num_queries, heads, dim_head) = query.shape[:-3], query.shape[-3:]
   num_keys, kv_heads = key.shape[-3:-1]
   batch = math.prod(lead)
   window = _window(local_window_size)
-  segments = _segments(segment_ids, lead, num_queries, num_keys)
+  segments = None if segment_ids is None else tuple(
+      jnp.reshape(ids, (-1, ids.shape[-1])) for ids in _pair(segment_ids))
 
   shared = value is key
   query = query.reshape(batch, num_queries, heads, dim_head)
@@ -68,7 +71,8 @@ def flash_attention(
   options = dict(
       is_causal=is_causal, alibi_slopes=alibi_slopes,
       scale=dim_head**-0.5 if scale is None else scale,
-      segment_ids=segments, window=window, query_offset=query_offset)
+      segment_ids=segments, window=window,
+      query_offset=_near(query_offset, num_queries, num_keys, window))
 
   kernel_value = None if shared else value
   choice = backend.explain("flash_attention", implementation, query, key, kernel_value)
@@ -83,12 +87,13 @@ def flash_attention(
   return out.reshape(*lead, num_queries, heads, dim_head)
 
 
-def _check(query, key, value, alibi_slopes, query_offset):
+def check(query, key, value, *, alibi_slopes, segment_ids, local_window_size, query_offset):
+  """Raises a ValueError where arguments of `flash_attention` do not fit, arrays or their types."""
   for name, array in (("query", query), ("key", key), ("value", value)):
     if array.ndim < 3:
       raise ValueError(f"{name} must be [..., length, heads, dim_head]; got {array.shape}")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-      raise ValueError(f"{name} must be floating point; got {array.dtype}")
+    if array.dtype.name not in ("bfloat16", "float16", "float32", "float64"):
+      raise ValueError(f"{name} must be floating point, of 16 bits or more; got {array.dtype}")
   if not query.dtype == key.dtype == value.dtype:
     raise ValueError("query, key and value must have one dtype; got "
                      f"{query.dtype}, {key.dtype}, {value.dtype}")
@@ -97,7 +102,7 @@ def _check(query, key, value, alibi_slopes, query_offset):
   if query.shape[:-3] != key.shape[:-3] or query.shape[-1] != key.shape[-1]:
     raise ValueError("query and key must agree in leading dimensions and dim_head; got "
                      f"{query.shape} and {key.shape}")
-  if 0 in query.shape[-3:] or 0 in key.shape[-3:]:
+  if 0 in query.shape or 0 in key.shape:
     raise ValueError(f"no dimension may be empty; got query {query.shape}, key {key.shape}")
   heads, kv_heads = query.shape[-2], key.shape[-2]
   if heads % kv_heads:
@@ -105,28 +110,52 @@ def _check(query, key, value, alibi_slopes, query_offset):
   if alibi_slopes is not None and jnp.shape(alibi_slopes) != (heads,):
     raise ValueError(f"alibi_slopes must be [{heads}], one per query head; "
                      f"got {jnp.shape(alibi_slopes)}")
-  if not jnp.issubdtype(jnp.result_type(query_offset), jnp.integer) or jnp.ndim(query_offset):
+  if not isinstance(query_offset, int) and not (
+      jnp.ndim(query_offset) == 0 and jnp.issubdtype(jnp.result_type(query_offset), jnp.integer)):
     raise ValueError(f"query_offset must be one integer; got {query_offset}")
+  _window(local_window_size)
+  if segment_ids is not None:
+    _check_segments(_pair(segment_ids), query.shape[:-2], key.shape[:-2])
 
 
 def _window(size) -> tuple[int, int] | None:
   if size is None:
     return None
-  left, right = (size, size) if isinstance(size, int) else size
+  try:
+    left, right = map(operator.index, size if isinstance(size, (tuple, list)) else (size, size))
+  except (TypeError, ValueError):
+    raise ValueError("local_window_size must be an integer or two, (left, right); "
+                     f"got {size!r}") from None
   if left < 0 or right < 0:
     raise ValueError(f"local_window_size must not be negative; got {size}")
-  return left, right
+  return min(left, 2**30), min(right, 2**30)  # as far as positions go, in 32 bits
 
 
-def _segments(segment_ids, lead, num_queries, num_keys):
-  if segment_ids is None:
-    return None
-  if not isinstance(segment_ids, tuple):
-    segment_ids = (segment_ids, segment_ids)
-  for ids, length in zip(segment_ids, (num_queries, num_keys), strict=True):
-    if not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
-      raise ValueError(f"segment_ids must be integers; got {jnp.result_type(ids)}")
-    if jnp.shape(ids) != (*lead, length):
-      raise ValueError(f"segment_ids must be {(*lead, length)}; got {jnp.shape(ids)}"
-                       + (" (pass a pair when T != S)" if num_queries != num_keys else ""))
-  return tuple(jnp.reshape(ids, (-1, ids.shape[-1])) for ids in segment_ids)
+def _near(offset, num_queries, num_keys, window):
+  """The offset, or where it is far outside of the keys the nearest one that gives the same.
+
+  There each row sees all keys or none, and a bias that is one number for the whole row goes; but the
+  sum of exponentials that the backward pass starts from grows with it, and is rounded.
+  """
+  left, right = window or (0, 0)
+  low, high = -num_queries - right, num_keys + left
+  if isinstance(offset, int):
+    return min(max(offset, low), high)
+  return jnp.clip(jnp.asarray(offset, jnp.int32), low, high)
+
+
+def _pair(segment_ids):
+  return segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+
+
+def _check_segments(segment_ids, *shapes):
+  if len(segment_ids) != 2:
+    raise ValueError("segment_ids must be an array or a pair of them, of queries and of keys; "
+                     f"got {len(segment_ids)}")
+  for ids, shape in zip(segment_ids, shapes):
+    if not hasattr(ids, "dtype") or not jnp.issubdtype(ids.dtype, jnp.integer):
+      raise ValueError("segment_ids must be arrays of integers; got "
+                       f"{getattr(ids, 'dtype', type(ids).__name__)}")
+    if ids.shape != shape:
+      raise ValueError(f"segment_ids must be {shape}; got {ids.shape}"
+                       + (" (pass a pair when T != S)" if shapes[0] != shapes[1] else ""))

@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from .. import mesh as meshes
+from ..compat import in_32_bits
 from ..guards import not_differentiable, reverse_only
 from . import ring as rings
 
@@ -51,6 +52,9 @@ class Options:
 def attention(query, key, value, *, backend, chip, is_causal, alibi_slopes, scale, segment_ids,
               window, query_offset):
   """Attention by one backend's kernels; arguments as `xla.attention`, value None for the key."""
+  if isinstance(scale, jax.core.Tracer):
+    raise ValueError(f"{_OP}: the fused kernels need a scale that is known when they are compiled; "
+                     "multiply query by it, or pass implementation='xla'")
   static_offset = isinstance(query_offset, int)
   options = Options(backend, chip, is_causal, float(scale), window,
                     query_offset if static_offset else None)
@@ -100,7 +104,7 @@ def _one_device(options, query, key, value, segment_ids, slopes, offset):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(options, query, key, value, segment_ids, slopes, offset):
-  return options.backend.forward(
+  return in_32_bits(options.backend.forward)(
       query, key, value, **options.keywords(segment_ids, slopes, offset))[0]
 
 
@@ -111,11 +115,14 @@ def _forward(options, *arrays):
                      "pass implementation='xla' for that, or jax.lax.stop_gradient(alibi_slopes)")
   arrays = jax.tree.map(lambda x: x.value, arrays, is_leaf=lambda x: hasattr(x, "perturbed"))
   query, key, value, segment_ids, slopes, offset = arrays
-  out, lse = options.backend.forward(
+  # Only a second derivative differentiates these.
+  query, key = not_differentiable(query, _OP), not_differentiable(key, _OP)
+  value = None if value is None else not_differentiable(value, _OP)
+  out, lse = in_32_bits(options.backend.forward)(
       query, key, value, **options.keywords(segment_ids, slopes, offset))
   # Named here, where they are residuals: a policy that keeps both does not rerun the kernel.
   out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
-  return out, (*arrays, out, lse)
+  return out, (query, key, value, segment_ids, slopes, offset, out, lse)
 
 
 def _backward(options, residuals, dout):
@@ -124,7 +131,7 @@ def _backward(options, residuals, dout):
     dout = jnp.zeros(out.shape, out.dtype)
   query, key, out, dout = (not_differentiable(x, _OP) for x in (query, key, out, dout))
   value = None if value is None else not_differentiable(value, _OP)
-  gradients = options.backend.backward(
+  gradients = in_32_bits(options.backend.backward)(
       query, key, value, out, lse, dout, **options.keywords(segment_ids, slopes, offset))
   return (*gradients, None, None, None)
 

@@ -19,7 +19,7 @@ from .mosaic_tpu_backward import backward as backward
 from .mosaic_tpu_layout import LOG2E
 
 LOWEST = -1e30  # below every score; finite, so that an empty row's arithmetic stays finite
-SUM_ROWS = 16  # rows of ones under the values (one bfloat16 tile), whose product is the sum
+SUM_ROWS = 16  # under the values (one bfloat16 tile), the first of ones: its product is the sum
 
 
 def unsupported(query, key, value, *, chip) -> str | None:

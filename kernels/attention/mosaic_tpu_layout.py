@@ -149,7 +149,7 @@ def fit(blocks, *, length, group, num_keys, itemsize) -> Plan:
   block_rows = rows = positions * group
   while rows > blocks.rows and rows % (2 * lanes) == 0:
     rows //= 2
-  if rows > blocks.rows or rows % lanes:  # an odd group: no diagonals, but any size of block
+  if rows > blocks.rows or rows % lanes:  # an odd group: any size of block
     block_rows = rows = min(blocks.rows, round_up(-(-length * group // blocks.cores), lanes))
   num_blocks = round_up(-(-length * group // block_rows), blocks.cores)
   diagonal = positions if block_rows == positions * group else 1

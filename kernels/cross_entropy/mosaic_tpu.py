@@ -228,8 +228,11 @@ def each_tile(plan, tile, update):
   tiles = chunks * (plan.tokens // plan.tile)
 
   def place(n):
-    at = pl.ds(pl.multiple_of(n // chunks * plan.tile, plan.tile), plan.tile)
-    return at, pl.ds(pl.multiple_of(n % chunks * plan.chunk, plan.chunk), plan.chunk)
+    # Not floor division, which Mosaic can't lower with `jax_enable_x64`.
+    row, column = divmod(n, chunks) if isinstance(n, int) else (
+        jax.lax.div(n, chunks), jax.lax.rem(n, chunks))
+    at = pl.ds(pl.multiple_of(row * plan.tile, plan.tile), plan.tile)
+    return at, pl.ds(pl.multiple_of(column * plan.chunk, plan.chunk), plan.chunk)
 
   def group(first, number):
     places = [place(first + i) for i in range(number)]

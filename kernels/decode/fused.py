@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from .. import mesh as meshes
+from ..compat import in_32_bits
 from .xla import nan_outside
 
 OP = "decode_attention"
@@ -30,7 +31,7 @@ def attention(arrays, alibi_slopes, *, scale, backend, chip):
   """
   slopes = None if alibi_slopes is None else jnp.asarray(alibi_slopes, jnp.float32)
   local = functools.partial(_one_device, functools.partial(
-      backend.forward, scale=scale, chip=chip))
+      in_32_bits(backend.forward), scale=scale, chip=chip))
   query, key = arrays["query"], arrays["key"]
   mesh = meshes.current(query, key)
   free = meshes.to_take_over(mesh)

@@ -1,7 +1,9 @@
 import jax
+import jax.numpy as jnp
 import pytest
 
 from palm_haiku import kernels
+from palm_haiku.kernels import triton_call
 
 
 def test_auto_says_what_it_chose_and_why():
@@ -75,8 +77,8 @@ def test_auto_takes_the_kernel_of_the_loss(platform, kind, implementation):
 @pytest.mark.parametrize("platform, kind, implementation", [
     ("tpu", "TPU v5p", "mosaic_tpu"), ("gpu", "NVIDIA H200", "xla"), ("cpu", "cpu", "xla")])
 def test_auto_takes_the_blocks_products_where_a_figure_says_so(platform, kind, implementation):
-  array = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
-  def choose(tokens, dim):
+  def choose(tokens, dim, dtype="bfloat16"):
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
     params = dict(norm=array(dim), query=array(dim, 8, 64), key=array(dim, 64),
                   value=array(dim, 64), gate=array(dim, 4 * dim), up=array(dim, 4 * dim),
                   attn_out=array(8, 64, dim), ff_out=array(4 * dim, dim))
@@ -87,6 +89,7 @@ def test_auto_takes_the_blocks_products_where_a_figure_says_so(platform, kind, i
     assert choose(16, 4096).implementation == choose(4096, 256).implementation == "xla"
     if platform != "cpu":
       assert "figures better than XLA's" in choose(4096, 256).reason
+      assert choose(4096, 4096, "float32").implementation == "xla"
 
 
 def on_mesh(kind, **sizes):
@@ -120,3 +123,31 @@ def test_the_loss_counts_the_tokens_of_a_device():
     assert "128 tokens or more to be chosen unasked; got 64" in choose(8, 128).reason
     assert choose(8 * 128).implementation == "mosaic_tpu"
     assert choose(8 * 64).implementation == "xla"
+
+
+@pytest.mark.parametrize("op, arguments", [
+    ("flash_attention", [(1, 300, 4, 64), (1, 300, 1, 64), (1, 300, 1, 64)]),
+    ("parallel_attention_ffn", [(300, 128), dict(
+        norm=(128,), query=(128, 4, 64), key=(128, 64), value=(128, 64), gate=(128, 512),
+        up=(128, 512), attn_out=(4, 64, 128), ff_out=(512, 128))]),
+    ("linear_cross_entropy", [(300, 128), (1000, 128)]),
+    ("decode_attention", [(2, 1, 4, 64), (2, 304, 1, 64), (2, 304, 1, 64)])])
+@pytest.mark.parametrize("implementation, platform, kind", [
+    ("mosaic_tpu", "tpu", "TPU v5 lite"), ("mosaic_gpu", "gpu", "NVIDIA H200"),
+    ("triton", "gpu", "NVIDIA A100")])
+def test_kernels_are_built_where_numbers_have_64_bits(op, arguments, implementation, platform, kind):
+  if implementation == "triton" and (trouble := triton_call.problem()):
+    pytest.skip(f"needs {trouble}")
+  arrays = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16), arguments,
+                        is_leaf=lambda x: isinstance(x, tuple))
+  integers = {"linear_cross_entropy": (300,), "decode_attention": (2,)}
+
+  def value(*arrays):
+    ids = [jnp.zeros(integers[op], int)] if op in integers else []
+    out = getattr(kernels, op)(*arrays, *ids, implementation=implementation)
+    return sum(x.astype(jnp.float32).sum() for x in jax.tree.leaves(out))
+
+  with jax.enable_x64(True), on(platform, kind):
+    f = value if op == "decode_attention" else jax.grad(value, argnums=(0, 1))
+    platform = dict(gpu="cuda").get(platform, platform)
+    jax.jit(f).trace(*arrays).lower(lowering_platforms=(platform,))

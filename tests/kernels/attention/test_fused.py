@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from palm_haiku.kernels import alibi_slopes, backend, flash_attention
+from palm_haiku.kernels import alibi_slopes, backend, flash_attention, triton_call
 from tests.kernels.attention import contract
 
 
@@ -161,6 +161,51 @@ def test_other_derivatives_name_the_xla_path(plain, jit):
     jax.grad(lambda q: jax.grad(f)(q).sum())(q)
   with pytest.raises(ValueError, match="alibi_slopes.*implementation='xla'"):
     jax.grad(lambda slopes: fused(q, k, v, alibi_slopes=slopes).sum())(jnp.asarray(SLOPES))
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu", "triton"])
+def test_derivatives_that_a_kernel_lacks_name_the_xla_path(implementation):
+  # Nothing is compiled: what is differentiated is the call of the kernel itself.
+  if implementation == "triton" and (trouble := triton_call.problem()):
+    pytest.skip(f"needs {trouble}")
+  shape = lambda heads: jax.ShapeDtypeStruct((1, 128, heads, 64), jnp.bfloat16)
+  f = loss(functools.partial(flash_attention, implementation=implementation))
+
+  def trace(transformed):
+    return jax.eval_shape(transformed, shape(2), shape(1), shape(1))
+
+  total = lambda g: lambda *x: g(*x).astype(jnp.float32).sum()
+  trace(jax.grad(jax.checkpoint(f)))
+  for again in (jax.grad(total(jax.grad(f))), jax.grad(total(jax.jit(jax.grad(f)))),
+                jax.grad(total(jax.grad(jax.checkpoint(f)))), jax.jacrev(jax.grad(f))):
+    with pytest.raises(ValueError, match="no second derivative.*implementation='xla'"):
+      trace(again)
+  for forward in (jax.jacfwd(f), jax.vmap(lambda *x: jax.jvp(f, x, x)[1])):
+    with pytest.raises(ValueError, match="no forward-mode derivative.*implementation='xla'"):
+      jax.eval_shape(forward, *(jax.ShapeDtypeStruct((2, 1, 128, heads, 64), jnp.bfloat16)
+                                for heads in (2, 1, 1)))
+  with pytest.raises(ValueError, match="no (second|forward-mode) derivative"):
+    trace(jax.hessian(f))
+
+
+@pytest.mark.parametrize("window", [None, (9, 4)])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("offset", [2**17 + 5, 2**24 + 7, 2**30, 2**40, -(2**24), -(2**40)])
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "xla"])
+def test_rows_far_from_all_keys(plain, offset, is_causal, window, implementation):
+  f = lambda offset: jax.value_and_grad(loss(functools.partial(
+      flash_attention, implementation=implementation, query_offset=offset, is_causal=is_causal,
+      local_window_size=window, alibi_slopes=SLOPES)), argnums=(0, 1, 2))(*qkv())
+  # Near enough for exact sums, and where the mask is the same.
+  near = f(30 if offset > 0 else -30)
+  chex.assert_trees_all_close(f(offset), near, atol=1e-4, rtol=1e-4)
+  if abs(offset) < 2**31:
+    chex.assert_trees_all_close(f(jnp.asarray(offset)), near, atol=1e-4, rtol=1e-4)
+
+
+def test_a_scale_is_a_number(plain):
+  with pytest.raises(ValueError, match="scale that is known.*implementation='xla'"):
+    jax.jit(lambda scale: fused(*qkv(), scale=scale))(0.5)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

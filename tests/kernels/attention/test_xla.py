@@ -187,8 +187,14 @@ def test_memory_grows_with_the_length_not_its_square():
     (dict(query=(5, 8)), r"query must be \[..., length, heads, dim_head\]"),
     (dict(alibi_slopes=alibi_slopes(4)), r"alibi_slopes must be \[3\]"),
     (dict(segment_ids=np.zeros((2, 4), int)), r"segment_ids must be \(2, 5\)"),
+    (dict(segment_ids=(np.zeros((2, 5), int),)), "a pair of them, of queries and of keys; got 1"),
+    (dict(segment_ids=[[0] * 5] * 2), "segment_ids must be arrays of integers; got list"),
     (dict(local_window_size=-1), "must not be negative"),
+    (dict(local_window_size=1.5), r"an integer or two, \(left, right\); got 1.5"),
+    (dict(local_window_size=(1, 2, 3)), r"an integer or two, \(left, right\); got \(1, 2, 3\)"),
     (dict(dtype=jnp.int32), "query must be floating point"),
+    (dict(dtype=jnp.float8_e4m3fn), "16 bits or more; got float8_e4m3fn"),
+    (dict(query_offset=0.0), "query_offset must be one integer"),
     (dict(implementation="cuda"), "implementation must be one of"),
 ])
 def test_bad_input_is_named(change, message):
