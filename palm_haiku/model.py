@@ -217,7 +217,7 @@ class PaLM(hk.Module):
         raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of "
                          f"{self.config.num_tokens} tokens")
     if cache is not None and not isinstance(cache.length, jax.core.Tracer):
-      room = cache.arrays[0].shape[-2] - int(np.max(cache.length))
+      room = cache.arrays[0].shape[-2] - int(np.asarray(cache.length).max())
       if jnp.shape(tokens)[-1] > room:
         raise ValueError(f"the cache has room for {room} more positions; "
                          f"got {jnp.shape(tokens)[-1]} tokens")

@@ -126,6 +126,11 @@ def test_cache_gives_what_the_whole_sequence_gives(architecture):
   assert cache.length == 9
   with pytest.raises(ValueError, match="room for 3 more positions; got 9 tokens"):
     model.apply(params, tokens, cache=cache)
+  # Closed over by a jit, and with a length per sequence.
+  cache = cache._replace(length=jnp.array([5, 5]))
+  for function in (model.apply, jax.jit(lambda *x, **_: model.apply(*x, cache=cache))):
+    logits, _ = function(params, tokens[:, 5:], cache=cache)
+    np.testing.assert_allclose(logits, want[:, 5:], atol=1e-5)
 
 
 def test_packed_documents_equal_separate_ones():

@@ -152,7 +152,8 @@ def _check_cache(x, params, rotary, kv_cache, offset):
     if not jnp.issubdtype(array.dtype, jnp.floating):
       raise ValueError(f"kv_cache must be floating point; got {array.dtype}")
   if not isinstance(offset, jax.core.Tracer) and np.size(offset):
-    low, high = np.min(offset), np.max(offset) + length
+    offset = np.asarray(offset)  # By jnp it would be traced, if this is inside another's jit.
+    low, high = int(offset.min()), int(offset.max()) + length
     if low < 0 or high > size:
       raise ValueError(f"rows {low} to {high - 1} are not all in the cache of {size}")
 
