@@ -37,7 +37,7 @@ def flash_attention(
     is_causal: a query attends to no later position.
     alibi_slopes: float[heads], from `alibi_slopes(heads)`; None for no bias. An argument, so
       that a tensor-parallel shard passes the slopes of its own heads.
-    scale: multiplies q k^T; None means 1/sqrt(dim_head).
+    scale: a number that multiplies q k^T; None means 1/sqrt(dim_head).
     segment_ids: int[..., T] if T == S, or a pair int[..., T], int[..., S]: attention stays
       within equal ids.
     local_window_size: how many positions a query sees to either side, or (left, right), as in

@@ -27,13 +27,14 @@ def linear_cross_entropy(
 
   No [tokens, num_tokens] array exists, forward or backward. Under a mesh the tokens are divided
   over its data axes and the vocabulary over its model axis, whether or not that divides it.
+  Blocks are chosen for the tokens of one call: better leading dimensions than `vmap`.
 
   Args:
     x: float[..., D], any leading dimensions.
     embedding: float[V, D]; cast to the dtype of x for the product.
     targets: int[...].
     z_loss: weight of the squared log of the softmax normaliser; the paper's is 1e-4.
-    scale: of the logits; PaLM's is 1/sqrt(D).
+    scale: of the logits, a number; PaLM's is 1/sqrt(D).
     weights: float[...], each token's loss is multiplied by; None for one. A token of weight 0
       adds nothing whatever its target.
     implementation: "auto", or a backend by name.
@@ -50,11 +51,17 @@ def linear_cross_entropy(
     PaLM (arXiv:2204.02311, section 5) for the z-loss; Cut Cross-Entropy (arXiv:2411.09009).
   """
   _check(x, embedding, targets, weights)
+  if isinstance(scale, jax.core.Tracer):
+    raise ValueError("scale must be a number that is known when the program is compiled; multiply "
+                     "x by it instead")
   vocabulary = embedding.shape[0]
   targets = jnp.asarray(targets)
+  if targets.dtype.itemsize < 4:
+    targets = targets.astype(jnp.int32)  # in which the size of the vocabulary fits
   if weights is not None:
     weights = jnp.asarray(weights, jnp.promote_types(x.dtype, jnp.float32))
-    targets = jnp.where(weights == 0, 0, targets)
+    outside = (targets < 0) | (targets >= vocabulary)
+    targets = jnp.where((weights == 0) & outside, 0, targets)
   # [sequences, T, D]: either may be divided over mesh axes of its own, so they stay apart.
   rows = x.shape[-2] if x.ndim > 2 else 1
   x = x.reshape(-1, rows, x.shape[-1])

@@ -58,9 +58,10 @@ def divided(x, mesh) -> tuple[tuple[str, ...], tuple[str, ...], int]:
   free = meshes.to_take_over(mesh)
   if not free:
     return (), (), 1
-  return (meshes.partition(x, 0, meshes.BATCH_AXES, mesh),
-          meshes.partition(x, 1, (meshes.SEQUENCE_AXIS,), mesh),
-          mesh.shape[meshes.HEAD_AXIS] if meshes.HEAD_AXIS in free else 1)
+  sequences = meshes.partition(x, 0, meshes.BATCH_AXES, mesh)
+  positions = meshes.partition(x, 1, (meshes.SEQUENCE_AXIS,), mesh)
+  whole = meshes.HEAD_AXIS not in free or meshes.HEAD_AXIS in sequences + positions
+  return sequences, positions, 1 if whole else mesh.shape[meshes.HEAD_AXIS]
 
 
 def on_one_device(x, embedding):
@@ -133,7 +134,7 @@ def _forward(options, x, embedding, targets, num_valid):
       return jnp.logaddexp(carry[0], log_z), carry[1] + logit
 
     start = meshes.varying_together(
-        jnp.full(x.shape[:1], -jnp.inf), jnp.zeros(x.shape[:1]), x)[:2]
+        jnp.full(x.shape[:1], -jnp.inf, jnp.float32), jnp.zeros(x.shape[:1], jnp.float32), x)[:2]
     log_z, logit = _over_blocks(embedding.shape[0], _rows(x), one_block, start)
   # Named here, where they are residuals: a policy that keeps them does not rerun the kernel.
   log_z = checkpoint_name(log_z, "loss_log_z")

@@ -32,10 +32,12 @@ def logits_statistics(x, embedding, targets, *, scale, num_valid):
   logits = scale * jnp.einsum(
       "nd,vd->nv", x, embedding.astype(x.dtype), preferred_element_type=accum)
   column = jnp.arange(embedding.shape[0])
-  logits = jnp.where(column < num_valid, logits, -jnp.inf)
+  # Of no valid row, the first stands in, for the second derivative of an empty sum is NaN.
+  logits = jnp.where(column < jnp.maximum(num_valid, 1), logits, -jnp.inf)
   here = (targets >= 0) & (targets < num_valid)
   target = jnp.take_along_axis(logits, jnp.where(here, targets, 0)[:, None], axis=1)[:, 0]
-  return jax.nn.logsumexp(logits, axis=1), jnp.where(here, target, 0)
+  log_z = jnp.where(num_valid > 0, jax.nn.logsumexp(logits, axis=1), -jnp.inf)
+  return log_z, jnp.where(here, target, 0)
 
 
 def statistics(x, embedding, targets, *, scale, num_valid, block=None):

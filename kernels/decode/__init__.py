@@ -37,7 +37,7 @@ def decode_attention(
     value_cache: like `key_cache`. Where it is the same Python object, it is read once.
     lengths: int[...], positions filled, those of `query` included.
     alibi_slopes: float[heads]; None for no bias.
-    scale: multiplies q k^T; None means 1/sqrt(dim_head).
+    scale: a number that multiplies q k^T; None means 1/sqrt(dim_head).
     key_scales: float32[..., max_len, kv_heads] that int8 keys are multiplied by; else None.
     value_scales: the same for the values; None where they are the keys.
     implementation: "auto", or a backend by name.
@@ -56,6 +56,9 @@ def decode_attention(
   """
   shared = value_cache is key_cache
   _check(query, key_cache, value_cache, lengths, alibi_slopes, key_scales, value_scales)
+  if isinstance(scale, jax.core.Tracer):
+    raise ValueError("scale must be a number that is known when the program is compiled; multiply "
+                     "query by it instead")
   lead, (num_queries, heads, dim_head) = query.shape[:-3], query.shape[-3:]
   flat = lambda x: None if x is None else x.reshape(math.prod(lead), *x.shape[len(lead):])
   arrays = {name: None if x is None else guards.no_derivative(flat(x), fused.OP) for name, x in dict(

@@ -180,7 +180,7 @@ def check(case: Case, arrays: dict, results: dict) -> None:
     largest = np.abs(expected[there]).max()
     terms = max(largest, 1e-30)
     if name == "g":
-      terms = max(terms, case.scale * max(np.abs(arrays[n]).max() for n in ("dlog_z", "dlogit")))
+      terms = max(terms, abs(case.scale) * max(np.abs(arrays[n]).max() for n in ("dlog_z", "dlogit")))
     floor = (2 * float(jnp.finfo(dtype).eps) * largest
              + (4 + 3 * scores) * float(jnp.finfo(jnp.float32).eps) * float(terms))
     if name in ("log_z", "logit"):

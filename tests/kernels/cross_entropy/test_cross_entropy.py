@@ -79,6 +79,43 @@ def test_a_mesh_divides_tokens_and_vocabulary(kind, vocabulary):
   chex.assert_trees_all_close(f(*sharded), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("spec", [
+    P("data", "model"), P(("data", "model")), P("model"), P(None, "data")], ids=str)
+@pytest.mark.parametrize("vocabulary", [3, 50])
+def test_tokens_may_be_divided_over_the_model_axis(spec, vocabulary):
+  x, embedding, targets = random_problem(lead=(8, 4), vocabulary=vocabulary)
+  mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+  place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+  f = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
+  want = f(x, embedding, targets)
+  got = f(place(x, *spec), place(embedding), place(targets, *spec))
+  chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_second_derivatives_where_a_device_has_no_rows_of_the_vocabulary():
+  x, embedding, targets = random_problem(lead=(4,), vocabulary=5)
+  f = jax.grad(lambda x: jnp.square(jax.grad(total)(x, embedding, targets)).sum())
+  want = f(x)
+  with jax.set_mesh(jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))):
+    chex.assert_trees_all_close(jax.jit(f)(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_weights_is_the_loss():
+  x, embedding, targets = random_problem(lead=(5,))
+  loss, _ = linear_cross_entropy(x, embedding, targets)
+  total = lambda weights: linear_cross_entropy(x, embedding, targets, weights=weights)[0].sum()
+  for weights in (jnp.zeros(5), jnp.ones(5)):
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(weights), loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, vocabulary", [("uint8", 256), ("uint8", 300), ("int16", 40_000)])
+def test_narrow_targets(dtype, vocabulary):
+  x, embedding, _ = random_problem(lead=(5,), vocabulary=vocabulary)
+  targets = jnp.array([0, 5, 44, 100, 127])
+  want = linear_cross_entropy(x, embedding, targets)
+  chex.assert_trees_all_equal(linear_cross_entropy(x, embedding, targets.astype(dtype)), want)
+
+
 def test_logits_do_not_exist():
   shapes = (jax.ShapeDtypeStruct((4096, 64), jnp.bfloat16),
             jax.ShapeDtypeStruct((32_000, 64), jnp.float32), jax.ShapeDtypeStruct((4096,), jnp.int32))
