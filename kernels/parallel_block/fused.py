@@ -81,10 +81,12 @@ def division(x, params, mesh) -> Division:
   if not meshes.to_take_over(mesh):
     return Division()
   columns = meshes.partition(params["query"], 1, (meshes.HEAD_AXIS,), mesh)
-  if params["gate"].shape[1] % meshes.devices(mesh, columns):
+  sequences = meshes.partition(x, 0, meshes.BATCH_AXES, mesh)
+  positions = meshes.partition(x, 1, (meshes.SEQUENCE_AXIS,), mesh)
+  if (params["gate"].shape[1] % meshes.devices(mesh, columns)
+      or set(columns) & {*sequences, *positions}):
     columns = ()
-  return Division(meshes.partition(x, 0, meshes.BATCH_AXES, mesh),
-                  meshes.partition(x, 1, (meshes.SEQUENCE_AXIS,), mesh), columns)
+  return Division(sequences, positions, columns)
 
 
 def on_one_device(x, params):

@@ -119,7 +119,7 @@ def test_a_planted_error_is_found(monkeypatch, mutant):
     return check(case, BLOCKS[1])
   name, mutate = MUTANTS[mutant]
   monkeypatch.setattr(mosaic_tpu, name, mutate(getattr(mosaic_tpu, name)))
-  with pytest.raises(Exception, match="RACE DETECTED|races_found|error|finite"):
+  with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
     check(case, BLOCKS[1])
 
 

@@ -179,6 +179,18 @@ def test_a_mesh_divides_tokens_and_columns(plain, kind, architecture, axes, head
   assert_close(got, want)
 
 
+@pytest.mark.parametrize("tokens", [P("data", "model"), P("model")], ids=str)
+def test_tokens_may_be_divided_over_the_model_axis(plain, tokens):
+  x, params, options = problem(LITE, lead=(4, 8))
+  want = jax.jit(gradients(options, "xla"))(x, params)
+  mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+  place = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
+  by_columns = fused.Division(columns=("model",))
+  params = {name: place(w, by_columns.weight(name)) for name, w in params.items()}
+  with jax.set_mesh(mesh):
+    assert_close(jax.jit(gradients(options))(place(x, tokens), params), want)
+
+
 def test_a_device_sums_its_share_once(plain):
   x, params, options = problem(LITE)
   mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))
