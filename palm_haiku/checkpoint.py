@@ -62,9 +62,12 @@ class Checkpoints:
       metadata: anything that JSON can hold.
 
     Raises:
-      CheckpointError: it could not be written. Earlier checkpoints are untouched.
+      CheckpointError: there is one of that step, or it could not be written. Checkpoints that were
+        there are untouched.
     """
     path = self.directory / str(step)
+    if distributed.from_leader(lambda: os.path.exists(path), ()):
+      raise CheckpointError(f"checkpoint {path} exists already")
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
       self._check_room(items)

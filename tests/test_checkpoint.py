@@ -30,6 +30,14 @@ def test_round_trip(tmp_path):
   chex.assert_trees_all_equal(only, {"params": items(0)["params"]})
 
 
+def test_an_existing_step_is_refused_and_kept(tmp_path):
+  checkpoints, warnings = saved(tmp_path, [1])
+  with pytest.raises(CheckpointError, match=f"^checkpoint {tmp_path / '1'} exists already$"):
+    checkpoints.save(1, items(2), {})
+  assert checkpoints.latest() == 1 and not warnings
+  chex.assert_trees_all_equal(checkpoints.restore(1, items(0)), items(1))
+
+
 def test_keeps_the_newest(tmp_path):
   checkpoints, _ = saved(tmp_path, [1, 2, 3, 10], keep=2)
   assert checkpoints.steps() == [3, 10]
