@@ -210,8 +210,12 @@ def _add_implementation(parser):
                       "default), xla, pallas, mosaic_gpu, mosaic_tpu or triton")
 
 
-def _model(args, base: PaLMConfig | None) -> PaLMConfig | None:
-  """The model that the options describe, starting from `--model` or else from `base`."""
+def _model(args, base: PaLMConfig | None = None,
+           default: PaLMConfig | None = None) -> PaLMConfig | None:
+  """The model that the options describe, starting from `--model` or else from `base`.
+
+  Without either, a model of its own if they give its size; if not, they start from `default`.
+  """
   given = {name: getattr(args, name) for name in (*_SIZES, "position", "norm", "shared_kv")
            if getattr(args, name) is not None}
   if args.model is not None:
@@ -221,11 +225,17 @@ def _model(args, base: PaLMConfig | None) -> PaLMConfig | None:
                        + (f"did you mean {near[0]}?" if near
                           else f"there are {', '.join(configs)}"))
     base = configs[args.model]
+  missing = [name for name in ("dim", "depth", "heads") if name not in given]
+  if base is None and len(missing) == 3:
+    if default is None and given:
+      options = ", ".join("--" + name.replace("_", "-") for name in given)
+      raise ValueError(f"{options} need{'s' if len(given) == 1 else ''} --model, or --dim, --depth "
+                       "and --heads")
+    base = default
   if base is not None:
     return dataclasses.replace(base, **given)
-  if not given.keys() & {"dim", "depth", "heads"}:
+  if not given:
     return None
-  missing = [name for name in ("dim", "depth", "heads") if name not in given]
   if missing:
     raise ValueError("a model without --model needs --" + ", --".join(missing))
   return PaLMConfig(**({"num_tokens": 256} | given))
@@ -247,9 +257,11 @@ def _train(args) -> int:
     checkpoints = Checkpoints(args.out / "checkpoints", warn=lambda line: None)
     step = checkpoints.latest()
     base = None if step is None else load_config(checkpoints.metadata(step))
-  model = _model(args, base and base.model) or configs["palm-tiny"]
-  if base is None and args.num_tokens is None:
-    needed = data.load_tokenizer(args.tokenizer or "bytes").num_tokens
+  model = _model(args, base and base.model, configs["palm-tiny"])
+  # A model that the run has already is large enough, but not one that is named again.
+  if args.num_tokens is None and (base is None or args.model is not None):
+    tokenizer = args.tokenizer or (base and base.tokenizer) or "bytes"
+    needed = data.load_tokenizer(tokenizer).num_tokens
     model = dataclasses.replace(model, num_tokens=max(model.num_tokens, needed))
   given = {field.name: getattr(args, field.name) for field in dataclasses.fields(TrainConfig)
            if getattr(args, field.name, None) is not None and field.name != "model"}
@@ -364,7 +376,7 @@ def _generate(args) -> int:
 def _plan(args) -> int:
   from palm_haiku.plan import command
 
-  return command.run(args, _model(args, None))
+  return command.run(args, _model(args))
 
 
 def _convert(args) -> int:
@@ -391,7 +403,7 @@ def _convert(args) -> int:
 
 def _info(args) -> int:
   console = rich.console.Console()
-  model = _model(args, None)
+  model = _model(args)
   if model is None:
     table = rich.table.Table("model", "parameters", "dim", "depth", "heads", "dim_head",
                              "num_tokens", "position", box=None, padding=(0, 1, 0, 0))
