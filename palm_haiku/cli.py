@@ -265,8 +265,6 @@ def _train(args) -> int:
     model = dataclasses.replace(model, num_tokens=max(model.num_tokens, needed))
   given = {field.name: getattr(args, field.name) for field in dataclasses.fields(TrainConfig)
            if getattr(args, field.name, None) is not None and field.name != "model"}
-  if base and base.skip_batches and args.skip_batches:
-    given["skip_batches"] = f"{base.skip_batches},{args.skip_batches}"
   config = (dataclasses.replace(base, model=model, **given) if base
             else TrainConfig(model=model, **given))
   kernels.explain("parallel_attention_ffn", config.implementation)

@@ -102,10 +102,10 @@ class _Run:
         f"[yellow]warning:[/] {line}", soft_wrap=True))
 
   def go(self, resume) -> Result:
-    config = self.config
-    start = distributed.from_leader(
-        lambda: _starting_step(config, self.out, self.checkpoints, self._metadata(), resume),
+    start, skipped = distributed.from_leader(
+        lambda: _start(self.config, self.out, self.checkpoints, self._metadata(), resume),
         (ValueError, CheckpointError))
+    config = self.config = self.config.skipping(skipped)
     if distributed.is_leader():
       self.out.mkdir(parents=True, exist_ok=True)
     if start:
@@ -225,8 +225,7 @@ class _Run:
   def _go_back(self, back, step, loss, log):
     first = self.config.batch_of(back)
     end = max(first + SKIP, self.config.batch_of(step))
-    skipped = ",".join(filter(None, (self.config.skip_batches, f"{first}:{end}")))
-    self.config = dataclasses.replace(self.config, skip_batches=skipped)
+    self.config = self.config.skipping(f"{first}:{end}")
     self.checkpoints.forget_after(back)
     self.state = None  # Room for the other.
     self.state = self._restore(back)
@@ -287,30 +286,31 @@ def _check_vocabulary(model: PaLMConfig, corpus):
                        f"{int(tokens.max()) + 1}")
 
 
-def _starting_step(config, out, checkpoints, run, resume) -> int:
-  """The step to go on from, once it is sure that `out` is this run's directory."""
+def _start(config, out, checkpoints, run, resume) -> tuple[int, str]:
+  """The step to go on from and the batches skipped before, if `out` is this run's directory."""
   if not resume:
     if checkpoints.steps() or (out / runlog.METRICS).exists():
       raise ValueError(f"{out} holds another run; continue it with --resume, or choose another "
                        "--out")
-    return 0
+    return 0, ""
   step = checkpoints.latest(repair=True)
   if step is None:
-    return 0
+    return 0, ""
   then = checkpoints.metadata(step)
   was, now = _flatten(then["config"]), _flatten(run["config"])
   for name in was.keys() | now.keys():
     if name not in FREE_ON_RESUME and was.get(name) != now.get(name):
       raise ValueError(f"{out} was trained with {name} = {was.get(name)!r}, not "
                        f"{now.get(name)!r}; resume with the same, or choose another --out")
-  trained = load_config(then).batch_of(step - 1)
-  if config.batch_of(step - 1) != trained:
+  before = load_config(then)
+  trained = before.batch_of(step - 1)
+  if config.skipping(before.skip_batches).batch_of(step - 1) != trained:
     raise ValueError(f"batches up to {trained} were trained on already; skip later ones")
   if then["data_fingerprint"] is None:
     raise ValueError(f"{out} holds imported weights, not a run that could go on")
   if then["data_fingerprint"] != run["data_fingerprint"]:
     raise ValueError(f"{out} was trained on other data: {was['data']!r} has changed since")
-  return step
+  return step, before.skip_batches
 
 
 def _flatten(config) -> dict[str, Any]:

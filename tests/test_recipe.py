@@ -37,6 +37,8 @@ def test_skipped_batches():
   c = TrainConfig(model=MODEL, skip_batches="9:12,3:5,4:6")
   assert c.skipped == ((3, 6), (9, 12))
   assert [c.batch_of(step) for step in range(10)] == [0, 1, 2, 6, 7, 8, 12, 13, 14, 15]
+  assert c.skipping("").skip_batches == c.skipping("3:6").skip_batches == "3:6,9:12"
+  assert c.skipping("2:3,20:30").skip_batches == "2:6,9:12,20:30"
 
 
 @pytest.mark.parametrize("change, message", [
@@ -104,6 +106,11 @@ def test_batches_that_were_trained_on_cannot_be_skipped(config, tmp_path):
     run(dataclasses.replace(more, skip_batches="5:6"), tmp_path / "out", resume=True)
   result, _ = run(dataclasses.replace(more, skip_batches="8:10"), tmp_path / "out", resume=True)
   assert result.step == 12
+  # What was skipped before need not be said again, and stays.
+  result, _ = run(dataclasses.replace(more, steps=14, skip_batches="20:21"), tmp_path / "out",
+                  resume=True)
+  metadata = checkpoint.Checkpoints(tmp_path / "out" / "checkpoints").metadata(14)
+  assert result.step == 14 and metadata["config"]["skip_batches"] == "8:10,20:21"
 
 
 def test_flops_of_recomputation():
