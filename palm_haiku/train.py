@@ -113,7 +113,7 @@ class _Run:
       self.console.print(f"resuming from step {start}", highlight=False)
     else:
       self.state = self.program.init()
-    recent = collections.deque(maxlen=RECENT)
+    recent = self._recent(start)
     any_process = distributed.AnyProcess()
     with _Interrupts() as interrupts, self._log(start) as log:
       saved = step = start
@@ -125,14 +125,17 @@ class _Run:
         tokens += batch["tokens"].shape[0] * config.seq_len
         last = step == config.steps
         evaluated = len(self.corpus.eval) > 1 and (last or step % config.eval_every == 0)
-        if evaluated or last or step == 1 or step % config.log_every == 0:
+        saves = last or step % config.checkpoint_every == 0
+        # To go back from what is not finite, it must be seen before it is saved.
+        if (evaluated or last or step == 1 or step % config.log_every == 0
+            or saves and config.spike):
           row = {"step": step, **{name: float(x) for name, x in metrics.items()}}
           if self._is_spike(row, recent):
             back = self._before(step)
             if back is not None:
               self._go_back(back, step, row["loss"], log)
               saved = step = back
-              recent.clear()
+              recent = self._recent(back)
               clock, tokens = None, 0
               continue
           _check_finite(row, step, saved)
@@ -146,7 +149,7 @@ class _Run:
           clock, tokens = time.perf_counter(), 0
         if log:
           log.advance(step)
-        if last or step % config.checkpoint_every == 0:
+        if saves:
           self._save(step, metrics, saved)
           saved = step
       if step > saved:
@@ -207,12 +210,23 @@ class _Run:
     if not self.config.spike:
       return False
     loss = row["loss"]
-    if not math.isfinite(loss):
+    if not all(math.isfinite(x) for x in row.values()):
       return True
     if len(recent) == RECENT and loss > statistics.median(recent) + self.config.spike:
       return True
     recent.append(loss)
     return False
+
+  def _recent(self, step) -> collections.deque[float]:
+    """The losses that those after a step are compared with: what a run up to there would have."""
+    def replay():
+      recent = collections.deque(maxlen=RECENT)
+      for row in runlog.read_metrics(self.out / runlog.METRICS):
+        if row["step"] <= step:
+          self._is_spike(row, recent)
+      return list(recent)
+
+    return collections.deque(distributed.from_leader(replay, ()), maxlen=RECENT)
 
   def _before(self, step) -> int | None:
     """The newest checkpoint far enough before a spike, else the oldest there is."""

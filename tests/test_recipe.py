@@ -65,11 +65,17 @@ def test_a_ramp_survives_an_interruption(config, tmp_path):
                params(tmp_path / "parts", 8), params(tmp_path / "whole", 8))
 
 
-def test_a_spike_goes_back_and_leaves_batches_out(config, tmp_path, monkeypatch):
+class PowerCut(Exception):
+  pass
+
+
+@pytest.fixture
+def spiking(monkeypatch):
+  """What a run with a spike at step 16 reads, and a set of batches at whose sight it dies."""
   monkeypatch.setattr(train, "GO_BACK", 6)
   monkeypatch.setattr(train, "SKIP", 9)
   monkeypatch.setattr(train, "RECENT", 5)
-  seen, windows = [], train.data.windows
+  seen, deadly, windows = [], set(), train.data.windows
 
   class Spiking:
     """The data; the sequences of batch 15 are no text."""
@@ -78,12 +84,19 @@ def test_a_spike_goes_back_and_leaves_batches_out(config, tmp_path, monkeypatch)
       self.inner = inner
 
     def __getitem__(self, number):
+      if number // 4 in deadly:
+        raise PowerCut
       seen.append(number // 4)
       row = self.inner[number]
       return row if number // 4 != 15 else {
           name: np.arange(x.size, dtype=x.dtype) * 37 % 128 for name, x in row.items()}
 
   monkeypatch.setattr(train.data, "windows", lambda *a, **k: Spiking(windows(*a, **k)))
+  return seen, deadly
+
+
+def test_a_spike_goes_back_and_leaves_batches_out(config, tmp_path, spiking):
+  seen, _ = spiking
   config = dataclasses.replace(config, spike=0.6)
   out = tmp_path / "out"
   result, text = run(config, out)
@@ -97,6 +110,44 @@ def test_a_spike_goes_back_and_leaves_batches_out(config, tmp_path, monkeypatch)
   by_hand = tmp_path / "by hand"
   run(dataclasses.replace(config, steps=24, spike=0.0, skip_batches="8:17"), by_hand)
   jax.tree.map(np.testing.assert_array_equal, params(out, 24), params(by_hand, 24))
+
+
+def test_a_run_that_died_around_a_spike_goes_back_as_well(config, tmp_path, spiking):
+  _, deadly = spiking
+  config = dataclasses.replace(config, spike=0.6)
+  run(config, tmp_path / "whole")
+  out = tmp_path / "out"
+  # After the checkpoint of step 12; and when it had gone back to step 8, before another one.
+  for batch in (14, 19):
+    deadly.add(batch)
+    with pytest.raises(PowerCut):
+      run(config, out, resume=True)
+    deadly.clear()
+  _, text = run(config, out, resume=True)
+  assert "resuming from step 8" in text and "going back to step 8" in text
+  jax.tree.map(np.testing.assert_array_equal, params(out, 24), params(tmp_path / "whole", 24))
+
+
+def test_what_is_not_finite_is_gone_back_from_before_it_is_saved(config, tmp_path, monkeypatch):
+  monkeypatch.setattr(train, "GO_BACK", 3)
+  monkeypatch.setattr(train, "SKIP", 5)
+  calls, program = [], train.program
+
+  def failing(*args):
+    whole = program(*args)
+
+    def step(state, batch):
+      state, metrics = whole.step(state, batch)
+      calls.append(None)
+      return state, metrics | {"grad_norm": np.nan} if len(calls) == 8 else metrics
+
+    return whole._replace(step=step)
+
+  monkeypatch.setattr(train, "program", failing)
+  # Step 8 is saved, but would not be logged.
+  config = dataclasses.replace(config, spike=0.6, log_every=5)
+  result, text = run(config, tmp_path / "out")
+  assert result.step == 24 and "at step 8 is a spike: going back to step 4" in text
 
 
 def test_batches_that_were_trained_on_cannot_be_skipped(config, tmp_path):
