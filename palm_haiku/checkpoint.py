@@ -75,7 +75,7 @@ class Checkpoints:
       with _checkpointer() as checkpointer:
         checkpointer.save(path, ocp.args.Composite(**args, metadata=ocp.args.JsonSave(metadata)))
       if distributed.is_leader():
-        _write_atomically(path / _MANIFEST, json.dumps(_hashes(path), indent=1))
+        write_atomically(path / _MANIFEST, json.dumps(_hashes(path), indent=1))
     except Exception as error:  # TensorStore and Orbax raise many types for a full disk.
       if distributed.is_leader():
         self._remove(step)
@@ -197,7 +197,8 @@ def _hashes(path: pathlib.Path) -> dict[str, str]:
   return hashes
 
 
-def _write_atomically(path: pathlib.Path, text: str):
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  """Replaces a file; whatever happens, it holds all of the old text or all of the new."""
   draft = path.with_name(path.name + ".draft")
   with open(draft, "w") as stream:
     stream.write(text)

@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
   train = commands.add_parser(
       "train", help="train on text", formatter_class=argparse.RawDescriptionHelpFormatter,
       description="Train a PaLM on text. Everything that the run leaves is under --out: "
-      "checkpoints,\nmetrics.jsonl, loss.png and TensorBoard files.",
+      "checkpoints,\nconfig.json, metrics.jsonl, loss.png and TensorBoard files.",
       epilog="examples:\n"
       "  palm-haiku train --out runs/first\n"
       "  palm-haiku train --model palm-lite --data 'books/*.txt' --out runs/books\n"
@@ -77,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
   group.add_argument("--out", required=True, metavar="DIR", type=pathlib.Path,
                      help="directory of the run")
   group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in "
-                     "--out; settings come from it")
+                     "--out, with its settings; begin anew where there is none, with those in "
+                     "config.json but for the options given")
   group.add_argument("--steps", type=int, help="optimizer steps (default 2000)")
   group.add_argument("--batch-size", type=int, help="sequences per step (default 16)")
   group.add_argument("--batch-ramp", metavar="BATCH:SIZE,...", help="sizes of later batches, such "
@@ -245,18 +246,16 @@ def _train(args) -> int:
   import jax
 
   from palm_haiku import data, distributed, kernels
-  from palm_haiku.checkpoint import CheckpointError, Checkpoints
+  from palm_haiku.checkpoint import CheckpointError
   from palm_haiku.recipe import TrainConfig, load_config
-  from palm_haiku.train import train
+  from palm_haiku.train import last_settings, train
 
   _join(args)
   console = rich.console.Console(quiet=not distributed.is_leader())
   base = None
   if args.resume:
-    # What is refused is reported when the run resumes.
-    checkpoints = Checkpoints(args.out / "checkpoints", warn=lambda line: None)
-    step = checkpoints.latest()
-    base = None if step is None else load_config(checkpoints.metadata(step))
+    found = distributed.from_leader(lambda: last_settings(args.out), (ValueError, OSError))
+    base = found and load_config({"config": found})
   model = _model(args, base and base.model, configs["palm-tiny"])
   # A model that the run has already is large enough, but not one that is named again.
   if args.num_tokens is None and (base is None or args.model is not None):

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import json
 import math
 import pathlib
 import signal
@@ -16,7 +17,7 @@ import numpy as np
 import rich.console
 
 from palm_haiku import data, distributed, runlog, sharding
-from palm_haiku.checkpoint import CheckpointError, Checkpoints
+from palm_haiku.checkpoint import CheckpointError, Checkpoints, write_atomically
 from palm_haiku.config import PaLMConfig
 from palm_haiku.recipe import FREE_ON_RESUME, TrainConfig, load_config
 from palm_haiku.train_step import TrainState, program
@@ -33,6 +34,8 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
     "TPU7x": 2307e12,
 }
+
+CONFIG = "config.json"  # the settings of a run, for the time when it has no checkpoint
 
 # After a spike of the loss (PaLM, section 5.1): where a run goes back to, and what it leaves out.
 GO_BACK = 100  # steps before the spike, at least
@@ -58,7 +61,7 @@ class Result(NamedTuple):
 
 def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
           console: rich.console.Console | None = None) -> Result:
-  """Trains a model, leaving checkpoints and metrics under `out`.
+  """Trains a model, leaving its settings, checkpoints and metrics under `out`.
 
   SIGINT and SIGTERM save a checkpoint and end the run. A run that was interrupted at any moment
   and resumed goes through the same states, bit for bit, as one that was not.
@@ -69,7 +72,8 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
   Args:
     config: of the run.
     out: directory of the run.
-    resume: go on from the newest whole checkpoint under `out`, on any mesh; without one, begin.
+    resume: go on from the newest whole checkpoint under `out`, on any mesh; without one, begin
+      anew, whatever the settings of a run that had not come that far.
     console: where progress goes; None for standard output.
 
   Raises:
@@ -84,6 +88,28 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
   mesh = _mesh(config)
   with sharding.in_context(mesh):
     return _Run(config, mesh, pathlib.Path(out), console).go(resume)
+
+
+def last_settings(out: pathlib.Path) -> dict[str, Any] | None:
+  """The fields of the `TrainConfig` with which the run under `out` would go on; None for no run.
+
+  Raises:
+    ValueError: config.json, which counts before the first checkpoint, holds something else.
+  """
+  # What is refused is reported when the run resumes.
+  checkpoints = Checkpoints(out / "checkpoints", warn=lambda line: None)
+  step = checkpoints.latest()
+  if step is not None:
+    return checkpoints.metadata(step)["config"]
+  path = out / CONFIG
+  if not path.exists():
+    return None
+  try:
+    fields = json.loads(path.read_text())
+    load_config({"config": fields})
+  except (ValueError, TypeError, KeyError) as error:
+    raise ValueError(f"{path} does not hold the settings of a run: {error}") from error
+  return fields
 
 
 class _Run:
@@ -108,10 +134,14 @@ class _Run:
     config = self.config = self.config.skipping(skipped)
     if distributed.is_leader():
       self.out.mkdir(parents=True, exist_ok=True)
+      self._write_settings()
     if start:
       self.state = self._restore(start)
       self.console.print(f"resuming from step {start}", highlight=False)
     else:
+      if resume:
+        self.console.print(f"no checkpoint in {self.out}: beginning anew", highlight=False,
+                           soft_wrap=True)
       self.state = self.program.init()
     recent = self._recent(start)
     any_process = distributed.AnyProcess()
@@ -244,9 +274,13 @@ class _Run:
     self.state = None  # Room for the other.
     self.state = self._restore(back)
     if log:
+      self._write_settings()
       log.rewind(back)
       log.say(f"loss {loss:.3f} at step {step} is a spike: going back to step {back} and leaving "
               f"out batches {first} to {end - 1}")
+
+  def _write_settings(self):
+    write_atomically(self.out / CONFIG, json.dumps(dataclasses.asdict(self.config), indent=1))
 
   def _metadata(self) -> dict[str, Any]:
     return {"config": dataclasses.asdict(self.config), "data_fingerprint": self.corpus.fingerprint}
@@ -309,6 +343,9 @@ def _start(config, out, checkpoints, run, resume) -> tuple[int, str]:
     return 0, ""
   step = checkpoints.latest(repair=True)
   if step is None:
+    if (out / runlog.METRICS).exists() and not (out / CONFIG).exists():
+      raise ValueError(f"{out} holds the metrics of a run, but neither a checkpoint nor {CONFIG} "
+                       "to go on from; choose another --out")
     return 0, ""
   then = checkpoints.metadata(step)
   was, now = _flatten(then["config"]), _flatten(run["config"])

@@ -83,7 +83,7 @@ def test_a_half_written_checkpoint_is_refused(tmp_path, monkeypatch):
   def die(*_):
     raise Killed
 
-  monkeypatch.setattr(checkpoint, "_write_atomically", die)
+  monkeypatch.setattr(checkpoint, "write_atomically", die)
   with pytest.raises(Killed):
     checkpoints.save(2, items(2), {})
   assert checkpoints.steps() == [1, 2]
@@ -107,7 +107,7 @@ def test_a_failed_write_loses_nothing(tmp_path, monkeypatch):
   def fail(*_):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(checkpoint, "_write_atomically", fail)
+  monkeypatch.setattr(checkpoint, "write_atomically", fail)
   with pytest.raises(CheckpointError, match="No space left on device; checkpoint 1 is intact"):
     checkpoints.save(2, items(2), {})
   assert checkpoints.steps() == [1]

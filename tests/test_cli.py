@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from palm_haiku import PaLMConfig, checkpoint, cli, configs, interop, train
+from palm_haiku import PaLMConfig, checkpoint, cli, configs, interop, runlog, train
 from tests import numpy_peers
 from tests.short_runs import TEXT
 
@@ -110,6 +111,32 @@ def test_the_same_command_resumes_with_pieces_and_a_named_model(tmp_path, capsys
   assert status == 0 and "resuming from step 1" in out, err
   command = [*command[:5], *command[7:], "--resume"]  # The tokenizer is the run's.
   assert call(capsys, *command)[0] == 0
+
+
+def test_resuming_before_the_first_checkpoint_begins_with_the_same_settings(
+    trained, text, tmp_path, capsys):
+  out = shutil.copytree(trained, tmp_path / "out")
+  config = json.loads((out / "config.json").read_text())
+  rows = [row["loss"] for row in runlog.read_metrics(out / "metrics.jsonl")]
+  for options, change in (([], {}), (["--seed", 1], {"seed": 1})):
+    shutil.rmtree(out / "checkpoints")
+    status, said, _ = call(capsys, "train", "--resume", "--out", out, *options)
+    assert status == 0 and f"no checkpoint in {out}: beginning anew" in said
+    assert json.loads((out / "config.json").read_text()) == config | change
+    again = [row["loss"] for row in runlog.read_metrics(out / "metrics.jsonl")]
+    assert (again == rows) == (not change)
+  shutil.rmtree(out / "checkpoints")
+  (out / "config.json").write_text('{"model": {}, "stepz": 3}')
+  left = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+  status, _, err = call(capsys, "train", "--resume", "--out", out)
+  assert status == 2 and "config.json does not hold the settings of a run" in err
+  assert err.count("\n") == 1
+  (out / "config.json").unlink()
+  status, _, err = call(capsys, "train", "--resume", "--out", out)
+  assert status == 2 and err.count("\n") == 1
+  assert "the metrics of a run, but neither a checkpoint nor config.json" in err
+  del left[out / "config.json"]
+  assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == left
 
 
 def test_sampling_from_a_directory_alone(trained, capsys):

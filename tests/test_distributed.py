@@ -111,9 +111,9 @@ def test_a_killed_process_ends_the_job_and_another_job_goes_on(text, tmp_path, c
 @pytest.mark.timeout(900)
 def test_two_processes_train_as_one(text, tmp_path, undisturbed):
   out = tmp_path / "out"
-  statuses, texts = Job(text, out, "--steps=12", "--mesh=data=2,model=2",
+  statuses, texts = Job(text, out, "--steps=12", "--mesh=data=2,model=2", "--resume",
                         processes=2, devices=2).wait()
-  assert statuses == [0, 0], texts
+  assert statuses == [0, 0] and "beginning anew" in texts[0], texts
   assert "step 12/12" in texts[0] and "step 12/12" not in texts[1]
   assert_same(losses(out), {step: x for step, x in undisturbed.items() if step <= 12})
   alone(text, out, "--steps=20", "--resume")

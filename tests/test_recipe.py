@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -105,6 +106,7 @@ def test_a_spike_goes_back_and_leaves_batches_out(config, tmp_path, spiking):
   assert "at step 16 is a spike: going back to step 8 and leaving out batches 8 to 16" in text, text
   assert seen[::4] == [*range(16), *range(17, 33)]
   assert [row["step"] for row in runlog.read_metrics(out / "metrics.jsonl")] == list(range(1, 25))
+  assert json.loads((out / "config.json").read_text())["skip_batches"] == "8:17"
 
   # With those batches left out from the beginning: the same weights.
   by_hand = tmp_path / "by hand"

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from palm_haiku import PaLM, PaLMConfig, checkpoint, data, runlog, train_step
+from palm_haiku import PaLM, PaLMConfig, checkpoint, data, runlog, train, train_step
 from palm_haiku.checkpoint import CheckpointError
 from palm_haiku.recipe import TrainConfig
 
@@ -195,8 +195,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(config, whole,
 
 
 def test_resuming_nothing_begins(config, whole, tmp_path):
-  assert run(config, tmp_path, resume=True)[0].step == 21
+  result, text = run(config, tmp_path, resume=True)
+  assert result.step == 21 and f"no checkpoint in {tmp_path}: beginning anew" in text
   assert losses(tmp_path) == losses(whole)
+
+
+def test_settings_are_there_before_the_first_step(config, tmp_path, monkeypatch):
+  class PowerCut(Exception):
+    pass
+
+  def die(*_):
+    raise PowerCut
+
+  monkeypatch.setattr(train._Run, "_batch", die)
+  for config in (config, dataclasses.replace(config, seed=1)):
+    with pytest.raises(PowerCut):
+      run(config, tmp_path, resume=True)
+    assert json.loads((tmp_path / "config.json").read_text()) == dataclasses.asdict(config)
+    assert train.last_settings(tmp_path) == dataclasses.asdict(config)
 
 
 def refuse(config, out, message, resume=False):
