@@ -62,9 +62,12 @@ class Checkpoints:
       metadata: anything that JSON can hold.
 
     Raises:
-      CheckpointError: it could not be written. Earlier checkpoints are untouched.
+      CheckpointError: there is one of that step, or it could not be written. Checkpoints that were
+        there are untouched.
     """
     path = self.directory / str(step)
+    if distributed.from_leader(lambda: os.path.exists(path), ()):
+      raise CheckpointError(f"checkpoint {path} exists already")
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
       self._check_room(items)
@@ -72,7 +75,7 @@ class Checkpoints:
       with _checkpointer() as checkpointer:
         checkpointer.save(path, ocp.args.Composite(**args, metadata=ocp.args.JsonSave(metadata)))
       if distributed.is_leader():
-        _write_atomically(path / _MANIFEST, json.dumps(_hashes(path), indent=1))
+        write_atomically(path / _MANIFEST, json.dumps(_hashes(path), indent=1))
     except Exception as error:  # TensorStore and Orbax raise many types for a full disk.
       if distributed.is_leader():
         self._remove(step)
@@ -194,7 +197,8 @@ def _hashes(path: pathlib.Path) -> dict[str, str]:
   return hashes
 
 
-def _write_atomically(path: pathlib.Path, text: str):
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  """Replaces a file; whatever happens, it holds all of the old text or all of the new."""
   draft = path.with_name(path.name + ".draft")
   with open(draft, "w") as stream:
     stream.write(text)

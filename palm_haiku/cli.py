@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
   train = commands.add_parser(
       "train", help="train on text", formatter_class=argparse.RawDescriptionHelpFormatter,
       description="Train a PaLM on text. Everything that the run leaves is under --out: "
-      "checkpoints,\nmetrics.jsonl, loss.png and TensorBoard files.",
+      "checkpoints,\nconfig.json, metrics.jsonl, loss.png and TensorBoard files.",
       epilog="examples:\n"
       "  palm-haiku train --out runs/first\n"
       "  palm-haiku train --model palm-lite --data 'books/*.txt' --out runs/books\n"
@@ -77,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
   group.add_argument("--out", required=True, metavar="DIR", type=pathlib.Path,
                      help="directory of the run")
   group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in "
-                     "--out; settings come from it")
+                     "--out, with its settings; begin anew where there is none, with those in "
+                     "config.json but for the options given")
   group.add_argument("--steps", type=int, help="optimizer steps (default 2000)")
   group.add_argument("--batch-size", type=int, help="sequences per step (default 16)")
   group.add_argument("--batch-ramp", metavar="BATCH:SIZE,...", help="sizes of later batches, such "
@@ -210,8 +211,12 @@ def _add_implementation(parser):
                       "default), xla, pallas, mosaic_gpu, mosaic_tpu or triton")
 
 
-def _model(args, base: PaLMConfig | None) -> PaLMConfig | None:
-  """The model that the options describe, starting from `--model` or else from `base`."""
+def _model(args, base: PaLMConfig | None = None,
+           default: PaLMConfig | None = None) -> PaLMConfig | None:
+  """The model that the options describe, starting from `--model` or else from `base`.
+
+  Without either, a model of its own if they give its size; if not, they start from `default`.
+  """
   given = {name: getattr(args, name) for name in (*_SIZES, "position", "norm", "shared_kv")
            if getattr(args, name) is not None}
   if args.model is not None:
@@ -221,11 +226,17 @@ def _model(args, base: PaLMConfig | None) -> PaLMConfig | None:
                        + (f"did you mean {near[0]}?" if near
                           else f"there are {', '.join(configs)}"))
     base = configs[args.model]
+  missing = [name for name in ("dim", "depth", "heads") if name not in given]
+  if base is None and len(missing) == 3:
+    if default is None and given:
+      options = ", ".join("--" + name.replace("_", "-") for name in given)
+      raise ValueError(f"{options} need{'s' if len(given) == 1 else ''} --model, or --dim, --depth "
+                       "and --heads")
+    base = default
   if base is not None:
     return dataclasses.replace(base, **given)
-  if not given.keys() & {"dim", "depth", "heads"}:
+  if not given:
     return None
-  missing = [name for name in ("dim", "depth", "heads") if name not in given]
   if missing:
     raise ValueError("a model without --model needs --" + ", --".join(missing))
   return PaLMConfig(**({"num_tokens": 256} | given))
@@ -235,26 +246,24 @@ def _train(args) -> int:
   import jax
 
   from palm_haiku import data, distributed, kernels
-  from palm_haiku.checkpoint import CheckpointError, Checkpoints
+  from palm_haiku.checkpoint import CheckpointError
   from palm_haiku.recipe import TrainConfig, load_config
-  from palm_haiku.train import train
+  from palm_haiku.train import last_settings, train
 
   _join(args)
   console = rich.console.Console(quiet=not distributed.is_leader())
   base = None
   if args.resume:
-    # What is refused is reported when the run resumes.
-    checkpoints = Checkpoints(args.out / "checkpoints", warn=lambda line: None)
-    step = checkpoints.latest()
-    base = None if step is None else load_config(checkpoints.metadata(step))
-  model = _model(args, base and base.model) or configs["palm-tiny"]
-  if base is None and args.num_tokens is None:
-    needed = data.load_tokenizer(args.tokenizer or "bytes").num_tokens
+    found = distributed.from_leader(lambda: last_settings(args.out), (ValueError, OSError))
+    base = found and load_config({"config": found})
+  model = _model(args, base and base.model, configs["palm-tiny"])
+  # A model that the run has already is large enough, but not one that is named again.
+  if args.num_tokens is None and (base is None or args.model is not None):
+    tokenizer = args.tokenizer or (base and base.tokenizer) or "bytes"
+    needed = data.load_tokenizer(tokenizer).num_tokens
     model = dataclasses.replace(model, num_tokens=max(model.num_tokens, needed))
   given = {field.name: getattr(args, field.name) for field in dataclasses.fields(TrainConfig)
            if getattr(args, field.name, None) is not None and field.name != "model"}
-  if base and base.skip_batches and args.skip_batches:
-    given["skip_batches"] = f"{base.skip_batches},{args.skip_batches}"
   config = (dataclasses.replace(base, model=model, **given) if base
             else TrainConfig(model=model, **given))
   kernels.explain("parallel_attention_ffn", config.implementation)
@@ -364,7 +373,7 @@ def _generate(args) -> int:
 def _plan(args) -> int:
   from palm_haiku.plan import command
 
-  return command.run(args, _model(args, None))
+  return command.run(args, _model(args))
 
 
 def _convert(args) -> int:
@@ -391,7 +400,7 @@ def _convert(args) -> int:
 
 def _info(args) -> int:
   console = rich.console.Console()
-  model = _model(args, None)
+  model = _model(args)
   if model is None:
     table = rich.table.Table("model", "parameters", "dim", "depth", "heads", "dim_head",
                              "num_tokens", "position", box=None, padding=(0, 1, 0, 0))

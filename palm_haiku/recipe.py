@@ -103,6 +103,12 @@ class TrainConfig:
         batch += end - first
     return batch
 
+  def skipping(self, more: str) -> "TrainConfig":
+    """These settings with more batches left out, each of them named once."""
+    both = dataclasses.replace(self, skip_batches=f"{self.skip_batches},{more}")
+    return dataclasses.replace(
+        both, skip_batches=",".join(f"{first}:{end}" for first, end in both.skipped))
+
   def sequences_of(self, batch: int) -> range:
     """The numbers of the sequences that a batch holds."""
     first, starts = 0, list(self.batch_sizes)

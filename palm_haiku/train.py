@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import json
 import math
 import pathlib
 import signal
@@ -16,7 +17,7 @@ import numpy as np
 import rich.console
 
 from palm_haiku import data, distributed, runlog, sharding
-from palm_haiku.checkpoint import CheckpointError, Checkpoints
+from palm_haiku.checkpoint import CheckpointError, Checkpoints, write_atomically
 from palm_haiku.config import PaLMConfig
 from palm_haiku.recipe import FREE_ON_RESUME, TrainConfig, load_config
 from palm_haiku.train_step import TrainState, program
@@ -33,6 +34,8 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
     "TPU7x": 2307e12,
 }
+
+CONFIG = "config.json"  # the settings of a run, for the time when it has no checkpoint
 
 # After a spike of the loss (PaLM, section 5.1): where a run goes back to, and what it leaves out.
 GO_BACK = 100  # steps before the spike, at least
@@ -58,7 +61,7 @@ class Result(NamedTuple):
 
 def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
           console: rich.console.Console | None = None) -> Result:
-  """Trains a model, leaving checkpoints and metrics under `out`.
+  """Trains a model, leaving its settings, checkpoints and metrics under `out`.
 
   SIGINT and SIGTERM save a checkpoint and end the run. A run that was interrupted at any moment
   and resumed goes through the same states, bit for bit, as one that was not.
@@ -69,7 +72,8 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
   Args:
     config: of the run.
     out: directory of the run.
-    resume: go on from the newest whole checkpoint under `out`, on any mesh; without one, begin.
+    resume: go on from the newest whole checkpoint under `out`, on any mesh; without one, begin
+      anew, whatever the settings of a run that had not come that far.
     console: where progress goes; None for standard output.
 
   Raises:
@@ -84,6 +88,28 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
   mesh = _mesh(config)
   with sharding.in_context(mesh):
     return _Run(config, mesh, pathlib.Path(out), console).go(resume)
+
+
+def last_settings(out: pathlib.Path) -> dict[str, Any] | None:
+  """The fields of the `TrainConfig` with which the run under `out` would go on; None for no run.
+
+  Raises:
+    ValueError: config.json, which counts before the first checkpoint, holds something else.
+  """
+  # What is refused is reported when the run resumes.
+  checkpoints = Checkpoints(out / "checkpoints", warn=lambda line: None)
+  step = checkpoints.latest()
+  if step is not None:
+    return checkpoints.metadata(step)["config"]
+  path = out / CONFIG
+  if not path.exists():
+    return None
+  try:
+    fields = json.loads(path.read_text())
+    load_config({"config": fields})
+  except (ValueError, TypeError, KeyError) as error:
+    raise ValueError(f"{path} does not hold the settings of a run: {error}") from error
+  return fields
 
 
 class _Run:
@@ -102,18 +128,22 @@ class _Run:
         f"[yellow]warning:[/] {line}", soft_wrap=True))
 
   def go(self, resume) -> Result:
-    config = self.config
-    start = distributed.from_leader(
-        lambda: _starting_step(config, self.out, self.checkpoints, self._metadata(), resume),
+    start, skipped = distributed.from_leader(
+        lambda: _start(self.config, self.out, self.checkpoints, self._metadata(), resume),
         (ValueError, CheckpointError))
+    config = self.config = self.config.skipping(skipped)
     if distributed.is_leader():
       self.out.mkdir(parents=True, exist_ok=True)
+      self._write_settings()
     if start:
       self.state = self._restore(start)
       self.console.print(f"resuming from step {start}", highlight=False)
     else:
+      if resume:
+        self.console.print(f"no checkpoint in {self.out}: beginning anew", highlight=False,
+                           soft_wrap=True)
       self.state = self.program.init()
-    recent = collections.deque(maxlen=RECENT)
+    recent = self._recent(start)
     any_process = distributed.AnyProcess()
     with _Interrupts() as interrupts, self._log(start) as log:
       saved = step = start
@@ -125,14 +155,17 @@ class _Run:
         tokens += batch["tokens"].shape[0] * config.seq_len
         last = step == config.steps
         evaluated = len(self.corpus.eval) > 1 and (last or step % config.eval_every == 0)
-        if evaluated or last or step == 1 or step % config.log_every == 0:
+        saves = last or step % config.checkpoint_every == 0
+        # To go back from what is not finite, it must be seen before it is saved.
+        if (evaluated or last or step == 1 or step % config.log_every == 0
+            or saves and config.spike):
           row = {"step": step, **{name: float(x) for name, x in metrics.items()}}
           if self._is_spike(row, recent):
             back = self._before(step)
             if back is not None:
               self._go_back(back, step, row["loss"], log)
               saved = step = back
-              recent.clear()
+              recent = self._recent(back)
               clock, tokens = None, 0
               continue
           _check_finite(row, step, saved)
@@ -146,7 +179,7 @@ class _Run:
           clock, tokens = time.perf_counter(), 0
         if log:
           log.advance(step)
-        if last or step % config.checkpoint_every == 0:
+        if saves:
           self._save(step, metrics, saved)
           saved = step
       if step > saved:
@@ -207,12 +240,23 @@ class _Run:
     if not self.config.spike:
       return False
     loss = row["loss"]
-    if not math.isfinite(loss):
+    if not all(math.isfinite(x) for x in row.values()):
       return True
     if len(recent) == RECENT and loss > statistics.median(recent) + self.config.spike:
       return True
     recent.append(loss)
     return False
+
+  def _recent(self, step) -> collections.deque[float]:
+    """The losses that those after a step are compared with: what a run up to there would have."""
+    def replay():
+      recent = collections.deque(maxlen=RECENT)
+      for row in runlog.read_metrics(self.out / runlog.METRICS):
+        if row["step"] <= step:
+          self._is_spike(row, recent)
+      return list(recent)
+
+    return collections.deque(distributed.from_leader(replay, ()), maxlen=RECENT)
 
   def _before(self, step) -> int | None:
     """The newest checkpoint far enough before a spike, else the oldest there is."""
@@ -225,15 +269,18 @@ class _Run:
   def _go_back(self, back, step, loss, log):
     first = self.config.batch_of(back)
     end = max(first + SKIP, self.config.batch_of(step))
-    skipped = ",".join(filter(None, (self.config.skip_batches, f"{first}:{end}")))
-    self.config = dataclasses.replace(self.config, skip_batches=skipped)
+    self.config = self.config.skipping(f"{first}:{end}")
     self.checkpoints.forget_after(back)
     self.state = None  # Room for the other.
     self.state = self._restore(back)
     if log:
+      self._write_settings()
       log.rewind(back)
       log.say(f"loss {loss:.3f} at step {step} is a spike: going back to step {back} and leaving "
               f"out batches {first} to {end - 1}")
+
+  def _write_settings(self):
+    write_atomically(self.out / CONFIG, json.dumps(dataclasses.asdict(self.config), indent=1))
 
   def _metadata(self) -> dict[str, Any]:
     return {"config": dataclasses.asdict(self.config), "data_fingerprint": self.corpus.fingerprint}
@@ -287,30 +334,34 @@ def _check_vocabulary(model: PaLMConfig, corpus):
                        f"{int(tokens.max()) + 1}")
 
 
-def _starting_step(config, out, checkpoints, run, resume) -> int:
-  """The step to go on from, once it is sure that `out` is this run's directory."""
+def _start(config, out, checkpoints, run, resume) -> tuple[int, str]:
+  """The step to go on from and the batches skipped before, if `out` is this run's directory."""
   if not resume:
     if checkpoints.steps() or (out / runlog.METRICS).exists():
       raise ValueError(f"{out} holds another run; continue it with --resume, or choose another "
                        "--out")
-    return 0
+    return 0, ""
   step = checkpoints.latest(repair=True)
   if step is None:
-    return 0
+    if (out / runlog.METRICS).exists() and not (out / CONFIG).exists():
+      raise ValueError(f"{out} holds the metrics of a run, but neither a checkpoint nor {CONFIG} "
+                       "to go on from; choose another --out")
+    return 0, ""
   then = checkpoints.metadata(step)
   was, now = _flatten(then["config"]), _flatten(run["config"])
   for name in was.keys() | now.keys():
     if name not in FREE_ON_RESUME and was.get(name) != now.get(name):
       raise ValueError(f"{out} was trained with {name} = {was.get(name)!r}, not "
                        f"{now.get(name)!r}; resume with the same, or choose another --out")
-  trained = load_config(then).batch_of(step - 1)
-  if config.batch_of(step - 1) != trained:
+  before = load_config(then)
+  trained = before.batch_of(step - 1)
+  if config.skipping(before.skip_batches).batch_of(step - 1) != trained:
     raise ValueError(f"batches up to {trained} were trained on already; skip later ones")
   if then["data_fingerprint"] is None:
     raise ValueError(f"{out} holds imported weights, not a run that could go on")
   if then["data_fingerprint"] != run["data_fingerprint"]:
     raise ValueError(f"{out} was trained on other data: {was['data']!r} has changed since")
-  return step
+  return step, before.skip_batches
 
 
 def _flatten(config) -> dict[str, Any]:

@@ -30,6 +30,14 @@ def test_round_trip(tmp_path):
   chex.assert_trees_all_equal(only, {"params": items(0)["params"]})
 
 
+def test_an_existing_step_is_refused_and_kept(tmp_path):
+  checkpoints, warnings = saved(tmp_path, [1])
+  with pytest.raises(CheckpointError, match=f"^checkpoint {tmp_path / '1'} exists already$"):
+    checkpoints.save(1, items(2), {})
+  assert checkpoints.latest() == 1 and not warnings
+  chex.assert_trees_all_equal(checkpoints.restore(1, items(0)), items(1))
+
+
 def test_keeps_the_newest(tmp_path):
   checkpoints, _ = saved(tmp_path, [1, 2, 3, 10], keep=2)
   assert checkpoints.steps() == [3, 10]
@@ -75,7 +83,7 @@ def test_a_half_written_checkpoint_is_refused(tmp_path, monkeypatch):
   def die(*_):
     raise Killed
 
-  monkeypatch.setattr(checkpoint, "_write_atomically", die)
+  monkeypatch.setattr(checkpoint, "write_atomically", die)
   with pytest.raises(Killed):
     checkpoints.save(2, items(2), {})
   assert checkpoints.steps() == [1, 2]
@@ -99,7 +107,7 @@ def test_a_failed_write_loses_nothing(tmp_path, monkeypatch):
   def fail(*_):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(checkpoint, "_write_atomically", fail)
+  monkeypatch.setattr(checkpoint, "write_atomically", fail)
   with pytest.raises(CheckpointError, match="No space left on device; checkpoint 1 is intact"):
     checkpoints.save(2, items(2), {})
   assert checkpoints.steps() == [1]

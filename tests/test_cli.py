@@ -1,12 +1,16 @@
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import sentencepiece
 
-from palm_haiku import checkpoint, cli, configs, interop
+from palm_haiku import PaLMConfig, checkpoint, cli, configs, interop, runlog, train
 from tests import numpy_peers
+from tests.short_runs import TEXT
 
 TINY = ["--dim", "16", "--depth", "2", "--heads", "2", "--dim-head", "8", "--ff-mult", "2",
         "--seq-len", "16", "--batch-size", "2", "--steps", "3"]
@@ -82,6 +86,59 @@ def test_options_reach_the_run(text, tmp_path, capsys):
   assert {name: config["model"][name] for name in want} == want
 
 
+def test_options_without_a_size_change_the_default_model(text, tmp_path, capsys, monkeypatch):
+  seen = []
+  monkeypatch.setattr(train, "train", lambda config, *_, **__: seen.append(config.model) or
+                      train.Result(1, train.Score(1.0, 1.0), None, None))
+  for options in (["--position", "alibi", "--norm", "rms", "--ff-mult", 2], ["--num-tokens", 300]):
+    assert call(capsys, "train", "--data", text, "--out", tmp_path / "out", *options)[0] == 0
+  assert seen == [dataclasses.replace(configs["palm-tiny"], **change) for change in (
+      dict(position="alibi", norm="rms", ff_mult=2), dict(num_tokens=300))]
+
+
+def test_the_same_command_resumes_with_pieces_and_a_named_model(tmp_path, capsys, monkeypatch):
+  monkeypatch.setitem(configs, "small", PaLMConfig(256, 16, 1, 2, 8))
+  (tmp_path / "text").write_text(TEXT)
+  # More pieces than the model's 256 tokens.
+  sentencepiece.SentencePieceTrainer.train(
+      input=str(tmp_path / "text"), model_prefix=str(tmp_path / "m"), vocab_size=300,
+      byte_fallback=True, minloglevel=2)
+  command = ["train", "--model", "small", "--data", tmp_path / "text", "--tokenizer",
+             tmp_path / "m.model", "--seq-len", 16, "--batch-size", 2, "--steps", 1,
+             "--out", tmp_path / "out"]
+  assert call(capsys, *command)[0] == 0
+  status, out, err = call(capsys, *command, "--resume")
+  assert status == 0 and "resuming from step 1" in out, err
+  command = [*command[:5], *command[7:], "--resume"]  # The tokenizer is the run's.
+  assert call(capsys, *command)[0] == 0
+
+
+def test_resuming_before_the_first_checkpoint_begins_with_the_same_settings(
+    trained, text, tmp_path, capsys):
+  out = shutil.copytree(trained, tmp_path / "out")
+  config = json.loads((out / "config.json").read_text())
+  rows = [row["loss"] for row in runlog.read_metrics(out / "metrics.jsonl")]
+  for options, change in (([], {}), (["--seed", 1], {"seed": 1})):
+    shutil.rmtree(out / "checkpoints")
+    status, said, _ = call(capsys, "train", "--resume", "--out", out, *options)
+    assert status == 0 and f"no checkpoint in {out}: beginning anew" in said
+    assert json.loads((out / "config.json").read_text()) == config | change
+    again = [row["loss"] for row in runlog.read_metrics(out / "metrics.jsonl")]
+    assert (again == rows) == (not change)
+  shutil.rmtree(out / "checkpoints")
+  (out / "config.json").write_text('{"model": {}, "stepz": 3}')
+  left = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+  status, _, err = call(capsys, "train", "--resume", "--out", out)
+  assert status == 2 and "config.json does not hold the settings of a run" in err
+  assert err.count("\n") == 1
+  (out / "config.json").unlink()
+  status, _, err = call(capsys, "train", "--resume", "--out", out)
+  assert status == 2 and err.count("\n") == 1
+  assert "the metrics of a run, but neither a checkpoint nor config.json" in err
+  del left[out / "config.json"]
+  assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == left
+
+
 def test_sampling_from_a_directory_alone(trained, capsys):
   status, greedy, timing = call(capsys, "generate", trained, "--prompt", "To be", "--length", 20,
                                 "--temperature", 0)
@@ -126,6 +183,10 @@ TRAIN = ["train", *TINY]
     (["convert", "--to", "palm-jax-lite", "RUN", "--out", "NEW"], "has position = 'alibi'"),
     (["convert", "--to", "palm-jax", "RUN", "--out", "TEXT"], "exists already"),
     (["info", "--model", "palm-9b"], "did you mean palm-8b?"),
+    (["info", "--position", "alibi", "--no-shared-kv"],
+     "--position, --shared-kv need --model, or --dim, --depth and --heads"),
+    (["plan", "--topology", "v5e:2x2", "--batch-size", "8", "--num-tokens", "300"],
+     "--num-tokens needs --model, or"),
     (["trian"], "invalid choice: 'trian'"),
 ])
 def test_bad_input_is_one_line_and_changes_nothing(argv, message, trained, text, tmp_path, capsys):

@@ -1,5 +1,11 @@
 import importlib.util
 import pathlib
+import re
+import shlex
+
+import pytest
+
+from palm_haiku import cli
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
@@ -28,6 +34,16 @@ def test_judge_a_kernel(capsys):
   (kernel,) = report.kernels_named("flash_attention_forward")
   assert kernel.source == "mosaic_gpu" and not report.problems
   assert "registers, spills 0/0 bytes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["cloud_tpu.sh", "jobset.yaml", "slurm.sh"])
+def test_a_job_that_is_started_again_always_resumes(name):
+  text = (EXAMPLES / "cluster" / name).read_text()
+  command = re.search(r"palm-haiku train (.*?--resume)\b", text, re.DOTALL)[1]
+  command = command.replace("\\\n", " ").replace("$JOB_COMPLETION_INDEX", "0")
+  args = cli._parser().parse_args(["train", *shlex.split(command)])
+  # Before the first checkpoint too: nothing depends on what is there.
+  assert args.resume and args.out.name and "$(" not in command
 
 
 def test_each_example_is_tested():

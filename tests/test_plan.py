@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import jax
 import pytest
@@ -245,19 +244,20 @@ def test_a_compiler_ends_with_its_parent():
   running = subprocess.Popen(
       [sys.executable, "-c", "import time\n"
        "from palm_haiku.plan import child\n"
-       "child.compile_step = lambda *_: time.sleep(200)\n"
+       "child.compile_step = lambda *_: (print('compiling', flush=True), time.sleep(200))\n"
        "child.main()"],
-      stdin=subprocess.PIPE, text=True, env=dict(os.environ, JAX_PLATFORMS="cpu"))
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+      env=dict(os.environ, JAX_PLATFORMS="cpu"))
   try:
     running.stdin.write(json.dumps({"config": dataclasses.asdict(CONFIG),
                                     "machine": {"topology": "v5e:2x2"}}) + "\n")
     running.stdin.flush()
-    time.sleep(5)
-    assert running.poll() is None
+    assert running.stdout.readline() == "compiling\n"
     running.stdin.close()
-    assert running.wait(20) == 1
+    assert running.wait(100) == 1
   finally:
     running.kill()
+    running.stdout.close()
 
 
 def test_candidates_divide_chips_heads_and_batch():

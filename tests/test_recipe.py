@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -37,6 +38,8 @@ def test_skipped_batches():
   c = TrainConfig(model=MODEL, skip_batches="9:12,3:5,4:6")
   assert c.skipped == ((3, 6), (9, 12))
   assert [c.batch_of(step) for step in range(10)] == [0, 1, 2, 6, 7, 8, 12, 13, 14, 15]
+  assert c.skipping("").skip_batches == c.skipping("3:6").skip_batches == "3:6,9:12"
+  assert c.skipping("2:3,20:30").skip_batches == "2:6,9:12,20:30"
 
 
 @pytest.mark.parametrize("change, message", [
@@ -63,11 +66,17 @@ def test_a_ramp_survives_an_interruption(config, tmp_path):
                params(tmp_path / "parts", 8), params(tmp_path / "whole", 8))
 
 
-def test_a_spike_goes_back_and_leaves_batches_out(config, tmp_path, monkeypatch):
+class PowerCut(Exception):
+  pass
+
+
+@pytest.fixture
+def spiking(monkeypatch):
+  """What a run with a spike at step 16 reads, and a set of batches at whose sight it dies."""
   monkeypatch.setattr(train, "GO_BACK", 6)
   monkeypatch.setattr(train, "SKIP", 9)
   monkeypatch.setattr(train, "RECENT", 5)
-  seen, windows = [], train.data.windows
+  seen, deadly, windows = [], set(), train.data.windows
 
   class Spiking:
     """The data; the sequences of batch 15 are no text."""
@@ -76,12 +85,19 @@ def test_a_spike_goes_back_and_leaves_batches_out(config, tmp_path, monkeypatch)
       self.inner = inner
 
     def __getitem__(self, number):
+      if number // 4 in deadly:
+        raise PowerCut
       seen.append(number // 4)
       row = self.inner[number]
       return row if number // 4 != 15 else {
           name: np.arange(x.size, dtype=x.dtype) * 37 % 128 for name, x in row.items()}
 
   monkeypatch.setattr(train.data, "windows", lambda *a, **k: Spiking(windows(*a, **k)))
+  return seen, deadly
+
+
+def test_a_spike_goes_back_and_leaves_batches_out(config, tmp_path, spiking):
+  seen, _ = spiking
   config = dataclasses.replace(config, spike=0.6)
   out = tmp_path / "out"
   result, text = run(config, out)
@@ -90,11 +106,50 @@ def test_a_spike_goes_back_and_leaves_batches_out(config, tmp_path, monkeypatch)
   assert "at step 16 is a spike: going back to step 8 and leaving out batches 8 to 16" in text, text
   assert seen[::4] == [*range(16), *range(17, 33)]
   assert [row["step"] for row in runlog.read_metrics(out / "metrics.jsonl")] == list(range(1, 25))
+  assert json.loads((out / "config.json").read_text())["skip_batches"] == "8:17"
 
   # With those batches left out from the beginning: the same weights.
   by_hand = tmp_path / "by hand"
   run(dataclasses.replace(config, steps=24, spike=0.0, skip_batches="8:17"), by_hand)
   jax.tree.map(np.testing.assert_array_equal, params(out, 24), params(by_hand, 24))
+
+
+def test_a_run_that_died_around_a_spike_goes_back_as_well(config, tmp_path, spiking):
+  _, deadly = spiking
+  config = dataclasses.replace(config, spike=0.6)
+  run(config, tmp_path / "whole")
+  out = tmp_path / "out"
+  # After the checkpoint of step 12; and when it had gone back to step 8, before another one.
+  for batch in (14, 19):
+    deadly.add(batch)
+    with pytest.raises(PowerCut):
+      run(config, out, resume=True)
+    deadly.clear()
+  _, text = run(config, out, resume=True)
+  assert "resuming from step 8" in text and "going back to step 8" in text
+  jax.tree.map(np.testing.assert_array_equal, params(out, 24), params(tmp_path / "whole", 24))
+
+
+def test_what_is_not_finite_is_gone_back_from_before_it_is_saved(config, tmp_path, monkeypatch):
+  monkeypatch.setattr(train, "GO_BACK", 3)
+  monkeypatch.setattr(train, "SKIP", 5)
+  calls, program = [], train.program
+
+  def failing(*args):
+    whole = program(*args)
+
+    def step(state, batch):
+      state, metrics = whole.step(state, batch)
+      calls.append(None)
+      return state, metrics | {"grad_norm": np.nan} if len(calls) == 8 else metrics
+
+    return whole._replace(step=step)
+
+  monkeypatch.setattr(train, "program", failing)
+  # Step 8 is saved, but would not be logged.
+  config = dataclasses.replace(config, spike=0.6, log_every=5)
+  result, text = run(config, tmp_path / "out")
+  assert result.step == 24 and "at step 8 is a spike: going back to step 4" in text
 
 
 def test_batches_that_were_trained_on_cannot_be_skipped(config, tmp_path):
@@ -104,6 +159,11 @@ def test_batches_that_were_trained_on_cannot_be_skipped(config, tmp_path):
     run(dataclasses.replace(more, skip_batches="5:6"), tmp_path / "out", resume=True)
   result, _ = run(dataclasses.replace(more, skip_batches="8:10"), tmp_path / "out", resume=True)
   assert result.step == 12
+  # What was skipped before need not be said again, and stays.
+  result, _ = run(dataclasses.replace(more, steps=14, skip_batches="20:21"), tmp_path / "out",
+                  resume=True)
+  metadata = checkpoint.Checkpoints(tmp_path / "out" / "checkpoints").metadata(14)
+  assert result.step == 14 and metadata["config"]["skip_batches"] == "8:10,20:21"
 
 
 def test_flops_of_recomputation():

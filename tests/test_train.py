@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import chex
 import haiku as hk
@@ -17,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from palm_haiku import PaLM, PaLMConfig, checkpoint, data, runlog, train_step
+from palm_haiku import PaLM, PaLMConfig, checkpoint, data, runlog, train, train_step
 from palm_haiku.checkpoint import CheckpointError
 from palm_haiku.recipe import TrainConfig
 
@@ -129,28 +128,31 @@ def uninterrupted(tmp_path_factory):
   return config, folder / "out"
 
 
+# The signal comes from within: another process may not get a turn before the run is over.
 COMMAND = """
-import dataclasses, json, sys
-from palm_haiku import train
-train.train(train.load_config({"config": json.loads(sys.argv[1])}), sys.argv[2], resume=True)
+import json, os, sys, threading
+from palm_haiku import runlog, train
+config, out, number, progress, delay = json.loads(sys.argv[1])
+write = runlog.RunLog.write
+
+def write_and_signal(self, row):
+  write(self, row)
+  if row["step"] == progress:
+    send = lambda: os.kill(os.getpid(), number)
+    threading.Timer(delay, send).start() if delay else send()
+
+runlog.RunLog.write = write_and_signal
+train.train(train.load_config({"config": config}), out, resume=True)
 """
 
 
 def interrupt(config, out, number, progress, delay=0.0):
-  """Starts a run in a process of its own and sends it a signal when it has so many rows."""
-  process = subprocess.Popen(
-      [sys.executable, "-c", COMMAND, json.dumps(dataclasses.asdict(config)), str(out)],
-      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-  try:
-    while process.poll() is None and len(
-        runlog.read_metrics(out / "metrics.jsonl")) < progress:
-      time.sleep(0.002)
-    time.sleep(delay)
-    process.send_signal(number)
-    text = process.communicate(timeout=200)[0].decode()
-  finally:
-    process.kill()
-  return process.returncode, text
+  """A run in a process of its own that is sent a signal after a step: its status and output."""
+  job = json.dumps([dataclasses.asdict(config), str(out), number, progress, delay])
+  done = subprocess.run([sys.executable, "-c", COMMAND, job], stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                        text=True, timeout=250)
+  return done.returncode, done.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -195,8 +197,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(config, whole,
 
 
 def test_resuming_nothing_begins(config, whole, tmp_path):
-  assert run(config, tmp_path, resume=True)[0].step == 21
+  result, text = run(config, tmp_path, resume=True)
+  assert result.step == 21 and f"no checkpoint in {tmp_path}: beginning anew" in text
   assert losses(tmp_path) == losses(whole)
+
+
+def test_settings_are_there_before_the_first_step(config, tmp_path, monkeypatch):
+  class PowerCut(Exception):
+    pass
+
+  def die(*_):
+    raise PowerCut
+
+  monkeypatch.setattr(train._Run, "_batch", die)
+  for config in (config, dataclasses.replace(config, seed=1)):
+    with pytest.raises(PowerCut):
+      run(config, tmp_path, resume=True)
+    assert json.loads((tmp_path / "config.json").read_text()) == dataclasses.asdict(config)
+    assert train.last_settings(tmp_path) == dataclasses.asdict(config)
 
 
 def refuse(config, out, message, resume=False):

@@ -1,6 +1,7 @@
 #!/bin/bash
 # One process a node, each with all GPUs of its node:  sbatch examples/cluster/slurm.sh
-# Submitted again after a failure or on another number of nodes, it goes on from the last checkpoint.
+# Submitted again after a failure or on another number of nodes, it goes on from the last checkpoint;
+# where there is none yet, --resume begins.
 #SBATCH --job-name=palm
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -10,9 +11,8 @@
 
 # SLURM sends SIGTERM five minutes before the end of the allocation; every process then saves and ends.
 OUT=${OUT:-runs/palm-8b}  # on a file system that all nodes share
-RESUME=$([ -d "$OUT/checkpoints" ] && echo --resume)
 
 srun --kill-on-bad-exit=1 palm-haiku train --distributed --mesh fsdp --model palm-8b \
   --data 'corpus/*.txt' --tokenizer corpus/sentencepiece.model --seq-len 2048 --batch-size 512 \
   --dtype bfloat16 --remat attention --optimizer palm --spike 0.5 \
-  --out "$OUT" $RESUME
+  --out "$OUT" --resume
