@@ -339,7 +339,7 @@ def _generate(args) -> int:
     draft = draft_params, draft_config.model
   tokenizer = data.load_tokenizer(config.tokenizer)
   prompt = tokenizer.encode(args.prompt) if args.prompt else [tokenizer.eod]
-  decoder = tokenizer.stream_decoder()
+  decoder = tokenizer.stream_decoder(prompt)
   times = []
 
   def show(token):
