@@ -99,6 +99,13 @@ def test_low_precision_accumulates_in_float32():
   np.testing.assert_allclose(got, want, atol=2e-2 * np.abs(want).max())
 
 
+def test_targets_may_be_bytes():
+  x, embedding, targets = random_problem(lead=(5,), vocabulary=256)
+  for loss in (linear_cross_entropy, jax.jit(linear_cross_entropy)):
+    np.testing.assert_array_equal(
+        loss(x, embedding, targets.astype(jnp.uint8))[0], loss(x, embedding, targets)[0])
+
+
 def test_a_target_outside_the_vocabulary():
   x, embedding, targets = random_problem(lead=(5,))
   for wrong in (-1, 50):
