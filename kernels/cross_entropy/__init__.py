@@ -51,7 +51,8 @@ def linear_cross_entropy(
   """
   _check(x, embedding, targets, weights)
   vocabulary = embedding.shape[0]
-  targets = jnp.asarray(targets)
+  # Wide enough to be compared with the vocabulary: 256 is 0 among bytes.
+  targets = jnp.asarray(targets, jnp.result_type(targets, jnp.int32))
   if weights is not None:
     weights = jnp.asarray(weights, jnp.promote_types(x.dtype, jnp.float32))
     targets = jnp.where(weights == 0, 0, targets)
