@@ -128,10 +128,10 @@ def _generate(params, prompt, lengths, key, temperature, top_p, *, configs, leng
     caches.append(decoder.empty_cache(config, lead, room, cache_dtype))
 
   if len(models) > 1:
+    ends = jnp.full(lead, start, jnp.int32) if lengths is None else lengths
     drawn = speculative.continuation(
-        *models, prompt, caches, jnp.full(lead, start, jnp.int32) if lengths is None else lengths, key,
-        length=length, draft_length=draft_length, eod=eod, on_token=on_token,
-        distribution=functools.partial(
+        *models, prompt, caches, ends, key, length=length, draft_length=draft_length, eod=eod,
+        on_token=on_token, distribution=functools.partial(
             log_probabilities, temperature=temperature, top_k=top_k, top_p=top_p))
     if eod is not None:
       ended = jnp.cumsum(drawn == eod, -1) - (drawn == eod) > 0
