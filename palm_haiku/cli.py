@@ -1,10 +1,13 @@
 """The command line: palm-haiku train | generate | plan | convert | info."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import pathlib
+import signal
 import sys
+import threading
 import time
 
 import rich.console
@@ -348,7 +351,7 @@ def _generate(args) -> int:
     draft = draft_params, draft_config.model
   tokenizer = data.load_tokenizer(config.tokenizer)
   prompt = tokenizer.encode(args.prompt) if args.prompt else [tokenizer.eod]
-  decoder = tokenizer.stream_decoder()
+  decoder = tokenizer.stream_decoder(prompt)
   times = []
 
   def show(token):
@@ -356,18 +359,38 @@ def _generate(args) -> int:
     if token != tokenizer.eod:
       print(decoder.feed(int(token)), end="", flush=True)
 
-  print(args.prompt, end="", flush=True)
-  generate(
-      params, config.model, prompt, args.length, key=jax.random.key(args.seed),
-      temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, eod=tokenizer.eod,
-      dtype=args.dtype, weights=args.weights, cache_dtype=args.cache_dtype, draft=draft,
-      draft_length=args.draft_length, implementation=args.implementation or "auto", on_token=show)
-  jax.effects_barrier()
-  print(decoder.flush())
+  with _as_a_filter():
+    print(args.prompt, end="", flush=True)
+    generate(
+        params, config.model, prompt, args.length, key=jax.random.key(args.seed),
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, eod=tokenizer.eod,
+        dtype=args.dtype, weights=args.weights, cache_dtype=args.cache_dtype, draft=draft,
+        draft_length=args.draft_length, implementation=args.implementation or "auto",
+        on_token=show)
+    jax.effects_barrier()
+    print(decoder.flush(), flush=True)
   if len(times) > 1:
     print(f"{len(times)} tokens, {(len(times) - 1) / (times[-1] - times[0]):.0f} a second",
           file=sys.stderr)
   return 0
+
+
+@contextlib.contextmanager
+def _as_a_filter():
+  """Lets Ctrl-C, and a reader that goes away, end the process at once.
+
+  While XLA computes, Python handles no signal; and an error of `print` would come out of XLA as
+  the traceback of a callback.
+  """
+  before = {}
+  if threading.current_thread() is threading.main_thread():  # No other may set signals.
+    signals = [getattr(signal, name, None) for name in ("SIGINT", "SIGPIPE")]  # Windows: no SIGPIPE
+    before = {one: signal.signal(one, signal.SIG_DFL) for one in signals if one is not None}
+  try:
+    yield
+  finally:
+    for one, handler in before.items():
+      signal.signal(one, handler)
 
 
 def _plan(args) -> int:

@@ -1,6 +1,7 @@
 """What a PaLM is made of, and the models that have names."""
 
 import dataclasses
+import operator
 from typing import Any, Mapping
 
 
@@ -35,8 +36,13 @@ class PaLMConfig:
   def __post_init__(self):
     for name in ("num_tokens", "dim", "depth", "heads", "dim_head", "ff_mult"):
       value = getattr(self, name)
-      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+      try:
+        size = 0 if isinstance(value, bool) else operator.index(value)
+      except TypeError:
+        size = 0
+      if size < 1:
         raise ValueError(f"{name} must be a positive integer; got {value!r}")
+      object.__setattr__(self, name, size)  # of NumPy's integers, which JSON cannot hold
     for name, allowed in (("position", ("rotary", "alibi")), ("norm", ("layer", "rms"))):
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")

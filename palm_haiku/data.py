@@ -40,19 +40,22 @@ class ByteTokenizer:
     return np.frombuffer(text, np.uint8)
 
   def decode(self, tokens) -> str:
-    """The text of int[T]; what is not UTF-8 becomes a replacement character."""
-    return bytes(np.asarray(tokens, np.uint8)).decode(errors="replace")
+    """The text of int[T]; what is no byte, or not UTF-8, becomes a replacement character."""
+    tokens = np.asarray(tokens)
+    return bytes(np.where(tokens < 256, tokens, 0xFF).astype(np.uint8)).decode(errors="replace")
 
-  def stream_decoder(self) -> "_ByteStreamDecoder":
-    """A decoder that is fed one token at a time."""
-    return _ByteStreamDecoder()
+  def stream_decoder(self, prompt=()) -> "_ByteStreamDecoder":
+    """A decoder of what follows the tokens of a prompt, fed one token at a time."""
+    return _ByteStreamDecoder(prompt)
 
 
 class _ByteStreamDecoder:
   """Holds bytes back until they make up a character."""
 
-  def __init__(self):
+  def __init__(self, prompt):
     self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in prompt:
+      self.feed(token)
 
   def feed(self, token: int) -> str:
     """The text that this token completes, if any."""
@@ -91,21 +94,24 @@ class SentencePieceTokenizer:
     return np.asarray(self._model.EncodeAsIds(text), np.int32)
 
   def decode(self, tokens) -> str:
-    """The text of int[T]."""
-    return self._model.DecodeIds([int(token) for token in tokens])
+    """The text of int[T]; what is no piece becomes a replacement character."""
+    # A model from elsewhere may have more tokens than there are pieces.
+    return self._model.DecodePieces([
+        self._model.IdToPiece(int(token)) if token < self.num_tokens else "\ufffd"
+        for token in tokens])
 
-  def stream_decoder(self) -> "_PieceStreamDecoder":
-    """A decoder that is fed one token at a time."""
-    return _PieceStreamDecoder(self)
+  def stream_decoder(self, prompt=()) -> "_PieceStreamDecoder":
+    """A decoder of what follows the tokens of a prompt, fed one token at a time."""
+    return _PieceStreamDecoder(self, prompt)
 
 
 class _PieceStreamDecoder:
   """Decodes all pieces so far and gives what is new, since spaces depend on neighbours."""
 
-  def __init__(self, tokenizer: SentencePieceTokenizer):
+  def __init__(self, tokenizer: SentencePieceTokenizer, prompt):
     self._tokenizer = tokenizer
-    self._tokens: list[int] = []
-    self._shown = 0
+    self._tokens = list(prompt)
+    self._shown = len(tokenizer.decode(self._tokens))
 
   def feed(self, token: int) -> str:
     """The text that this token completes, if any."""
@@ -214,7 +220,8 @@ def _read(path: str) -> bytes:
     if path.endswith(".zip"):
       with zipfile.ZipFile(path) as archive:
         return b"".join(archive.read(name) for name in archive.namelist())
-  except (gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error) as error:
+  except (gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
+    # RuntimeError: an archive that asks for a password, or for a compression that is not here.
     raise ValueError(f"{path} cannot be unpacked: {error}") from error
   return pathlib.Path(path).read_bytes()
 

@@ -1,6 +1,7 @@
 """Sampling from a PaLM with a key/value cache, as one compiled program."""
 
 import functools
+import operator
 from typing import Callable
 
 import jax
@@ -53,9 +54,6 @@ def generate(params, config: PaLMConfig, prompt, length: int, *, prompt_lengths=
   if not np.issubdtype(prompt.dtype, np.integer) or prompt.ndim < 1 or 0 in prompt.shape:
     raise ValueError(f"prompt must be int[..., T] with at least one token; got "
                      f"{prompt.dtype}{list(prompt.shape)}")
-  for name, token in (("prompt token", prompt.min()), ("prompt token", prompt.max()), ("eod", eod)):
-    if token is not None and not 0 <= token < config.num_tokens:
-      raise ValueError(f"{name} {token} is outside the vocabulary of {config.num_tokens} tokens")
   if prompt_lengths is not None:
     lengths = np.asarray(prompt_lengths)
     if not np.issubdtype(lengths.dtype, np.integer) or lengths.shape != prompt.shape[:-1]:
@@ -65,12 +63,14 @@ def generate(params, config: PaLMConfig, prompt, length: int, *, prompt_lengths=
       bad = lengths.min() if lengths.min() < 1 else lengths.max()
       raise ValueError(f"prompt length {bad} is outside 1 to {prompt.shape[-1]}")
     prompt_lengths = jnp.asarray(lengths, jnp.int32)
-  if length < 1:
-    raise ValueError(f"length must be at least 1; got {length}")
+    prompt = np.where(np.arange(prompt.shape[-1]) < lengths[..., None], prompt, 0)
+  for name, token in (("prompt token", prompt.min()), ("prompt token", prompt.max()), ("eod", eod)):
+    if token is not None and not 0 <= token < config.num_tokens:
+      raise ValueError(f"{name} {token} is outside the vocabulary of {config.num_tokens} tokens")
+  length = _count("length", length)
+  top_k = None if top_k is None else _count("top_k", top_k)
   if not temperature >= 0:
     raise ValueError(f"temperature must not be negative; got {temperature}")
-  if top_k is not None and top_k < 1:
-    raise ValueError(f"top_k must be at least 1; got {top_k}")
   if top_p is not None and not 0 < top_p <= 1:
     raise ValueError(f"top_p must be in (0, 1]; got {top_p}")
   if weights not in (None, "int8"):
@@ -79,8 +79,7 @@ def generate(params, config: PaLMConfig, prompt, length: int, *, prompt_lengths=
     if draft[1].num_tokens != config.num_tokens:
       raise ValueError(f"the draft must have the vocabulary of the model, {config.num_tokens} "
                        f"tokens; it has {draft[1].num_tokens}")
-    if draft_length < 1:
-      raise ValueError(f"draft_length must be at least 1; got {draft_length}")
+    draft_length = _count("draft_length", draft_length)
     if on_token is not None and prompt.ndim > 1:
       raise ValueError("with a draft, sequences of a batch do not come to their tokens together: "
                        "on_token is for a single sequence")
@@ -91,12 +90,25 @@ def generate(params, config: PaLMConfig, prompt, length: int, *, prompt_lengths=
     key = jax.random.key(0)
   models = [(params, config)] if draft is None else [(params, config), draft]
   dtype = jnp.dtype(dtype)
+  cache_dtype = dtype if cache_dtype is None else jnp.dtype(cache_dtype)
+  if cache_dtype != jnp.int8 and not jnp.issubdtype(cache_dtype, jnp.floating):
+    raise ValueError(f"cache_dtype must be floating point or int8; got {cache_dtype}")
   return _generate(
       tuple(p for p, _ in models), jnp.asarray(prompt, jnp.int32), prompt_lengths, key,
       None if greedy else float(temperature), top_p, configs=tuple(c for _, c in models),
       length=length, top_k=top_k, eod=eod, dtype=dtype, weights=weights,
-      cache_dtype=dtype if cache_dtype is None else jnp.dtype(cache_dtype),
-      draft_length=draft_length, implementation=implementation, on_token=on_token)
+      cache_dtype=cache_dtype, draft_length=draft_length, implementation=implementation,
+      on_token=on_token)
+
+
+def _count(name: str, value) -> int:
+  try:
+    count = operator.index(value)
+  except TypeError as error:
+    raise ValueError(f"{name} must be an integer; got {value!r}") from error
+  if count < 1:
+    raise ValueError(f"{name} must be at least 1; got {count}")
+  return count
 
 
 @functools.partial(jax.jit, static_argnames=(
@@ -116,10 +128,10 @@ def _generate(params, prompt, lengths, key, temperature, top_p, *, configs, leng
     caches.append(decoder.empty_cache(config, lead, room, cache_dtype))
 
   if len(models) > 1:
+    ends = jnp.full(lead, start, jnp.int32) if lengths is None else lengths
     drawn = speculative.continuation(
-        *models, prompt, caches, jnp.full(lead, start) if lengths is None else lengths, key,
-        length=length, draft_length=draft_length, eod=eod, on_token=on_token,
-        distribution=functools.partial(
+        *models, prompt, caches, ends, key, length=length, draft_length=draft_length, eod=eod,
+        on_token=on_token, distribution=functools.partial(
             log_probabilities, temperature=temperature, top_k=top_k, top_p=top_p))
     if eod is not None:
       ended = jnp.cumsum(drawn == eod, -1) - (drawn == eod) > 0

@@ -11,6 +11,7 @@ import os
 import pathlib
 import warnings
 import zipfile
+import zlib
 from typing import Any, Mapping
 
 import jax.numpy as jnp
@@ -279,7 +280,9 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
   try:
     with np.load(path, allow_pickle=False) as file:
       return {name: file[name] for name in file.files}
-  except (ValueError, OSError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+  except (ValueError, OSError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error,
+          RuntimeError, TypeError) as error:
+    # TypeError: an .npy file, which is an array and no context manager; RuntimeError: a password.
     raise ValueError(
         f"{path} is not an .npz file of arrays; write one with numpy.savez(path, **arrays), for "
         "PyTorch with arrays = {k: v.numpy() for k, v in model.state_dict().items()}") from error

@@ -19,7 +19,7 @@ def next_token_loss(logits, targets, *, weights=None, z_loss: float = 0.0) -> Lo
 
   Args:
     logits: float[..., T, num_tokens].
-    targets: int[..., T].
+    targets: int[..., T]. One outside the vocabulary makes the loss NaN, unless its weight is 0.
     weights: float[..., T], how much each token counts; None for all alike. If all are zero,
       so is the loss.
     z_loss: weight of log^2 Z, which keeps the softmax normaliser near 1; the paper's is 1e-4.
@@ -36,7 +36,12 @@ def next_token_loss(logits, targets, *, weights=None, z_loss: float = 0.0) -> Lo
                        f"got {jnp.shape(array)}")
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   log_z = jax.nn.logsumexp(logits, axis=-1)
-  nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  # Wide enough to be compared with the vocabulary: 256 is 0 among bytes.
+  targets = jnp.asarray(targets, jnp.result_type(targets, jnp.int32))
+  here = (targets >= 0) & (targets < logits.shape[-1])  # a negative index would count from the end
+  logit = jnp.take_along_axis(logits, jnp.where(here, targets, 0)[..., None], axis=-1)[..., 0]
+  counts = True if weights is None else weights != 0
+  nll = log_z - jnp.where(counts & ~here, jnp.nan, logit)
   return mean_loss(nll, log_z, weights=weights, z_loss=z_loss)
 
 

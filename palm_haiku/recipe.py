@@ -63,6 +63,8 @@ class TrainConfig:
       raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
     if self.dtype not in ("float32", "bfloat16"):
       raise ValueError(f"dtype must be float32 or bfloat16; got {self.dtype!r}")
+    if not 0 <= self.z_loss < math.inf:
+      raise ValueError(f"z_loss must be at least 0 and finite; got {self.z_loss}")
     if not self.spike >= 0:
       raise ValueError(f"spike must not be negative; got {self.spike}")
     self.skipped  # so that a mistake is told here
@@ -139,8 +141,17 @@ FREE_ON_RESUME = {"steps", "accumulate", "remat", "implementation", "mesh", "sha
 
 
 def load_config(metadata: dict[str, Any]) -> TrainConfig:
-  """The configuration that a checkpoint's metadata describe."""
+  """The configuration that a checkpoint's metadata describe.
+
+  Raises:
+    ValueError: a field that is unknown here.
+  """
   fields = dict(metadata["config"])
+  for kind, given in ((TrainConfig, fields), (PaLMConfig, fields["model"])):
+    unknown = given.keys() - {field.name for field in dataclasses.fields(kind)}
+    if unknown:
+      raise ValueError("the checkpoint has settings that are unknown here, because a newer version "
+                       f"wrote it: {', '.join(sorted(unknown))}")
   return TrainConfig(model=PaLMConfig.from_dict(fields.pop("model")), **fields)
 
 

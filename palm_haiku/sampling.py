@@ -48,7 +48,9 @@ def log_probabilities(logits, *, temperature=1.0, top_k: int | None = None, top_
 
 def _kept(logits, temperature, top_k, top_p):
   """Logits of the tokens that can be drawn, and which those are; None for all in their order."""
-  logits = logits / temperature
+  # A tiny temperature must not overflow, nor become 0: the most likely token would be lost.
+  tiny = jnp.finfo(logits.dtype).tiny
+  logits = (logits - logits.max(-1, keepdims=True)) / jnp.maximum(temperature, tiny)
   if top_k is not None and top_k < logits.shape[-1]:
     best, index = jax.lax.top_k(logits, top_k)
   elif top_p is not None:
@@ -59,5 +61,5 @@ def _kept(logits, temperature, top_k, top_p):
     # A token stays if the more likely ones have not reached top_p: the first one always does.
     probability = jax.nn.softmax(best)
     before = jnp.cumsum(probability, -1) - probability
-    best = jnp.where(before < top_p, best, -jnp.inf)
+    best = jnp.where(before < jnp.maximum(top_p, tiny), best, -jnp.inf)
   return best, index

@@ -8,6 +8,7 @@ and every op of `palm_haiku.kernels` wraps its kernel in a `shard_map` over the 
 import contextlib
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
@@ -78,14 +79,17 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
   Raises:
     ValueError: an unknown axis or preset, a size that is no number, or another product.
   """
-  sizes = dict.fromkeys(AXES, 1)
+  sizes = {}
   spelled = PRESETS.get(text, text)
   for entry in filter(None, spelled.split(",")):
     name, _, size = entry.strip().partition("=")
-    if name not in AXES or not size.lstrip("-").isdigit():
+    if name not in AXES or not re.fullmatch(r"-?\d+", size):
       raise ValueError(f"a mesh is written like data=2,fsdp=4,model=2, of {', '.join(AXES)}, or is "
                        f"one of {', '.join(PRESETS)}; got {text!r}")
+    if name in sizes:
+      raise ValueError(f"a mesh has each axis once; got {name} twice in {text!r}")
     sizes[name] = int(size)
+  sizes = dict.fromkeys(AXES, 1) | sizes
   if any(size < 1 and size != -1 for size in sizes.values()):
     raise ValueError(f"sizes of mesh axes must be positive, or -1 for what is left; got {text!r}")
   unknown = [name for name, size in sizes.items() if size == -1]

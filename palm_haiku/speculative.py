@@ -72,7 +72,8 @@ def continuation(target: Model, draft: Model, prompt, caches, lengths, key, *, l
     pick = lambda log: jnp.take_along_axis(log, guesses[..., None], -1)[..., 0]
     odds = jnp.exp(pick(log_p[..., :-1, :]) - pick(log_q))
     accepted = jax.random.uniform(keys[1], guesses.shape) < odds
-    right = jnp.cumprod(accepted, -1).sum(-1)  # guesses before the first that is refused
+    # Guesses before the first that is refused.
+    right = jnp.cumprod(accepted, -1, dtype=jnp.int32).sum(-1, dtype=jnp.int32)
     # The first refused token is drawn again, from what the draft does not offer often enough.
     p = jnp.exp(at(log_p, right))
     q = jnp.exp(at(jnp.pad(log_q, [(0, 0)] * len(lead) + [(0, 1), (0, 0)],
@@ -88,7 +89,7 @@ def continuation(target: Model, draft: Model, prompt, caches, lengths, key, *, l
     if eod is not None:
       shown = jnp.arange(draft_length + 1) < new[..., None]
       ends = (tokens == eod) & shown
-      new = jnp.where(ends.any(-1), jnp.argmax(ends, -1) + 1, new)
+      new = jnp.where(ends.any(-1), jnp.argmax(ends, -1).astype(jnp.int32) + 1, new)
       done |= ends.any(-1)
     if tell:
       jax.debug.callback(tell, tokens, new, ordered=True)

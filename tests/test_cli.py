@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -155,6 +156,24 @@ def test_sampling_from_a_directory_alone(trained, capsys):
   assert status == 0 and small.startswith("To be")
 
 
+@pytest.mark.parametrize("end", ["SIGINT", "SIGPIPE"])
+def test_a_sample_ends_when_nobody_wants_more(trained, end):
+  with subprocess.Popen(
+      [sys.executable, "-m", "palm_haiku", "generate", str(trained), "--prompt", "To be",
+       "--length", "100000", "--temperature", "0"],
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    try:
+      assert process.stdout.read(10).startswith(b"To be")  # These five come before XLA works.
+      if end == "SIGINT":
+        process.send_signal(signal.SIGINT)
+      else:
+        process.stdout.close()
+      assert process.wait(timeout=30) == -getattr(signal, end)
+      assert process.stderr.read() == b""
+    finally:
+      process.kill()
+
+
 TRAIN = ["train", *TINY]
 
 
@@ -180,6 +199,9 @@ TRAIN = ["train", *TINY]
     (["generate", "/absent"], "/absent holds no checkpoint"),
     (["convert", "--from", "palm-torch", "TEXT", "--out", "NEW"], "no peer is called 'palm-torch'"),
     (["convert", "--from", "palm-jax", "TEXT", "--out", "NEW"], "is not an .npz file"),
+    (["generate", "RUN", "--top-k", "0"], "top_k must be at least 1; got 0"),
+    ([*TRAIN, "--z-loss", "nan"], "z_loss must be at least 0 and finite; got nan"),
+    ([*TRAIN, "--mesh", "data=--1"], "a mesh is written like"),
     (["convert", "--to", "palm-jax-lite", "RUN", "--out", "NEW"], "has position = 'alibi'"),
     (["convert", "--to", "palm-jax", "RUN", "--out", "TEXT"], "exists already"),
     (["info", "--model", "palm-9b"], "did you mean palm-8b?"),

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from palm_haiku import PaLMConfig, configs
@@ -13,6 +14,12 @@ def test_survives_json():
   assert PaLMConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
+def test_sizes_may_be_numpys():
+  config = PaLMConfig(**{name: np.int64(size) for name, size in SMALL.items()})
+  assert config == PaLMConfig(**SMALL)
+  assert json.loads(json.dumps(dataclasses.asdict(config)))["dim"] == 8
+
+
 def test_flops_are_the_papers():
   # Table 4 and appendix B of the paper, TFLOPs per token at 2048 tokens.
   for name, tflops in (("palm-8b", 0.0550), ("palm-62b", 0.388), ("palm-540b", 3.28)):
@@ -23,6 +30,8 @@ def test_flops_are_the_papers():
     (dict(dim=0), "dim must be a positive integer"),
     (dict(heads=2.0), "heads must be a positive integer"),
     (dict(depth=-1), "depth must be a positive integer"),
+    (dict(depth=True), "depth must be a positive integer; got True"),
+    (dict(depth="2"), "depth must be a positive integer; got '2'"),
     (dict(dim_head=5), "even dim_head"),
     (dict(position="learned"), "position must be one of rotary, alibi"),
     (dict(norm="batch"), "norm must be one of layer, rms"),

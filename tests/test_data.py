@@ -32,6 +32,7 @@ def test_bytes():
   tokens = BYTES.encode(text)
   assert tokens.dtype == np.uint8 and bytes(tokens) == text.encode()
   assert BYTES.decode(tokens) == text
+  assert BYTES.decode([0x61, 300]) == "a\ufffd" and BYTES.decode([]) == ""
   assert BYTES.eod == 0 and BYTES.num_tokens == 256
   with pytest.raises(ValueError, match="cannot be encoded as UTF-8.*position 1"):
     BYTES.encode("a\udcff")
@@ -43,6 +44,8 @@ def test_streamed_bytes_are_whole_characters():
   assert seen == ["", "é", "", "", "数"]
   assert decoder.feed(0xE6) == "" and decoder.flush() == "\ufffd"
   assert decoder.feed(300) == "\ufffd"  # of a model with a larger vocabulary
+  first, *rest = "数".encode()
+  assert "".join(map(BYTES.stream_decoder([first]).feed, rest)) == "数"
 
 
 def test_pieces(pieces):
@@ -53,10 +56,24 @@ def test_pieces(pieces):
   assert tokenizer.decode(tokens) == text
   decoder = tokenizer.stream_decoder()
   assert "".join([decoder.feed(token) for token in tokens] + [decoder.flush()]) == text
+  # A piece that begins a word keeps its space behind a prompt.
+  prompt = tokenizer.encode("the dog")
+  decoder = tokenizer.stream_decoder(prompt)
+  rest = [decoder.feed(token) for token in tokens[len(prompt):]]
+  assert "".join([*rest, decoder.flush()]) == " sat on the cat"
   with pytest.raises(ValueError, match="not valid UTF-8"):
     tokenizer.encode(b"\xff")
   with pytest.raises(ValueError, match="not valid UTF-8"):
     tokenizer.encode("a\udcff")
+
+
+def test_tokens_beyond_the_pieces_are_replaced(pieces):
+  tokenizer = data.load_tokenizer(pieces)
+  before = tokenizer.encode("the dog")
+  tokens = [*before, tokenizer.num_tokens, *tokenizer.encode("sat")]
+  assert tokenizer.decode(tokens) == "the dog\ufffd sat"
+  decoder = tokenizer.stream_decoder(before)
+  assert decoder.feed(tokenizer.num_tokens) + decoder.flush() == "\ufffd"
 
 
 def test_pieces_count_bytes(pieces, tmp_path):
@@ -126,6 +143,15 @@ def test_enwik8_is_split_as_the_seeds_have_it(tmp_path, monkeypatch):
     data.load_corpus("enwik8", BYTES, 0.1)
 
 
+def locked(path):
+  """An archive that says of its file that it is encrypted."""
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr("t", b"text")
+  content = bytearray(path.read_bytes())
+  content[content.index(b"PK\x01\x02") + 8] |= 1
+  path.write_bytes(content)
+
+
 @pytest.mark.parametrize("prepare, source, message", [
     (lambda d: None, "absent*", "no file matches .*absent"),
     (lambda d: None, "", "is a directory; name its files"),
@@ -134,6 +160,7 @@ def test_enwik8_is_split_as_the_seeds_have_it(tmp_path, monkeypatch):
     (lambda d: (d / "t.gz").write_bytes(gzip.compress(b"text" * 99)[:-9]), "t.gz",
      "cannot be unpacked"),
     (lambda d: (d / "t.zip").write_bytes(b"no zip"), "t.zip", "cannot be unpacked"),
+    (lambda d: locked(d / "t.zip"), "t.zip", "cannot be unpacked.*password required"),
 ])
 def test_bad_data_are_named(tmp_path, prepare, source, message):
   prepare(tmp_path)

@@ -60,6 +60,15 @@ def test_prompts_of_different_lengths_are_continued_as_each_alone(config):
     assert not np.any(tokens[index][n + 9 :])
 
 
+def test_padding_behind_prompts_may_be_anything():
+  _, params = make(CONFIG)
+  draw = lambda padding, **more: np.asarray(generate(
+      params, CONFIG, np.array([[1, 2, 3], [7, padding, padding]]), 4, temperature=0,
+      prompt_lengths=np.array([3, 1]), **more))
+  for padding in (-1, 11):
+    np.testing.assert_array_equal(draw(padding), draw(0))
+
+
 def test_equal_prompt_lengths_draw_what_none_draw():
   _, params = make(CONFIG)
   prompt = np.array([[1, 2, 3], [7, 7, 0]])
@@ -98,6 +107,19 @@ def test_samples_follow_the_distribution(options, kept, temperature):
   # Pearson's chi-square; the 99.9th percentile for 4 degrees of freedom is 18.5.
   chi_square = 20_000 * ((got - want)[want > 0] ** 2 / want[want > 0]).sum()
   assert chi_square < 18.5
+
+
+@pytest.mark.parametrize("options", [
+    dict(temperature=1e-30), dict(temperature=1e-38), dict(temperature=1e-50),
+    dict(temperature=1e-38, top_k=3), dict(top_p=1e-50), dict(temperature=1e-50, top_p=1e-50)],
+    ids=str)
+def test_nearly_nothing_leaves_the_likeliest_token(options):
+  best = jnp.array([0.0, 0.0, 0.0, 1.0, 0.0])
+  for logits in (LOGITS, LOGITS - 1e4, 200 * best - 100):
+    want = int(jnp.argmax(logits))
+    assert int(sample(logits, jax.random.key(0), **options)) == want
+    np.testing.assert_array_equal(
+        jnp.exp(log_probabilities(logits, **options)), np.eye(5)[want])
 
 
 @pytest.mark.parametrize("draft", [False, True], ids=["alone", "with a draft"])
@@ -147,6 +169,15 @@ def test_tokens_with_a_draft_are_streamed_in_order():
       make(DRAFT)[1], DRAFT), on_token=lambda token: seen.append(int(token)))
   jax.effects_barrier()
   np.testing.assert_array_equal(seen, tokens[2:])
+
+
+def test_64_bit_mode_changes_no_token():
+  draw = lambda: np.asarray(generate(
+      sharper(make(CONFIG)[1]), CONFIG, np.array([1, 2, 3]), 9, temperature=0, eod=0,
+      draft=(make(DRAFT)[1], DRAFT)))
+  want = draw()
+  with jax.enable_x64(True):
+    np.testing.assert_array_equal(draw(), want)
 
 
 @pytest.mark.parametrize("config, dtype, cache_dtype, weights, tolerance", [
@@ -255,6 +286,9 @@ def test_bfloat16():
     (dict(prompt_lengths=np.array(0)), "prompt length 0 is outside 1 to 2"),
     (dict(prompt_lengths=np.array(3)), "prompt length 3 is outside 1 to 2"),
     (dict(length=0), "length must be at least 1"),
+    (dict(length=2.0), "length must be an integer; got 2.0"),
+    (dict(top_k=2.0), "top_k must be an integer; got 2.0"),
+    (dict(cache_dtype="int16"), "cache_dtype must be floating point or int8; got int16"),
     (dict(temperature=-1.0), "temperature must not be negative"),
     (dict(top_k=0), "top_k must be at least 1"),
     (dict(top_p=0.0), r"top_p must be in \(0, 1\]"),
@@ -263,6 +297,8 @@ def test_bfloat16():
     (dict(weights="int4"), "weights must be None or 'int8'; got 'int4'"),
     (dict(draft=({}, PaLMConfig(12, 8, 1, 1))), "vocabulary of the model, 11 tokens; it has 12"),
     (dict(draft=({}, CONFIG), draft_length=0), "draft_length must be at least 1"),
+    (dict(draft=({}, CONFIG), draft_length=1.5), "draft_length must be an integer; got 1.5"),
+    (dict(prompt=np.array([1, 11]), prompt_lengths=np.array(2)), "prompt token 11 is outside"),
     (dict(draft=({}, CONFIG), prompt=np.ones((2, 2), int), on_token=print), "a single sequence"),
 ])
 def test_bad_input_is_named(change, message):

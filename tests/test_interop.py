@@ -1,3 +1,4 @@
+import io
 import json
 import pathlib
 
@@ -188,7 +189,9 @@ def test_files(tmp_path):
   interop.write_arrays(path, arrays)
   chex.assert_trees_all_equal(interop.read_arrays(path), arrays)
   assert [p.name for p in path.parent.iterdir()] == ["weights.bin"]
-  for content in (b"", b"PK\x03\x04 cut", b"something else"):
+  array = io.BytesIO()
+  np.save(array, np.arange(3.0))
+  for content in (b"", b"PK\x03\x04 cut", b"something else", array.getvalue()):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="is not an .npz file"):
       interop.read_arrays(path)

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +38,24 @@ def test_all_weights_zero():
   loss, gradient = jax.value_and_grad(lambda x: next_token_loss(
       x, targets, weights=jnp.zeros((2, 5))).total)(logits)
   assert loss == 0 and not np.any(gradient)
+
+
+@pytest.mark.parametrize("padding", [-100, -1, 7])
+def test_targets_outside_the_vocabulary_count_only_with_a_weight(padding):
+  logits, targets = random_case()
+  weights = jnp.ones((2, 5)).at[1, 2:].set(0)
+  padded = targets.at[1, 2:].set(padding)
+  loss_of = lambda targets, weights: jax.value_and_grad(lambda x: next_token_loss(
+      x, targets, weights=weights, z_loss=0.1).total)(logits)
+  chex.assert_trees_all_equal(loss_of(padded, weights), loss_of(targets, weights))
+  assert np.isnan(loss_of(padded, jnp.ones((2, 5)))[0])
+  assert np.isnan(next_token_loss(logits, padded).total)
+
+
+def test_targets_may_be_bytes():
+  logits, targets = random_case(num_tokens=256)
+  targets = targets.at[0, 0].set(255)
+  assert next_token_loss(logits, targets.astype(jnp.uint8)) == next_token_loss(logits, targets)
 
 
 def test_low_precision_logits_are_widened():

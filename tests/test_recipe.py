@@ -48,11 +48,21 @@ def test_skipped_batches():
     (dict(batch_ramp="5:6", accumulate=4), "accumulate must divide batch_size; got 4 and 6"),
     (dict(skip_batches="7:7"), "FIRST < END; got 7:7"),
     (dict(skip_batches="a:b"), "skip_batches must be written FIRST:END"),
+    (dict(z_loss=-1e-4), "z_loss must be at least 0 and finite; got -0.0001"),
+    (dict(z_loss=float("nan")), "z_loss must be at least 0 and finite; got nan"),
     (dict(spike=-1.0), "spike must not be negative; got -1"),
 ])
 def test_bad_settings_are_named(change, message):
   with pytest.raises(ValueError, match=message):
     TrainConfig(model=MODEL, **change)
+
+
+def test_settings_of_a_newer_version_are_named():
+  fields = dataclasses.asdict(TrainConfig(model=MODEL))
+  assert recipe.load_config({"config": fields}) == TrainConfig(model=MODEL)
+  for newer in (fields | {"horizon": 3}, fields | {"model": fields["model"] | {"horizon": 3}}):
+    with pytest.raises(ValueError, match="unknown here, because a newer version .*: horizon"):
+      recipe.load_config({"config": newer})
 
 
 def test_a_ramp_survives_an_interruption(config, tmp_path):

@@ -140,6 +140,8 @@ def test_meshes_in_words(text, devices, sizes):
     ("data=2,mdl=4", 8, "written like data=2,fsdp=4,model=2.* got 'data=2,mdl=4'"),
     ("fdsp", 8, "one of one-chip, fsdp"),
     ("data=two", 8, "written like"),
+    ("data=--1", 8, "written like"),
+    ("data=2,data=4", 8, "each axis once; got data twice in 'data=2,data=4'"),
     ("data=0", 8, "positive"),
     ("data=-1,fsdp=-1", 8, "only one mesh axis"),
     ("data=3", 8, "'data=3' is for 3 devices; there are 8"),
