@@ -68,8 +68,9 @@ def explain(op: str, implementation: str = "auto", *arrays) -> Choice:
     op: the name of a public op, such as "flash_attention".
     implementation: what the caller would pass to it.
     arrays: of the op, or `jax.ShapeDtypeStruct`s: query, key, value of attention; x, params of
-      the block; x, embedding of the loss; query and both caches when decoding. They are whole; under a mesh, what counts
-      is what a device has of them. Without them the answer leaves out what depends on shapes.
+      the block; x, embedding of the loss; query and both caches when decoding. They are whole;
+      under a mesh, what counts is what a device has of them. Without them the answer leaves out
+      what depends on shapes.
 
   Raises:
     ValueError: an unknown op or implementation, or a backend asked for by name that cannot

@@ -1,4 +1,4 @@
-"""What the supported releases of jax and jax-triton lack or do differently."""
+"""What the supported releases of jax and jax-triton, and settings of theirs, do differently."""
 
 import functools
 import inspect

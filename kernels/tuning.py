@@ -460,9 +460,9 @@ PARALLEL_BLOCK_MOSAIC_TPU = {
 # From which dim on `auto` takes the kernels: where their static cycles together are fewer than XLA's
 # for the same steps (`benchmarks.block_static`, `benchmarks.layer_static`). GPUs were not timed.
 # At 1024, 16 heads of 64, 16,384 tokens, ms of a layer forward, and with its gradients, XLA's second:
-# In float32 XLA multiplies in one pass of bfloat16 unless asked for more, the kernels in six: SwiGLU's
-# gradient takes 74 thousand cycles and 395 thousand on a v5e (1,024 tokens of dim 1024).
 # 3.64, 3.74 and 11.1, 11.3 (v5e), 1.59, 1.62 and 4.84, 5.04 (v5p), 1.09, 1.24 and 3.46, 3.90 (v6e).
+# In float32 it takes XLA's, which multiply in one pass of bfloat16 unless asked for more, the kernels
+# in six: 74 and 395 thousand cycles (v5e, SwiGLU's gradient, 1,024 tokens of dim 1024).
 PARALLEL_BLOCK_AUTO = {"v5e": 1024, "v5p": 1024, "v6e": 1024}
 
 

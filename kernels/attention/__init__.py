@@ -134,8 +134,8 @@ def _window(size) -> tuple[int, int] | None:
 def _near(offset, num_queries, num_keys, window):
   """The offset, or where it is far outside of the keys the nearest one that gives the same.
 
-  There each row sees all keys or none, and a bias that is one number for the whole row goes; but the
-  sum of exponentials that the backward pass starts from grows with it, and is rounded.
+  There each row sees all keys or none, and what its bias has in common for all keys goes. But the
+  logarithm that the backward pass starts from grows with that, and is rounded.
   """
   left, right = window or (0, 0)
   low, high = -num_queries - right, num_keys + left
