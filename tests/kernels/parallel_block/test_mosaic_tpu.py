@@ -169,7 +169,7 @@ def test_what_it_cannot_take_is_named():
   assert "bfloat16 or float32" in ask(None, dtype="float16")
   assert ask(None, dim=80) == "dim a multiple of 128; got 80"
   assert ask(None, hidden=1000) == "hidden width a multiple of 128; got 1000"
-  assert ask(None, dim_head=96) == "dim_head 64, 128 or a multiple of 256; got 96"
+  assert ask(None, dim_head=512) == "dim_head in {64, 128, 256}; got 512"
   assert "one of the chips v4" in ask("v9")
   assert "within the 16 MiB of VMEM of a v4" in ask("v4", dim=65_536)
   for chip in tuning.VMEM:

@@ -144,6 +144,7 @@ def test_same_bits_every_time():
     (dict(), "a100", None), (dict(heads=1, hidden=64, dtype="float32"), None, None),
     (dict(dim=96), "a100", "dim a multiple of 64; got 96"),
     (dict(dim_head=32), None, "dim_head a multiple of 64; got 32"),
+    (dict(dim_head=192), None, "dim_head in {64, 128, 256}; got 192"),
     (dict(hidden=100), "b200", "hidden a multiple of 64; got 100"),
     (dict(dim=65_536), "h200", "dim at most 32768; got 65536"),
     (dict(dtype="float64"), "a100", "dtype in {bfloat16, float16, float32}; got float64"),
