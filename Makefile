@@ -1,5 +1,6 @@
 # make demo   train a small PaLM on this machine's CPU, look at it, sample from it
-# make test   run all tests
+# make test      the suite that shows that everything works here
+# make test-all  all tests
 # Both make their own virtual environment first.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ WORKERS ?= 2
 # for no newer jax.
 TRITON ?= $(if $(filter jax==0.11.2,$(JAX)),jax-triton==0.3.1 triton==3.6.0)
 
-.PHONY: help demo test clean
+.PHONY: help demo test test-all clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -21,6 +22,9 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --editable '.[test]' '$(JAX)' $(TRITON)
 	@touch $@
+
+test-all: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
