@@ -6,10 +6,12 @@ its devices hold; the first one alone looks after the directory, which they shar
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 from typing import Any, Callable
 
@@ -19,6 +21,8 @@ import orbax.checkpoint as ocp
 from palm_haiku import distributed
 
 _MANIFEST = "manifest.json"
+_DRAFT = ".unfinished"  # behind the step, until all of a checkpoint is written
+_REFUSED = ".refused"
 
 
 class CheckpointError(Exception):
@@ -29,9 +33,10 @@ class Checkpoints:
   """The checkpoints of one run, a directory per step.
 
   A checkpoint holds named items, each a tree of arrays that can be restored alone, and
-  metadata for JSON. It appears under its final name only when Orbax has written all of it; the
-  manifest written after that lists every file's hash, so a file that was lost, cut short or
-  changed is noticed before anything is read from it.
+  metadata for JSON. It appears under its final name only when all of it is written, together with a
+  manifest of every file's hash: a file that was lost, cut short or changed is noticed before
+  anything is read from it. Files that the manifest does not list are no part of a checkpoint, and
+  names that are no step's none of these.
   """
 
   def __init__(self, directory: str | os.PathLike, keep: int = 3,
@@ -51,7 +56,8 @@ class Checkpoints:
     """Steps with a checkpoint, oldest first, whole or not."""
     if not self.directory.is_dir():
       return []
-    return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+    return sorted(int(path.name) for path in self.directory.iterdir()
+                  if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir())
 
   def save(self, step: int, items: dict[str, Any], metadata: dict[str, Any]) -> None:
     """Writes a checkpoint; on return it is on disk.
@@ -66,26 +72,30 @@ class Checkpoints:
         there are untouched.
     """
     path = self.directory / str(step)
-    if distributed.from_leader(lambda: os.path.exists(path), ()):
+    if distributed.from_leader(lambda: self._is_finished(step), ()):
       raise CheckpointError(f"checkpoint {path} exists already")
+    draft = path.with_suffix(_DRAFT)
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
       self._check_room(items)
       args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
       with _checkpointer() as checkpointer:
-        checkpointer.save(path, ocp.args.Composite(**args, metadata=ocp.args.JsonSave(metadata)))
+        checkpointer.save(draft, ocp.args.Composite(**args, metadata=ocp.args.JsonSave(metadata)))
       if distributed.is_leader():
-        write_atomically(path / _MANIFEST, json.dumps(_hashes(path), indent=1))
+        write_atomically(draft / _MANIFEST, json.dumps(_hashes(draft), indent=1))
+        if os.path.lexists(path):
+          self._warn(f"{path} is no checkpoint; it is kept as {self._set_aside(path).name}")
+        draft.rename(path)
     except Exception as error:  # TensorStore and Orbax raise many types for a full disk.
       if distributed.is_leader():
-        self._remove(step)
-      kept = self.steps()
+        self._remove_drafts(f"{step}{_DRAFT}*")
+      kept = [s for s in self.steps() if self._is_finished(s)]
       raise CheckpointError(
           f"could not write checkpoint {path}: {_first_line(error)}; "
           + (f"checkpoint {kept[-1]} is intact" if kept else "there is no earlier one")
       ) from error
     if distributed.is_leader():
-      for old in self.steps()[: -self._keep]:
+      for old in [s for s in self.steps() if self._is_finished(s)][: -self._keep]:
         self._remove(old)
     distributed.barrier(f"checkpoint {step} is written")
 
@@ -93,7 +103,7 @@ class Checkpoints:
     """Deletes the checkpoints of later steps, which the run has gone back from."""
     if distributed.is_leader():
       for later in self.steps():
-        if later > step:
+        if later > step and self._is_finished(later):
           self._remove(later)
     distributed.barrier(f"checkpoints after {step} are deleted")
 
@@ -103,42 +113,47 @@ class Checkpoints:
     Args:
       repair: for the one process that writes here: remove what was not finished and rename a
         refused checkpoint to STEP.refused, so that its step can be saved again.
+
+    Raises:
+      CheckpointError: there are checkpoints and none of them is whole. They are left as they are.
     """
-    if repair and self.directory.is_dir():
-      for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
-        self._warn(f"checkpoint {path} was not finished; it is removed")
-        shutil.rmtree(path, ignore_errors=True)
+    refused = {}
     for step in reversed(self.steps()):
       problem = self.problem(step)
       if problem is None:
-        return step
-      path = self.directory / str(step)
+        break
+      refused[step] = problem
+    else:
+      self._check_for_lost_work(refused)
+      step = None
+    if repair:
+      self._remove_drafts(f"*{_DRAFT}*", "*.orbax-checkpoint-tmp*")
+    for bad, problem in refused.items():
+      path = self.directory / str(bad)
       message = f"checkpoint {path} is refused: {problem}"
       if repair:
-        refused = path.with_suffix(".refused")
-        shutil.rmtree(refused, ignore_errors=True)
-        path.rename(refused)
-        message += f"; it is kept as {refused.name}"
+        message += f"; it is kept as {self._set_aside(path).name}"
       self._warn(message)
-    return None
+    return step
 
   def problem(self, step: int) -> str | None:
     """What is wrong with a checkpoint's files, or None if they are what was written."""
     path = self.directory / str(step)
     try:
       expected = json.loads((path / _MANIFEST).read_text())
+      if not expected or not isinstance(expected, dict):
+        return f"{_MANIFEST} is corrupt"
+      for name, digest in sorted(expected.items()):
+        if not (path / name).is_file():
+          return f"{name} is missing"
+        if _hash(path / name) != digest:
+          return f"{name} is corrupt"
     except FileNotFoundError:
-      return "it was not finished"
+      return f"{_MANIFEST} is missing"
+    except OSError as error:
+      return f"it cannot be read: {error}"
     except ValueError:
       return f"{_MANIFEST} is corrupt"
-    found = _hashes(path)
-    for name in sorted(expected.keys() | found.keys()):
-      if name not in found:
-        return f"{name} is missing"
-      if name not in expected:
-        return f"{name} does not belong to it"
-      if expected[name] != found[name]:
-        return f"{name} is corrupt"
     return None
 
   def metadata(self, step: int) -> dict[str, Any]:
@@ -176,8 +191,33 @@ class Checkpoints:
     if free < need:
       raise OSError(f"no space left on device: it needs {need:,} bytes and {free:,} are free")
 
+  def _check_for_lost_work(self, refused):
+    """Raises if there is something that a run could have gone on from."""
+    aside = sorted(path.name for path in self.directory.glob("*" + _REFUSED))
+    problems = [f"{step}: {problem}" for step, problem in refused.items()]
+    problems += [f"{name}: refused before" for name in aside]
+    if problems:
+      raise CheckpointError(
+          f"no checkpoint in {self.directory} is usable ({'; '.join(problems)}); restore one of "
+          "them, or choose another directory for a new run")
+
+  def _is_finished(self, step):
+    return (self.directory / str(step) / _MANIFEST).exists()
+
+  def _set_aside(self, path) -> pathlib.Path:
+    names = (f"{path.name}{number}{_REFUSED}" for number in ("", *map("-{}".format, range(2, 100))))
+    aside = next(new for new in map(path.with_name, names) if not os.path.lexists(new))
+    path.rename(aside)
+    return aside
+
   def _remove(self, step):
-    for path in (self.directory / str(step), *self.directory.glob(f"{step}.orbax-checkpoint-tmp*")):
+    # What a kill leaves of it is then not taken for a checkpoint.
+    self._remove_drafts(f"{step}{_DRAFT}*")
+    path = self.directory / str(step)
+    shutil.rmtree(path.rename(path.with_suffix(_DRAFT)), ignore_errors=True)
+
+  def _remove_drafts(self, *patterns):
+    for path in itertools.chain.from_iterable(map(self.directory.glob, patterns)):
       shutil.rmtree(path, ignore_errors=True)
 
 
@@ -192,9 +232,13 @@ def _hashes(path: pathlib.Path) -> dict[str, str]:
   hashes = {}
   for file in sorted(path.rglob("*")):
     if file.is_file() and file != path / _MANIFEST:
-      with open(file, "rb") as stream:
-        hashes[str(file.relative_to(path))] = hashlib.file_digest(stream, "sha256").hexdigest()
+      hashes[str(file.relative_to(path))] = _hash(file)
   return hashes
+
+
+def _hash(file: pathlib.Path) -> str:
+  with open(file, "rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

@@ -257,7 +257,8 @@ def _train(args) -> int:
   console = rich.console.Console(quiet=not distributed.is_leader())
   base = None
   if args.resume:
-    found = distributed.from_leader(lambda: last_settings(args.out), (ValueError, OSError))
+    found = distributed.from_leader(
+        lambda: last_settings(args.out), (ValueError, OSError, CheckpointError))
     base = found and load_config({"config": found})
   model = _model(args, base and base.model, configs["palm-tiny"])
   # A model that the run has already is large enough, but not one that is named again.

@@ -75,7 +75,7 @@ def test_damage_to_any_file_is_noticed_and_the_one_before_is_used(tmp_path, dama
 
 
 def test_a_half_written_checkpoint_is_refused(tmp_path, monkeypatch):
-  checkpoints, warnings = saved(tmp_path, [1])
+  checkpoints, _ = saved(tmp_path, [1])
 
   class Killed(BaseException):
     pass
@@ -86,9 +86,9 @@ def test_a_half_written_checkpoint_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint, "write_atomically", die)
   with pytest.raises(Killed):
     checkpoints.save(2, items(2), {})
-  assert checkpoints.steps() == [1, 2]
-  assert checkpoints.latest() == 1
-  assert "it was not finished" in warnings[0]
+  assert checkpoints.latest() == 1 and checkpoints.steps() == [1]
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.unfinished"]
+  assert checkpoints.latest(repair=True) == 1 and [tmp_path / "1"] == list(tmp_path.iterdir())
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
@@ -118,3 +118,56 @@ def test_other_shapes_are_refused(tmp_path):
   checkpoints, _ = saved(tmp_path, [1])
   with pytest.raises(CheckpointError, match="could not read checkpoint"):
     checkpoints.restore(1, {"params": {"palm/layers": {"w": jnp.zeros((4, 2))}}})
+
+
+LITTER = (".DS_Store", "._1", "Thumbs.db", "desktop.ini", ".nfs0000001", "manifest.json~", ".m.swp")
+
+
+def test_litter_is_no_part_of_a_checkpoint(tmp_path):
+  checkpoints, warnings = saved(tmp_path, [1, 2], keep=2)
+  for folder in (tmp_path, *(path for path in tmp_path.rglob("*") if path.is_dir())):
+    for name in LITTER:
+      (folder / name).write_text("litter")
+    (folder / "__MACOSX").mkdir()
+  for name in ("007", "\u00b2", "\u0663", "-1", "5 copy"):  # The second and third are digits.
+    (tmp_path / name).mkdir()
+  (tmp_path / "3").write_text("a file")
+  assert checkpoints.steps() == [1, 2]
+  assert checkpoints.latest() == checkpoints.latest(repair=True) == 2 and not warnings
+  chex.assert_trees_all_equal(checkpoints.restore(2, items(0)), items(2))
+  checkpoints.save(3, items(3), {})
+  assert checkpoints.steps() == [2, 3] and checkpoints.latest() == 3
+  assert warnings == [f"{tmp_path / '3'} is no checkpoint; it is kept as 3.refused"]
+  assert (tmp_path / "3.refused").read_text() == "a file"
+
+
+def test_a_directory_named_like_a_step_costs_no_checkpoint(tmp_path):
+  checkpoints, warnings = saved(tmp_path, [1, 2], keep=2)
+  for name in ("7", "8", "9"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "notes").write_text(name)
+  checkpoints.save(3, items(3), {})
+  checkpoints.forget_after(2)
+  assert checkpoints.steps() == [2, 7, 8, 9]
+  assert checkpoints.latest(repair=True) == 2
+  assert [line.split(" is refused: ")[1] for line in warnings] == [
+      f"manifest.json is missing; it is kept as {step}.refused" for step in (9, 8, 7)]
+  assert (tmp_path / "9.refused" / "notes").read_text() == "9"
+
+
+def test_where_no_checkpoint_is_usable_nothing_is_touched(tmp_path):
+  checkpoints, warnings = saved(tmp_path, [1, 2])
+  (tmp_path / "1" / "manifest.json").write_text("{}")
+  (tmp_path / "2" / "manifest.json").unlink()
+  before = sorted(tmp_path.rglob("*"))
+  for repair in (False, True):
+    with pytest.raises(CheckpointError, match="is usable .2: manifest.json is missing; 1: "
+                       "manifest.json is corrupt.; restore one") as error:
+      checkpoints.latest(repair=repair)
+    assert "\n" not in str(error.value)
+  assert sorted(tmp_path.rglob("*")) == before and not warnings
+  # Nor where all of them were refused before.
+  for step in (1, 2):
+    (tmp_path / str(step)).rename(tmp_path / f"{step}.refused")
+  with pytest.raises(CheckpointError, match="1.refused: refused before; 2.refused"):
+    checkpoints.latest(repair=True)
