@@ -1,10 +1,11 @@
-"""What every block kernel must satisfy: drawn cases, the oracle in float64, the bound.
+"""The contract of the block: drawn cases, the oracle in float64, the floor of the error bound.
 
 A backend's test draws `cases(...)`, computes `inputs(case)`, runs its four functions on them
 (`run` does), and calls `check(case, arrays, results)`; a planted error is sought by `errors`.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 from hypothesis import Phase, strategies as st
 
 from palm_haiku.kernels.parallel_block import xla
+from tests.kernels import contract as bound
 
 EPS = 1e-5
 # The message has the case; to look for a smaller one takes minutes.
@@ -154,33 +156,25 @@ def rough(case: Case, arrays: dict) -> dict:
 
 
 def errors(case: Case, arrays: dict, results: dict) -> dict[str, str]:
-  """What is more than twice as far from float64 as the XLA path is: how far, by name.
+  """Which results are out of bounds, and how far.
 
   Args:
     case: what was computed.
     arrays: its `inputs`.
     results: as `run` returned them.
   """
-  want, compare, found = exact(case, arrays), rough(case, arrays), {}
+  want, compare, found = exact(case, arrays), functools.cache(lambda: rough(case, arrays)), {}
   for name, got in results.items():
     assert got.shape == want[name].shape and got.dtype == jnp.dtype(case.dtype), name
-    expected, got = want[name], np.asarray(got, np.float64)
-    difference = got - expected
-    baseline = np.asarray(compare[name], np.float64) - expected
-    # A rounding of the largest value, where the XLA path happens to be exact, or nearly so; and
-    # eight of a sum in float32 of any order, those of the mean as large as the norm makes them.
-    floor = np.abs(expected).max() * (
-        float(jnp.finfo(case.dtype).eps)
-        + 8 * (1 + case.mean / case.spread) * float(jnp.finfo("float32").eps))
-    for norm, least, measure in (("largest", floor, lambda x: np.abs(x).max()),
-                                 ("mean square", floor / 4, lambda x: np.sqrt(np.mean(x**2)))):
-      error, allowed = measure(difference), max(least, 2 * measure(baseline))
-      if not error <= allowed:  # NaN, too
-        found[name] = f"{norm} error {error:.3g}, allowed {allowed:.3g}"
+    # A rounding of the largest value, and eight of a sum in float32 of any order, those of the mean
+    # as large as the norm makes them.
+    floor = np.abs(want[name]).max() * (
+        bound.eps(case.dtype) + 8 * (1 + case.mean / case.spread) * bound.eps("float32"))
+    if excess := bound.excess(
+        got, want[name], lambda: compare()[name], floor=floor, mean_square=0.25):
+      found[name] = excess
   return found
 
 
 def check(case: Case, arrays: dict, results: dict) -> None:
-  """Asserts that there are no `errors`."""
-  found = errors(case, arrays, results)
-  assert not found, f"{found} for {case}"
+  bound.check(errors(case, arrays, results), case)
