@@ -3,17 +3,15 @@
 import codecs
 import dataclasses
 import functools
-import glob
-import gzip
 import hashlib
 import pathlib
-import zipfile
-import zlib
 from typing import Iterator
 
 import grain
 import numpy as np
 import sentencepiece
+
+from palm_haiku import textfiles
 
 ENWIK8_SPLIT = (90_000_000, 5_000_000)  # bytes to train on and held out, as PaLM-jax has it
 
@@ -151,9 +149,8 @@ def load_corpus(source: str, tokenizer, eval_fraction: float) -> Corpus:
 
   Args:
     source: "pydoc" (CPython's documentation prose, on every machine); "enwik8" or a path of it
-      (plain, gz or zip; split into 90M and 5M bytes, as PaLM-jax has it, whatever
-      `eval_fraction` is); or a path or glob of UTF-8 text files, each a document, plain, gz or
-      zip.
+      (split into 90M and 5M bytes, as PaLM-jax has it, whatever `eval_fraction` is); or a path or
+      glob of text files, plain, compressed or in archives, each a document; see `textfiles`.
     tokenizer: of `load_tokenizer`.
     eval_fraction: how much of the text, counted in bytes from its end, is held out.
 
@@ -162,18 +159,21 @@ def load_corpus(source: str, tokenizer, eval_fraction: float) -> Corpus:
   """
   if not 0 <= eval_fraction < 1:
     raise ValueError(f"eval_fraction must be in [0, 1); got {eval_fraction}")
+  cut, documents = 0, []
   if source == "pydoc":
     documents = _pydoc()
   else:
-    documents = [_read(path) for path in _find(source)]
+    paths = _find(source)
+    if pathlib.Path(source).name.startswith("enwik8"):
+      # Its last character may be cut, which no text's is.
+      content = b"".join(piece for path in paths for _, piece in textfiles.unpack(path))
+      if len(content) >= sum(ENWIK8_SPLIT):
+        cut, documents = ENWIK8_SPLIT[0], [content[:sum(ENWIK8_SPLIT)]]
+    documents = documents or [text for path in paths for text in textfiles.read(path)]
   total = sum(map(len, documents))
   if not total:
     raise ValueError(f"{source} is empty")
-  if pathlib.Path(source).name.startswith("enwik8") and total >= sum(ENWIK8_SPLIT):
-    documents = [b"".join(documents)[:sum(ENWIK8_SPLIT)]]
-    cut = ENWIK8_SPLIT[0]
-  else:
-    cut = total - int(total * eval_fraction)
+  cut = cut or total - int(total * eval_fraction)
   train, held_out = _split(documents, cut)
   dtype = np.min_scalar_type(tokenizer.num_tokens - 1)
   train_tokens, eval_tokens = (_tokenize(part, tokenizer, dtype) for part in (train, held_out))
@@ -193,37 +193,14 @@ def _pydoc() -> list[bytes]:
 
 
 def _find(source: str) -> list[str]:
-  if source == "enwik8":
-    names = [folder + name for folder in ("", "data/")
-             for name in ("enwik8", "enwik8.gz", "enwik8.zip")]
-    found = [name for name in names if pathlib.Path(name).is_file()][:1]
-    if not found:
-      raise ValueError("there is no enwik8, enwik8.gz or enwik8.zip here or in ./data; it can be "
-                       "had at https://mattmahoney.net/dc/enwik8.zip")
-    return found
-  found = sorted(name for name in glob.glob(source, recursive=True)
-                 if pathlib.Path(name).is_file())
-  if pathlib.Path(source).is_file():
-    found = [source]
-  elif pathlib.Path(source).is_dir():
-    raise ValueError(f"{source} is a directory; name its files, such as '{source}/*.txt'")
-  if not found:
-    raise ValueError(f"no file matches {source}")
-  return found
-
-
-def _read(path: str) -> bytes:
-  try:
-    if path.endswith(".gz"):
-      with gzip.open(path) as stream:
-        return stream.read()
-    if path.endswith(".zip"):
-      with zipfile.ZipFile(path) as archive:
-        return b"".join(archive.read(name) for name in archive.namelist())
-  except (gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
-    # RuntimeError: an archive that asks for a password, or for a compression that is not here.
-    raise ValueError(f"{path} cannot be unpacked: {error}") from error
-  return pathlib.Path(path).read_bytes()
+  if source != "enwik8":
+    return textfiles.find(source)
+  for folder in ("", "data/"):
+    for name in ("enwik8", "enwik8.gz", "enwik8.zip"):
+      if pathlib.Path(folder + name).is_file():
+        return [folder + name]
+  raise ValueError("there is no enwik8, enwik8.gz or enwik8.zip here or in ./data; it can be "
+                   "had at https://mattmahoney.net/dc/enwik8.zip")
 
 
 def _split(documents: list[bytes], cut: int) -> tuple[list[bytes], list[bytes]]:

@@ -1,0 +1,224 @@
+"""Files to documents: which files a source names, what they hold, and whether that is text.
+
+Names decide little here. A file counts once however many links lead to it, compression is told by
+a file's first bytes, and what is no text in a Unicode encoding is refused by its name.
+"""
+
+import bz2
+import codecs
+import collections
+import fnmatch
+import glob
+import gzip
+import io
+import lzma
+import os
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from typing import Iterator
+
+# Left by systems and editors, beside the hidden files that a glob leaves out too.
+_LITTER = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "*~", "#*#")
+_SUFFIXES = (".gz", ".tgz", ".bz2", ".xz", ".lzma", ".zst", ".zip", ".tar")  # promise an archive
+_MAX_DEPTH = 4  # archives within archives
+
+# UTF-32 first: its mark for little endian begins with that of UTF-16.
+_MARKS = {codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
+          codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
+          codecs.BOM_UTF8: "utf-8"}
+_NO_TEXT = {b"%PDF-": "a PDF", b"{\\rtf": "a Rich Text file", b"7z\xbc\xaf'\x1c": "a 7z archive",
+            b"Rar!": "a RAR archive",
+            b"version https://git-lfs": "a Git LFS pointer, which `git lfs pull` replaces"}
+
+
+def find(source: str) -> list[str]:
+  """The files that a path or glob names, each once, in the order of their names.
+
+  Of several links to a file the path without symbolic links is taken, if it is among them. `**`
+  follows links to directories, and enters each directory once.
+
+  Raises:
+    ValueError: there is none, or `source` is a directory.
+  """
+  source = os.path.expanduser(source)
+  if os.path.isdir(source):
+    raise ValueError(f"{source} is a directory; name its files, such as "
+                     f"'{os.path.join(source, '*.txt')}'")
+  if os.path.exists(source):
+    mode = os.stat(source).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):  # /dev/fd/63 of a shell's <(...) is a FIFO.
+      raise ValueError(f"{source} is neither a file nor a pipe")
+    return [source]
+  files = collections.defaultdict(set)
+  for path in _matches(source):
+    if os.path.isfile(path) and not _is_litter(os.path.basename(path)):
+      files[_identity(path)].add(path)
+  if not files:
+    raise ValueError(f"no file matches {source}")
+  return sorted(min(names, key=lambda path: (len(names) > 1 and _is_behind_link(path), path))
+                for names in files.values())
+
+
+def _matches(pattern) -> Iterator[str]:
+  """As `glob.glob(pattern, recursive=True)`, which never ends where links to directories do."""
+  parts = pattern.split(os.sep)
+  if "**" not in parts:
+    yield from glob.iglob(pattern)
+    return
+  first = parts.index("**")
+  before, after = os.sep.join(parts[:first]), os.sep.join(parts[first + 1:]) or "*"
+  for root in glob.iglob(before) if before else ["/" if first else ""]:
+    for folder in _folders(root):
+      yield from _matches(os.path.join(glob.escape(folder), after))
+
+
+def _folders(root) -> Iterator[str]:
+  """A directory and those below it, each once, under a path without links if there is one."""
+  seen, direct, links = set(), [root], []
+  while direct or links:
+    folder = direct.pop() if direct else links.pop(0)
+    try:
+      if (identity := _identity(folder or ".")) in seen:
+        continue
+      seen.add(identity)
+      entries = sorted(os.scandir(folder or "."), key=lambda entry: entry.name)
+    except OSError:  # As in `glob`: no directory, or not for us.
+      continue
+    yield folder
+    for entry in entries:
+      if not entry.name.startswith(".") and not _is_litter(entry.name):
+        path = os.path.join(folder, entry.name)
+        if entry.is_symlink():
+          links.append(path)
+        elif entry.is_dir():
+          direct.append(path)
+
+
+def _identity(path):
+  status = os.stat(path)
+  return status.st_dev, status.st_ino
+
+
+def _is_behind_link(path):
+  return os.path.realpath(path) != os.path.abspath(path)
+
+
+def _is_litter(name):
+  return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in _LITTER)
+
+
+def read(path: str) -> list[bytes]:
+  """The documents of a file in UTF-8: one, or one per file in an archive.
+
+  Raises:
+    ValueError: what it holds is no text; the message has the name.
+  """
+  return [_decode(content, name) for name, content in unpack(path)]
+
+
+def unpack(path: str) -> Iterator[tuple[str, bytes]]:
+  """The files in a file, with their names: itself, or what is compressed or archived in it.
+
+  Raises:
+    ValueError: it is damaged, encrypted, or packed in a way that is unknown here.
+  """
+  with open(path, "rb") as stream:
+    content = stream.read()
+  try:
+    yield from _unpack(content, path, 0)
+  except (OSError, EOFError, ValueError, RuntimeError, struct.error, zlib.error, lzma.LZMAError,
+          zipfile.BadZipFile, tarfile.TarError) as error:
+    # RuntimeError: an archive that asks for a password, or for a compression that is not here.
+    raise ValueError(f"{path} cannot be unpacked: {error}") from error
+
+
+def _unpack(content, name, depth, is_named=True):
+  if depth > _MAX_DEPTH:
+    raise RuntimeError(f"{name} is within more than {_MAX_DEPTH} others")
+  if content.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+      names = archive.namelist()
+      if "[Content_Types].xml" in names or names[:1] == ["mimetype"]:
+        raise RuntimeError(f"{name} is an Office, OpenDocument or EPUB file")
+      members = [(member.filename, lambda member=member: archive.read(member))
+                 for member in archive.infolist() if not member.is_dir()]
+      yield from _members(members, name, depth)
+  elif content[257:262] == b"ustar":
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+      members = [(member.name, lambda member=member: archive.extractfile(member).read())
+                 for member in archive if member.isfile()]
+      yield from _members(members, name, depth)
+  elif (inner := _decompressed(content)) is not None:
+    yield from _unpack(inner, name, depth + 1, is_named=False)
+  elif content and is_named and name.lower().endswith(_SUFFIXES):
+    raise RuntimeError(f"{name} is not compressed; rename it if it is plain text")
+  else:
+    yield name, content
+
+
+def _members(members, name, depth):
+  for member, read_member in members:
+    parts = member.replace("\\", "/").split("/")
+    if not any(part.strip(".") and part.startswith(".") or _is_litter(part) for part in parts):
+      yield from _unpack(read_member(), f"{name}:{member}", depth + 1)
+
+
+def _decompressed(content) -> bytes | None:
+  if content.startswith(b"\x1f\x8b"):
+    return gzip.decompress(content)
+  if content.startswith(b"BZh") and content[4:10] in (b"1AY&SY", b"\x17rE8P\x90"):
+    return bz2.decompress(content)
+  if content.startswith((b"\xfd7zXZ\0", b"]\0\0")):
+    return lzma.decompress(content)
+  if content.startswith(b"\x28\xb5\x2f\xfd"):
+    try:
+      from compression import zstd
+    except ImportError as error:
+      raise RuntimeError("Python reads zst from 3.14 on; unpack it with `zstd -d`") from error
+    try:
+      return zstd.decompress(content)
+    except zstd.ZstdError as error:
+      raise EOFError(error) from error
+  return None
+
+
+def _decode(content: bytes, name: str) -> bytes:
+  """Text in UTF-8 without a byte order mark."""
+  for mark, encoding in _MARKS.items():
+    if content.startswith(mark):
+      break
+  else:
+    mark, encoding = b"", "utf-8"
+  for start, kind in _NO_TEXT.items():
+    if content.startswith(start):
+      raise ValueError(f"{name} is no text but {kind}")
+  content = content[len(mark):]
+  try:
+    if encoding != "utf-8":
+      content = content.decode(encoding).encode()
+    else:
+      _check_utf8(content)
+  except UnicodeDecodeError as error:
+    raise ValueError(
+        f"{name} is no text in {encoding.upper()}: {error.reason} at byte {error.start}; convert "
+        "text in another encoding first, such as: iconv -f LATIN1 -t UTF-8") from error
+  if b"\0" in content:
+    raise ValueError(
+        f"{name} is no text: byte {content.index(0)} is NUL; UTF-16 and UTF-32 are read with a "
+        "byte order mark, or convert them: iconv -f UTF-16LE -t UTF-8")
+  return content
+
+
+def _check_utf8(content, step=2**24):
+  """Raises UnicodeDecodeError; a piece at a time, since a str may be four times as large."""
+  decoder = codecs.getincrementaldecoder("utf-8")()
+  for start in range(0, len(content) or 1, step):
+    pending = len(decoder.getstate()[0])
+    try:
+      decoder.decode(content[start: start + step], final=start + step >= len(content))
+    except UnicodeDecodeError as error:
+      error.start += start - pending
+      raise
