@@ -1,6 +1,9 @@
 """PaLM in JAX and Haiku, with fused Pallas kernels."""
 
+from palm_haiku import platforms
 from palm_haiku.config import PaLMConfig, configs
 from palm_haiku.model import KVCache, PaLM, ParallelBlock
 
 __all__ = ["KVCache", "PaLM", "PaLMConfig", "ParallelBlock", "configs"]
+
+platforms.leave_out_absent()

@@ -1,6 +1,10 @@
-"""A text and a training run that take no time, for the tests of what goes on in a run."""
+"""A text, a training run and a process that take no time, for the tests of what goes on in them."""
 
 import io
+import os
+import pathlib
+import subprocess
+import sys
 
 import rich.console
 
@@ -14,3 +18,13 @@ def run(config, out, **options):
   console = rich.console.Console(file=io.StringIO(), width=200)
   result = train.train(config, out, console=console, **options)
   return result, console.file.getvalue()
+
+
+def output(*argv, timeout=250):
+  """What Python prints on both its outputs, begun as a user would: with no platform named."""
+  env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+  done = subprocess.run([sys.executable, *map(str, argv)], env=env, text=True, timeout=timeout,
+                        cwd=pathlib.Path(__file__).parents[1],
+                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+  assert done.returncode == 0, done.stdout
+  return done.stdout
