@@ -1,7 +1,7 @@
-# make demo   train a small PaLM on this machine's CPU, look at it, sample from it
+# make demo      train a small PaLM on this machine's CPU, look at it, sample from it
 # make test      the suite that shows that everything works here
 # make test-all  all tests
-# Both make their own virtual environment first.
+# Each installs what it needs into .venv first.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,12 +16,23 @@ TRITON ?= $(if $(filter jax==0.11.2,$(JAX)),jax-triton==0.3.1 triton==3.6.0)
 help:
 	@sed -n 's/^# //p' Makefile
 
-$(VENV)/installed: setup.cfg pyproject.toml
+# The demo needs the base dependencies alone; tests add theirs to the same environment. What pip says
+# is shown if it fails.
+define install
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 12) or sys.exit("palm-haiku needs Python 3.12 or newer; $(PYTHON) is %d.%d. Try: make PYTHON=python3.12 ..." % v[:2])'
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --editable '.[test]' '$(JAX)' $(TRITON)
+	@echo "Installing $(1) into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --editable $(2) '$(JAX)' > $(VENV)/pip.log 2>&1 \
+	  || { cat $(VENV)/pip.log; exit 1; }
+endef
+
+$(VENV)/installed-base: setup.cfg pyproject.toml
+	$(call install,palm-haiku (0.9 GB),.)
 	@touch $@
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	$(call install,palm-haiku and what its tests need (3 GB),'.[test]' $(TRITON))
+	@touch $(VENV)/installed-base $@
 
 test-all: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
@@ -29,8 +40,8 @@ test-all: $(VENV)/installed
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
-demo: $(VENV)/installed
-	$(VENV)/bin/python -m palm_haiku.demo
+demo: $(VENV)/installed-base
+	@$(VENV)/bin/python -m palm_haiku.demo
 
 clean:
 	rm -rf .venv* build dist *.egg-info .pytest_cache .hypothesis

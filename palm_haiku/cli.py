@@ -5,6 +5,8 @@ import contextlib
 import dataclasses
 import difflib
 import pathlib
+import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -42,6 +44,16 @@ def main(argv: list[str] | None = None) -> int:
     return 2 if isinstance(error, ValueError) else 1
   except KeyboardInterrupt:
     return 130
+
+
+def typed(*command: str) -> str:
+  """A command as it runs in a shell that starts where this process did."""
+  program = pathlib.Path(sys.executable).with_name("palm-haiku")
+  if shutil.which("palm-haiku") == str(program):
+    program = "palm-haiku"
+  elif program.is_relative_to(pathlib.Path.cwd()):
+    program = program.relative_to(pathlib.Path.cwd())
+  return shlex.join([str(program), *command])
 
 
 def _errors():
@@ -292,11 +304,11 @@ def _train(args) -> int:
   console.print(f"{'loss curve':16}{args.out / 'loss.png'}", highlight=False, soft_wrap=True)
   if result.interrupted_by is not None:
     console.print(f"stopped by {result.interrupted_by.name} at step {result.step}, which is saved; "
-                  f"go on with: palm-haiku train --resume --out {args.out}", soft_wrap=True,
-                  highlight=False)
+                  f"go on with: {typed('train', '--resume', '--out', str(args.out))}",
+                  soft_wrap=True, highlight=False)
     return 128 + result.interrupted_by
-  console.print(f"{'sample':16}palm-haiku generate {args.out} --prompt '...'", highlight=False,
-                soft_wrap=True)
+  command = typed("generate", str(args.out), "--prompt", "The ")
+  console.print(f"{'sample':16}{command}", highlight=False, soft_wrap=True)
   return 0
 
 
@@ -418,7 +430,7 @@ def _convert(args) -> int:
       TrainConfig(model=model, tokenizer=args.tokenizer)), "data_fingerprint": None, "step": 0}
   Checkpoints(args.out / "checkpoints").save(0, {"params": params}, metadata)
   print(f"{args.out}: {model.num_params:,} parameters from {args.from_peer}; "
-        f"sample: palm-haiku generate {args.out}")
+        f"sample: {typed('generate', str(args.out))}")
   return 0
 
 

@@ -1,8 +1,7 @@
-"""A minute or two of training on this machine, by the commands that one would type oneself."""
+"""A minute of training on this machine, by the commands that one would type oneself."""
 
 import argparse
 import pathlib
-import shlex
 import sys
 
 import rich.console
@@ -14,19 +13,19 @@ def main(argv: list[str] | None = None) -> int:
   """Trains a small PaLM on Python's documentation and samples from it; returns an exit status."""
   parser = argparse.ArgumentParser(prog="make demo", description=main.__doc__)
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs"), metavar="DIR")
-  parser.add_argument("--steps", type=int, default=700)
+  parser.add_argument("--steps", type=int, default=400)
   args = parser.parse_args(argv)
   out = _fresh(args.out / "demo")
   console = rich.console.Console()
 
   def run(*command: str) -> int:
-    console.print(f"\n[bold]$ palm-haiku {shlex.join(command)}", highlight=False, soft_wrap=True)
+    console.print(f"\n[bold]$ {cli.typed(*command)}", highlight=False, soft_wrap=True)
     return cli.main(list(command))
 
   console.print("A PaLM of a million parameters learns to write like Python's documentation, byte "
                 "by byte.", highlight=False, soft_wrap=True)
   status = run("train", "--model", "palm-tiny", "--data", "pydoc", "--steps", str(args.steps),
-               "--batch-size", "8", "--seq-len", "256", "--eval-every", "100", "--out", str(out))
+               "--batch-size", "4", "--seq-len", "256", "--eval-every", "100", "--out", str(out))
   if status:
     return status
   # Not longer than what it was trained at: rotary positions do not reach beyond that.
@@ -34,15 +33,23 @@ def main(argv: list[str] | None = None) -> int:
                "--temperature", "0.7")
   if status:
     return status
-  console.print(f"""
-[bold]What to type next[/bold]  (with .venv/bin/ in front, or after: source .venv/bin/activate)
-  palm-haiku generate {out} --prompt 'import ' --top-p 0.9 --seed 1
-  palm-haiku train --resume --steps {3 * args.steps} --out {out}
-  palm-haiku train --data 'my/texts/*.txt' --out runs/mine
-  palm-haiku train --model palm-lite-tiny --out runs/alibi
-  palm-haiku info --model palm-540b
-The loss curve is in {out / 'loss.png'}.""", highlight=False, soft_wrap=True)
+  console.print("\n[bold]What to type next")
+  for command in _next(args.out, out, args.steps):
+    console.print("  " + cli.typed(*command), highlight=False, soft_wrap=True)
+  console.print(f"Your own text goes where docs/*.md is. The loss curve is in {out / 'loss.png'}.",
+                highlight=False, soft_wrap=True)
   return 0
+
+
+def _next(folder: pathlib.Path, demo: pathlib.Path, steps: int) -> list[list[str]]:
+  more = ["--steps", str(steps)]
+  return [
+      ["generate", str(demo), "--prompt", "import ", "--top-p", "0.9", "--seed", "1"],
+      ["train", "--resume", "--out", str(demo), "--steps", str(3 * steps)],
+      ["train", "--data", "docs/*.md", "--out", str(_fresh(folder / "mine")), *more],
+      ["train", "--model", "palm-lite-tiny", "--out", str(_fresh(folder / "alibi")), *more],
+      ["info", "--model", "palm-540b"],
+  ]
 
 
 def _fresh(path: pathlib.Path) -> pathlib.Path:
