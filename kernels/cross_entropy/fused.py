@@ -3,25 +3,31 @@
 A backend module has three functions:
 
   unsupported(x, embedding, *, chip) -> the first requirement that is not met, or None
-  forward(x, embedding, targets, *, scale, num_valid, chip) -> (log_z, logit)
-  logit_gradient(x, rows, targets, log_z, dlog_z, dlogit, *, first, scale, num_valid, chip) -> g
+  forward(x, embedding, targets, *, scale, num_valid, chip) -> (top, total, logit)
+  logit_gradient(x, rows, targets, top, spread, peak, *, first, scale, num_valid, chip) -> g
 
 with x [N, D]; embedding [V, D] in the dtype of x (only `unsupported` is shown the caller's, which
-may be another); targets int32[N], one outside [0, num_valid) has no logit here; num_valid an int
-or int32[], rows of the embedding from there on are padding; log_z, logit, dlog_z, dlogit
-float32[N], log_z -inf where there is no valid row, logit 0 where there is no target.
+may be another); targets int32[N], one outside [0, num_valid) has no logit here; scale > 0;
+num_valid an int or int32[], rows of the embedding from there on are padding; all else float32[N]:
+
+  top   = max(x @ embedding.T), over the valid rows; any number <= -1e30 where there is none
+  total = sum(exp(scale * (x @ embedding.T - top))), 0 where there is none
+  logit = scale * x @ embedding[target], 0 where there is no target
 
 `logit_gradient` makes one block of columns of the gradient of x @ embedding.T, those of
 rows = embedding[first : first + R], in the dtype of x:
 
-  g [N, R] = scale * (exp(scale * x @ rows.T - log_z) * dlog_z + onehot(targets - first) * dlogit)
+  g [N, R] = exp(scale * (x @ rows.T - top)) * spread + onehot(targets - first) * peak
 
 and 0 in columns from num_valid - first on; first is an int or int32[], R and N are any numbers.
+Both must subtract before they scale: log_z = scale * top + log(total) is rounded to 2^-24 of a
+large logit, and exp would make that a relative error of every g.
 
 The backward pass here walks over such blocks of the vocabulary. A block of the embedding's
 gradient, g.T @ x, is complete when it is made; g @ rows is added to the gradient of x in float32.
 So there are four matrix products where a loss that keeps its logits has three, two of them XLA's,
-and nothing of the size [N, V] exists: g has at most `BLOCK_BYTES`.
+and nothing of the size [N, V] exists: g has at most `BLOCK_BYTES`. How its rounding is kept out of
+the gradients: docs/loss.md.
 """
 
 import dataclasses
@@ -31,6 +37,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from .. import mesh as meshes
@@ -39,6 +46,7 @@ from ..guards import not_differentiable
 
 OP = "linear_cross_entropy"
 BLOCK_BYTES = 2**28  # of g
+LOWEST = -1e30  # `top` of no row: finite, so no inf - inf
 # Rows of the embedding in a block. How much of its peak XLA's product for dx and the one for the
 # embedding's gradient reach, in % (static, 16,384 tokens, dim 4096): on a v6e 91.9 and 93.6 with
 # 7168 rows, 86.0 and 91.3 with 5120, 87.7 and 88.9 with 8192; on a v5p 93.2 and 93.2, 97.0 and
@@ -92,8 +100,10 @@ class Options:
 
   def keywords(self, num_valid):
     """The keyword arguments of a backend's functions."""
-    return dict(scale=self.scale, chip=self.chip,
-                num_valid=num_valid if self.num_valid is None else self.num_valid)
+    return dict(scale=self.scale, chip=self.chip, num_valid=self.valid(num_valid))
+
+  def valid(self, num_valid):
+    return num_valid if self.num_valid is None else self.num_valid
 
 
 def statistics(x, embedding, targets, *, scale, num_valid, backend, chip):
@@ -102,6 +112,8 @@ def statistics(x, embedding, targets, *, scale, num_valid, backend, chip):
   It has a gradient for x and the embedding, and no other derivative. Its results are named
   "loss_log_z" and "loss_logit" for `jax.checkpoint_policies`.
   """
+  if scale <= 0:  # the kernels take the largest product, so the sign goes to x
+    x, scale = np.sign(scale).astype(x.dtype) * x, abs(scale) or 1.0
   static = isinstance(num_valid, int)
   options = Options(backend, chip, float(scale), num_valid if static else None)
   x, embedding, targets, num_valid = meshes.varying_together(
@@ -120,33 +132,41 @@ def _forward(options, x, embedding, targets, num_valid):
   kernel = folding_vmap(lambda tokens, others: options.backend.forward(
       tokens[0], others[0], tokens[1], **options.keywords(others[1])))
   if embedding.dtype == x.dtype:
-    log_z, logit = kernel((x, targets), (embedding, num_valid))
+    top, total, logit = kernel((x, targets), (embedding, num_valid))
   else:
     # Cast block by block, for a copy of the whole embedding may be the largest array of all.
-    valid = num_valid if options.num_valid is None else options.num_valid
+    valid = options.valid(num_valid)
 
     def one_block(first, size, carry):
       in_block = dataclasses.replace(options, num_valid=None)
       rows = _slice(embedding, first, size, x.dtype)
       kernel = folding_vmap(lambda tokens, others: options.backend.forward(
           tokens[0], others[0], tokens[1] - others[2], **in_block.keywords(others[1])))
-      log_z, logit = kernel((x, targets), (rows, jnp.clip(valid - first, 0, size), first))
-      return jnp.logaddexp(carry[0], log_z), carry[1] + logit
+      top, total, logit = kernel((x, targets), (rows, jnp.clip(valid - first, 0, size), first))
+      return *merged(*map(jnp.stack, zip(carry[:2], (top, total))), options.scale), carry[2] + logit
 
-    start = meshes.varying_together(
-        jnp.full(x.shape[:1], -jnp.inf, jnp.float32), jnp.zeros(x.shape[:1], jnp.float32), x)[:2]
-    log_z, logit = _over_blocks(embedding.shape[0], _rows(x), one_block, start)
+    nothing = jnp.zeros(x.shape[:1], jnp.float32)
+    start = meshes.varying_together(nothing + LOWEST, nothing, nothing, x)[:3]
+    top, total, logit = _over_blocks(embedding.shape[0], _rows(x), one_block, start)
   # Named here, where they are residuals: a policy that keeps them does not rerun the kernel.
-  log_z = checkpoint_name(log_z, "loss_log_z")
+  top, total = checkpoint_name(top, "loss_log_z"), checkpoint_name(total, "loss_log_z")
   logit = checkpoint_name(logit, "loss_logit")
-  return (log_z, logit), (x, embedding, targets, num_valid, log_z)
+  log_z = jnp.where(total == 0, -jnp.inf, options.scale * top + jnp.log(total))
+  return (log_z, logit), (x, embedding, targets, num_valid, top, total)
 
 
 def _backward(options, residuals, cotangents):
-  x, embedding, targets, num_valid, log_z = residuals
+  x, embedding, targets, num_valid, top, total = residuals
   dlog_z, dlogit = (not_differentiable(a, OP) for a in cotangents)
+  spread = jnp.where(total == 0, 0, options.scale * dlog_z)
+  has_target = (targets >= 0) & (targets < options.valid(num_valid))
+  peak = jnp.where(has_target, options.scale * dlogit, 0)
+  unit = _unit(jnp.abs(spread) + jnp.abs(peak), x.dtype)
+  spread, peak = spread * unit, peak * unit
+
   num_tokens = x.shape[0]
-  tokens = jax.tree.map(jnp.asarray, (x, targets, log_z, dlog_z, dlogit))
+  share = spread / jnp.where(total == 0, 1, total)
+  tokens = jax.tree.map(jnp.asarray, (x, targets, top, share, peak))
   kernel = folding_vmap(lambda tokens, others: options.backend.logit_gradient(
       tokens[0], others[0], *tokens[1:], first=others[2], **options.keywords(others[1])))
   dot = functools.partial(
@@ -159,25 +179,61 @@ def _backward(options, residuals, cotangents):
     rows = _slice(embedding, first, size, x.dtype)
 
     def of_tokens(start, count, carry):
-      dx, drows = carry
+      dx, sums, drows = carry
       part = lambda a: jax.lax.dynamic_slice_in_dim(a, start, count)
+      add = lambda a, change: jax.lax.dynamic_update_slice_in_dim(a, part(a) + change, start, 0)
       here = tuple(map(part, tokens))
       g = kernel(here, (rows, num_valid, jnp.asarray(first, jnp.int32)))
       drows += dot(g, here[0], (((0,), (0,)), ((), ())))
-      new = part(dx) + dot(g, rows, (((1,), (0,)), ((), ())))
-      return jax.lax.dynamic_update_slice_in_dim(dx, new, start, 0), drows
+      return (add(dx, dot(g, rows, (((1,), (0,)), ((), ())))),
+              add(sums, g.astype(jnp.float32).sum(1)), drows)
 
-    dx, dembedding = carry
-    dx, drows = _over_blocks(
-        num_tokens, tokens_of_block, of_tokens, (dx, zeros((size, x.shape[1]), jnp.float32)))
-    return dx, jax.lax.dynamic_update_slice_in_dim(
-        dembedding, drows.astype(embedding.dtype), first, 0)
+    dx, sums, dembedding = carry
+    dx, sums, drows = _over_blocks(
+        num_tokens, tokens_of_block, of_tokens, (dx, sums, zeros((size, x.shape[1]), jnp.float32)))
+    return dx, sums, jax.lax.dynamic_update_slice_in_dim(
+        dembedding, (drows / unit).astype(embedding.dtype), first, 0)
 
   zeros = lambda shape, dtype: meshes.varying_together(jnp.zeros(shape, dtype), x)[0]
-  dx, dembedding = _over_blocks(
+  dx, sums, dembedding = _over_blocks(
       embedding.shape[0], rows_of_block, one_block,
-      (zeros(x.shape, jnp.float32), zeros(embedding.shape, embedding.dtype)))
+      (zeros(x.shape, jnp.float32), zeros(x.shape[:1], jnp.float32),
+       zeros(embedding.shape, embedding.dtype)))
+  target_rows = embedding.at[jnp.where(has_target, targets, 0)].get(mode="clip").astype(x.dtype)
+  dx = _with_known_sum(dx, sums, spread, peak, target_rows.astype(jnp.float32)) / unit
   return dx.astype(x.dtype), dembedding, None, None
+
+
+def _unit(size, dtype):
+  """What g is multiplied by in memory: a power of two that lifts float16 over its underflow.
+
+  Args:
+    size: float32[N], the most that a token's g may be.
+  """
+  if dtype != jnp.float16:
+    return 1.0
+  _, exponent = jnp.frexp(jnp.where(jnp.isfinite(size), size, 0).max())
+  return jnp.ldexp(jnp.float32(1), jnp.clip(15 - exponent, -100, 100))
+
+
+def _with_known_sum(dx, sums, spread, peak, target_rows):
+  """g @ embedding without the part of g's rounding that all rows of the embedding share.
+
+  A token's g adds up to spread + peak, and as it was stored to `sums`. What is missing goes to the
+  rows that were rounded the most: the softmax's mean, which (dx - peak * target's row) / spread
+  is, and the target's, each in proportion to its part of g.
+  """
+  size = jnp.abs(spread) + jnp.abs(peak)
+  missing = (spread + peak - sums) / jnp.where(size == 0, 1, size)
+  sign = jnp.sign(spread)
+  return dx + missing[:, None] * (
+      sign[:, None] * dx + (jnp.abs(peak) - sign * peak)[:, None] * target_rows)
+
+
+def merged(top, total, scale):
+  """(top, total) of parts of the vocabulary, float32[parts, N], made those of all of it."""
+  largest = top.max(0)
+  return largest, (total * jnp.exp(scale * (top - largest))).sum(0)
 
 
 _statistics.defvjp(_forward, _backward)

@@ -16,9 +16,9 @@ from .. import mesh, tuning
 from ..attention import mosaic_gpu_tiles as tiles
 from ..attention.mosaic_gpu_tiles import COMPUTE, LOG2E, QUAD, ROW, ROWS, TILE, WARPGROUP_ROWS
 from ..attention.mosaic_gpu_tiles import across, down, fold
+from .fused import LOWEST, merged
 from .xla import target_logit
 
-LOWEST = -1e30  # the running maximum before the first block: finite, so no inf - inf
 CHUNK = 64  # of the contraction in one slot: the 128 bytes of a swizzle
 STORE = 64  # columns of a store
 TILING = 8  # rows of an array that TMA copies are a multiple of this
@@ -112,36 +112,35 @@ def _before(end, column0, shape):
   return fixed < across(end - column0, shape) - lane
 
 
-def _forward_kernel(x_ref, rows_ref, bounds_ref, log_z_ref, x_smem, rows_smem, log_z_smem, ready,
+def _forward_kernel(x_ref, rows_ref, bounds_ref, parts_ref, x_smem, rows_smem, parts_smem, ready,
                     free, *, walk, scale):
-  # Logits are multiplied by `factor` as they enter exp2, which is one fused multiply-add; that
-  # needs factor > 0, so that it commutes with the maximum.
-  factor = scale * LOG2E if scale > 0 else 1.0
+  # The maximum is subtracted before the scale is applied, where the difference is exact: logits of
+  # 10^5 would lose 2^-8 to the rounding of their product.
+  factor = scale * LOG2E
 
   def compute(row0, split, blocks):
     ends = jnp.broadcast_to(bounds_ref[0], (WARPGROUP_ROWS,))
 
     def step(logits, column0, carry, masked):
       top, total = carry
-      if scale <= 0:
-        logits *= scale * LOG2E
       if masked:
         valid = _before(plgpu.layout_cast(ends, ROW), column0, logits.shape)
         logits = jnp.where(valid, logits, -jnp.inf)
-      new_top = jnp.maximum(top, fold(logits, jnp.maximum).max(axis=1) * factor)
-      weights = jnp.exp2(logits * factor - across(new_top, logits.shape))
-      total = total * across(jnp.exp2(top - new_top), total.shape) + fold(weights, jnp.add)
+      new_top = jnp.maximum(top, fold(logits, jnp.maximum).max(axis=1))
+      weights = jnp.exp2((logits - across(new_top, logits.shape)) * factor)
+      decay = jnp.exp2((top - new_top) * factor)
+      total = total * across(decay, total.shape) + fold(weights, jnp.add)
       return new_top, total
 
     cast = plgpu.layout_cast
     top, total = blocks(step, (
         cast(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), ROW),
         cast(jnp.zeros((WARPGROUP_ROWS, QUAD), jnp.float32), TILE)))
-    total = total.sum(axis=1)
-    own = log_z_smem.at[pl.ds(lax.axis_index("wg") * WARPGROUP_ROWS, WARPGROUP_ROWS)]
-    own[...] = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) / LOG2E)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(own, log_z_ref.at[split, pl.ds(row0, WARPGROUP_ROWS)])
+    for i, part in enumerate((top, total.sum(axis=1))):
+      slot = parts_smem.at[i, pl.ds(lax.axis_index("wg") * WARPGROUP_ROWS, WARPGROUP_ROWS)]
+      slot[...] = part
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(slot, parts_ref.at[i, split, pl.ds(row0, WARPGROUP_ROWS)])
     plgpu.wait_smem_to_gmem(0)
 
   _main_loop(x_ref, rows_ref, bounds_ref, x_smem, rows_smem, ready, free, walk=walk,
@@ -154,14 +153,14 @@ def _gradient_kernel(x_ref, rows_ref, bounds_ref, targets_ref, table_ref, g_ref,
     del split
     own, here = g_smem.at[lax.axis_index("wg")], pl.ds(row0, WARPGROUP_ROWS)
     load = lambda ref: plgpu.load(ref, layout=ROW, optimized=False)
-    target, (shift, spread, peak) = load(targets_ref.at[here]), (
+    target, (top, spread, peak) = load(targets_ref.at[here]), (
         load(table_ref.at[i, here]) for i in range(3))
 
     def step(logits, column0, carry, masked):
       shape = logits.shape
       fixed, lane = (down(c, shape) for c in tiles.columns(shape[1]))
       hit = fixed == across(target - column0, shape) - lane
-      g = jnp.exp2(logits * (scale * LOG2E) + across(shift, shape)) * across(spread, shape)
+      g = jnp.exp2((logits - across(top, shape)) * (scale * LOG2E)) * across(spread, shape)
       g += jnp.where(hit, across(peak, shape), 0.0)
       if masked:
         ends = jnp.broadcast_to(bounds_ref[0], (WARPGROUP_ROWS,))
@@ -219,7 +218,7 @@ def _walk(x, rows, config):
 
 
 def forward(x, embedding, targets, *, scale, num_valid, chip, config=None):
-  """(log_z, logit), both float32[N]; arguments and meaning as in `xla.logits_statistics`."""
+  """(top, total, logit), each float32[N]; the contract of every backend, in `fused`."""
   config = config or tuning.cross_entropy_mosaic_gpu(chip)
   tokens, rows = _whole(x, TILING), _whole(embedding, TILING)
   walk = _walk(tokens, rows, config)
@@ -227,25 +226,21 @@ def forward(x, embedding, targets, *, scale, num_valid, chip, config=None):
   parts = _launch(
       functools.partial(_forward_kernel, scale=scale), "cross_entropy_forward", tokens, rows,
       [jnp.stack([valid, pl.cdiv(valid, config.columns)])],
-      jax.ShapeDtypeStruct((pl.cdiv(pl.cdiv(rows.shape[0], config.columns), walk),
+      jax.ShapeDtypeStruct((2, pl.cdiv(pl.cdiv(rows.shape[0], config.columns), walk),
                             pl.cdiv(x.shape[0], ROWS) * ROWS), jnp.float32),
-      dict(log_z_smem=plgpu.SMEM((ROWS,), jnp.float32)), walk=walk, config=config)
-  log_z = jax.nn.logsumexp(parts[:, :x.shape[0]], axis=0)
-  return log_z, target_logit(x, embedding, targets, scale=scale, num_valid=num_valid)
+      dict(parts_smem=plgpu.SMEM((2, ROWS), jnp.float32)), walk=walk, config=config)
+  return *merged(*parts[:, :, :x.shape[0]], scale), target_logit(
+      x, embedding, targets, scale=scale, num_valid=num_valid)
 
 
-def logit_gradient(x, rows, targets, log_z, dlog_z, dlogit, *, first, scale, num_valid, chip,
+def logit_gradient(x, rows, targets, top, spread, peak, *, first, scale, num_valid, chip,
                    config=None):
-  """The gradient [N, R] of the logits of `rows`, which are embedding[first:first + R].
-
-  It is scale * (exp(logits - log_z) * dlog_z + onehot(targets) * dlogit) in the dtype of x, and 0
-  where first + column >= num_valid.
-  """
+  """A block of columns of the gradient of x @ embedding.T; the contract in `fused`."""
   config = config or tuning.cross_entropy_mosaic_gpu(chip)
   shape = x.shape[0], rows.shape[0]
   bounds = jnp.stack([jnp.clip(jnp.asarray(num_valid - first, jnp.int32), 0, shape[1]),
                       jnp.asarray(pl.cdiv(shape[1], config.columns), jnp.int32)])
-  table = jnp.stack([-log_z * LOG2E, scale * dlog_z, scale * dlogit], axis=1)
+  table = jnp.stack([top, spread, peak], axis=1)
   x, rows = _whole(x, TILING), _whole(rows, TILING)
   g = _launch(
       functools.partial(_gradient_kernel, scale=scale), "cross_entropy_gradient", x, rows,

@@ -14,9 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import mesh as meshes, tuning
+from .fused import LOWEST
 
 LOG2E = 1.4426950408889634
-LOWEST = -1e30  # below every logit; finite, so that the arithmetic of no valid row stays finite
 LANES, SUBLANES = 128, 8
 
 
@@ -43,7 +43,7 @@ def unsupported(x, embedding, *, chip) -> str | None:
 
 
 def forward(x, embedding, targets, *, scale, num_valid, chip, blocks=None):
-  """log Z and the target's logit of each token; the contract of every backend, in `fused`.
+  """(top, total, logit), each float32[N]; the contract of every backend, in `fused`.
 
   Logits are held transposed, [rows of the embedding, tokens]: what belongs to a token is one
   lane, and a running maximum and sum of 8 rows at a time is plain vector arithmetic.
@@ -55,7 +55,7 @@ def forward(x, embedding, targets, *, scale, num_valid, chip, blocks=None):
   padded = plan.token_blocks * plan.tokens
   vector = lambda: pl.BlockSpec((1, plan.tokens), lambda i, j, *_: (0, i))
 
-  def kernel(valid, x, rows, targets, log_z, logit, top, total, found):
+  def kernel(valid, x, rows, targets, largest, sums, logit, top, total, found):
     block = pl.program_id(1)
 
     @pl.when(block == 0)
@@ -76,44 +76,46 @@ def forward(x, embedding, targets, *, scale, num_valid, chip, blocks=None):
       scores = []
       for i in range(logits.shape[0]):
         picked = jnp.where(wanted == i * SUBLANES, logits[i], picked)
-        scores.append(jnp.where(left > i * SUBLANES, logits[i] * (scale * LOG2E), -jnp.inf))
+        scores.append(jnp.where(left > i * SUBLANES, logits[i], -jnp.inf))
       found[:, at] = picked
       old = top[:, at]
       new = functools.reduce(jnp.maximum, scores, old)
       top[:, at] = new
-      total[:, at] = sum((jnp.exp2(s - new) for s in scores), total[:, at] * jnp.exp2(old - new))
+      # The maximum is subtracted before the scale is applied, where the difference is exact.
+      power = lambda score: jnp.exp2((score - new) * (scale * LOG2E))
+      total[:, at] = sum(map(power, scores), total[:, at] * power(old))
 
     each_tile(plan, tile, update)
 
     @pl.when(block == pl.num_programs(1) - 1)
     def _():
-      largest = top[...].max(axis=0, keepdims=True)
-      s = (total[...] * jnp.exp2(top[...] - largest)).sum(axis=0, keepdims=True)
-      log_z[...] = jnp.where(s > 0, largest + jnp.log2(jnp.where(s > 0, s, 1)), -jnp.inf) / LOG2E
+      largest[...] = top[...].max(axis=0, keepdims=True)
+      decay = jnp.exp2((top[...] - largest[...]) * (scale * LOG2E))
+      sums[...] = (total[...] * decay).sum(axis=0, keepdims=True)
       logit[...] = scale * found[...].sum(axis=0, keepdims=True)
 
   here = (targets >= 0) & (targets < num_valid)
   # The kernel compares with the numbers of rows alone.
   targets = pad(jnp.where(here, targets, -1), padded)[None]
-  log_z, logit = pl.pallas_call(
+  results = pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=1,
           grid=(plan.token_blocks, plan.row_blocks),
           in_specs=[pl.BlockSpec((plan.tokens, dim), lambda i, j, *_: (i, 0)),
                     pl.BlockSpec((plan.rows, dim), lambda i, j, *_: (j, 0)), vector()],
-          out_specs=[vector(), vector()],
+          out_specs=[vector()] * 3,
           scratch_shapes=[pltpu.VMEM((SUBLANES, plan.tokens), jnp.float32)] * 3),
-      out_shape=[meshes.out_shape((1, padded), jnp.float32, x, embedding, targets)] * 2,
+      out_shape=[meshes.out_shape((1, padded), jnp.float32, x, embedding, targets)] * 3,
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary"),
           vmem_limit_bytes=plan.vmem_bytes),
       name="cross_entropy_forward",
   )(jnp.asarray(num_valid, jnp.int32).reshape(1), x, embedding, targets)
-  return log_z[0, :num_tokens], logit[0, :num_tokens]
+  return tuple(result[0, :num_tokens] for result in results)
 
 
-def logit_gradient(x, rows, targets, log_z, dlog_z, dlogit, *, first, scale, num_valid, chip,
+def logit_gradient(x, rows, targets, top, spread, peak, *, first, scale, num_valid, chip,
                    blocks=None):
   """A block of columns of the gradient of x @ embedding.T; the contract in `fused`."""
   x, rows = widen(x), widen(rows)
@@ -124,13 +126,13 @@ def logit_gradient(x, rows, targets, log_z, dlog_z, dlogit, *, first, scale, num
   vector = lambda: pl.BlockSpec((1, plan.tokens), lambda i, j, *_: (0, i))
   groups = range(0, plan.chunk, LANES)
 
-  def kernel(valid, x, rows, targets, log_z, dlog_z, dlogit, g, *columns):
+  def kernel(valid, x, rows, targets, top, spread, peak, g, *columns):
     block = pl.program_id(1)
 
     @pl.when(block == 0)
     def _():
       # What belongs to a token is one sublane here: its copies along the lanes, made once.
-      for vector, column in zip((targets, log_z, dlog_z, dlogit), columns, strict=True):
+      for vector, column in zip((targets, top, spread, peak), columns, strict=True):
         for at in range(0, plan.tokens, LANES):
           part = jnp.broadcast_to(vector[:, at : at + LANES], (LANES, LANES))
           column[at : at + LANES, :] = part.T
@@ -141,20 +143,19 @@ def logit_gradient(x, rows, targets, log_z, dlog_z, dlogit, *, first, scale, num
 
     def update(logits, at, chunk):
       begin = block * plan.rows + chunk.start
-      target, log_z, dlog_z, dlogit = (column[at, :] for column in columns)
+      target, top, spread, peak = (column[at, :] for column in columns)
       lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
       wanted = target - begin - lane
       for i in groups:
-        score = logits[:, i : i + LANES] * (scale * LOG2E)
-        change = jnp.exp2(score - log_z) * dlog_z + jnp.where(wanted == i, dlogit, 0)
+        score = (logits[:, i : i + LANES] - top) * (scale * LOG2E)
+        change = jnp.exp2(score) * spread + jnp.where(wanted == i, peak, 0)
         change = jnp.where(lane < valid[0] - begin - i, change, 0)
         g[at, pl.ds(chunk.start + i, LANES)] = change.astype(g.dtype)
 
     each_tile(plan, tile, update)
 
   targets = jnp.where((targets >= 0) & (targets < num_valid), targets - first, -1)
-  vectors = [pad(v, padded)[None] for v in
-             (targets, log_z * LOG2E, dlog_z * scale, dlogit * scale)]
+  vectors = [pad(v, padded)[None] for v in (targets, top, spread, peak)]
   g = pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -4,16 +4,14 @@ Two kernels around one main loop. Nothing is added atomically, so the same input
 bits.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
 from .. import triton_call, tuning
+from .fused import merged
 from .xla import target_logit
 
 _DTYPES = ("bfloat16", "float16", "float32")
-_LOG2E = math.log2(math.e)
 
 
 def unsupported(x, embedding, *, chip: str | None) -> str | None:
@@ -33,30 +31,27 @@ def unsupported(x, embedding, *, chip: str | None) -> str | None:
 
 
 def forward(x, embedding, targets, *, scale, num_valid, chip):
-  """(log_z, logit), both float32[N]; arguments and meaning as in `xla.logits_statistics`."""
+  """(top, total, logit), each float32[N]; the contract of every backend, in `fused`."""
   valid = jnp.asarray(num_valid, jnp.int32).reshape(1)
   parts = _call(
-      "forward", x, embedding, (valid,), lambda splits: (splits, x.shape[0]), jnp.float32,
+      "forward", x, embedding, (valid,),
+      lambda splits: (jax.ShapeDtypeStruct((splits, x.shape[0]), jnp.float32),) * 2,
       scale=scale, chip=chip)
-  return (jax.nn.logsumexp(parts, axis=0),
-          target_logit(x, embedding, targets, scale=scale, num_valid=num_valid))
+  return *merged(*parts, scale), target_logit(
+      x, embedding, targets, scale=scale, num_valid=num_valid)
 
 
-def logit_gradient(x, rows, targets, log_z, dlog_z, dlogit, *, first, scale, num_valid, chip):
-  """The gradient [N, R] of the logits of `rows`, which are embedding[first:first + R].
-
-  It is scale * (exp(logits - log_z) * dlog_z + onehot(targets) * dlogit) in the dtype of x, and 0
-  where first + column >= num_valid.
-  """
+def logit_gradient(x, rows, targets, top, spread, peak, *, first, scale, num_valid, chip):
+  """A block of columns of the gradient of x @ embedding.T; the contract in `fused`."""
   valid = jnp.asarray(num_valid - first, jnp.int32).reshape(1)
   return _call(
-      "gradient", x, rows,
-      (valid, targets - first, -log_z * _LOG2E, scale * dlog_z, scale * dlogit),
-      lambda splits: (x.shape[0], rows.shape[0]), x.dtype, scale=scale, chip=chip)
+      "gradient", x, rows, (valid, targets - first, top, spread, peak),
+      lambda splits: (jax.ShapeDtypeStruct((x.shape[0], rows.shape[0]), x.dtype),),
+      scale=scale, chip=chip)[0]
 
 
-def _call(name, x, rows, others, out_shape, dtype, *, scale, chip):
-  """Runs a kernel over all tiles; out_shape(splits) is the shape of its result."""
+def _call(name, x, rows, others, out_types, *, scale, chip):
+  """Runs a kernel over all tiles; out_types(splits) are the types of its results."""
   triton_call.check()
   from . import triton_kernels  # and with it Triton, which may be absent
 
@@ -70,9 +65,9 @@ def _call(name, x, rows, others, out_shape, dtype, *, scale, chip):
   splits = -(-columns // walk)
   return triton_call.call(
       getattr(triton_kernels, f"{name}_kernel"), x, rows, *others, num_tokens, num_rows, splits,
-      out_types=(jax.ShapeDtypeStruct(out_shape(splits), dtype),), grid=tiles * splits,
+      out_types=out_types(splits), grid=tiles * splits,
       num_warps=blocks.warps, num_stages=blocks.stages, chip=chip, D=dim, SCALE=scale,
       BLOCK_N=blocks.tokens, BLOCK_V=blocks.columns, BLOCK_D=blocks.depth,
       TOGETHER=tuning.TOGETHER,
       PRECISION="tf32x3" if x.dtype == jnp.float32 else "tf32",
-      **({"WALK": walk} if name == "forward" else {}))[0]
+      **({"WALK": walk} if name == "forward" else {}))

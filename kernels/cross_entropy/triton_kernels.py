@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1e30)  # the running maximum before the first block: finite, so no inf - inf
 
 
 @triton.jit
@@ -49,40 +49,41 @@ def _logits(x_ptr, rows_ptr, token, N, column, R, D: tl.constexpr, BLOCK_N: tl.c
 
 
 @triton.jit
-def forward_kernel(x_ptr, rows_ptr, valid_ptr, N, R, splits, log_z_ptr, D: tl.constexpr,
-                   WALK: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr,
+def forward_kernel(x_ptr, rows_ptr, valid_ptr, N, R, splits, top_ptr, total_ptr,
+                   D: tl.constexpr, WALK: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr,
                    PRECISION: tl.constexpr):
-  """log_z float32[splits, N] of the rows that each split walks."""
-  # One multiply-add in front of exp2 scales the logits; a factor > 0 commutes with the maximum.
-  FACTOR: tl.constexpr = SCALE * LOG2E if SCALE > 0 else 1.0
+  """top and total float32[splits, N] of the rows that each split walks, as `fused` defines them.
+
+  The maximum is subtracted before the scale is applied, where the difference is exact: logits of
+  10^5 would lose 2^-8 to the rounding of their product.
+  """
   tile, split = _place(N, splits, BLOCK_N, TOGETHER)
   token = tile * BLOCK_N
   valid = tl.load(valid_ptr)
-  top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+  top = tl.full([BLOCK_N], LOWEST, tl.float32)
   total = tl.zeros([BLOCK_N], tl.float32)
   first = split * (WALK * BLOCK_V)
   for column in range(first, tl.minimum(first + WALK * BLOCK_V, valid), BLOCK_V):
     logits = _logits(x_ptr, rows_ptr, token, N, column, R, D, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
-    if SCALE <= 0:
-      logits *= SCALE * LOG2E
     seen = column + tl.arange(0, BLOCK_V) < valid
     logits = tl.where(seen[None, :], logits, float("-inf"))
-    new_top = tl.maximum(top, tl.max(logits, 1) * FACTOR)
-    weights = tl.exp2(tl.fma(logits, FACTOR, -new_top[:, None]))
-    total = total * tl.exp2(top - new_top) + tl.sum(weights, 1)
+    new_top = tl.maximum(top, tl.max(logits, 1))
+    weights = tl.exp2((logits - new_top[:, None]) * (SCALE * LOG2E))
+    total = total * tl.exp2((top - new_top) * (SCALE * LOG2E)) + tl.sum(weights, 1)
     top = new_top
-  log_z = (top + tl.log2(tl.where(total == 0, 1.0, total))) * LN2  # top is -inf where total is 0
-  at = token + tl.arange(0, BLOCK_N)
-  tl.store(log_z_ptr + tl.cast(split, tl.int64) * N + at, log_z, mask=at < N)
+  row = token + tl.arange(0, BLOCK_N)
+  at = tl.cast(split, tl.int64) * N + row
+  tl.store(top_ptr + at, top, mask=row < N)
+  tl.store(total_ptr + at, total, mask=row < N)
 
 
 @triton.jit
-def gradient_kernel(x_ptr, rows_ptr, valid_ptr, target_ptr, shift_ptr, spread_ptr, peak_ptr, N, R,
+def gradient_kernel(x_ptr, rows_ptr, valid_ptr, target_ptr, top_ptr, spread_ptr, peak_ptr, N, R,
                     splits, g_ptr, D: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr,
                     BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr,
                     PRECISION: tl.constexpr):
-  """g [N, R]: exp2(logits + shift) * spread, and peak where the column is the target."""
+  """g [N, R]: exp(SCALE * (logits - top)) * spread, and peak where the column is the target."""
   tile, split = _place(N, splits, BLOCK_N, TOGETHER)
   token = tile * BLOCK_N
   column = split * BLOCK_V
@@ -90,11 +91,11 @@ def gradient_kernel(x_ptr, rows_ptr, valid_ptr, target_ptr, shift_ptr, spread_pt
   row = tl.arange(0, BLOCK_N)
   inside = token + row < N
   target = tl.load(target_ptr + token + row, mask=inside, other=0) - column
-  shift = tl.load(shift_ptr + token + row, mask=inside, other=0.0)
+  top = tl.load(top_ptr + token + row, mask=inside, other=0.0)
   spread = tl.load(spread_ptr + token + row, mask=inside, other=0.0)
   peak = tl.load(peak_ptr + token + row, mask=inside, other=0.0)
   here = tl.arange(0, BLOCK_V)
-  weights = tl.exp2(tl.fma(logits, SCALE * LOG2E, shift[:, None]))
+  weights = tl.exp2((logits - top[:, None]) * (SCALE * LOG2E))
   hit = target[:, None] == here[None, :]
   g = tl.fma(weights, spread[:, None], tl.where(hit, peak[:, None], 0.0))
   g = tl.where((here < tl.load(valid_ptr) - column)[None, :], g, 0.0)

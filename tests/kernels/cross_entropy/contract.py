@@ -67,8 +67,8 @@ def cases(draw, *, dims=(64, 128, 192), dtypes=("bfloat16", "float16"), max_toke
 def inputs(case: Case) -> dict:
   """Random arrays of a case, in the names of a backend's arguments.
 
-  Values are rounded to the case's dtype: the oracle computes with the same numbers. `log_z` is
-  the exact one, in float32, so that `logit_gradient` is judged by itself.
+  Values are rounded to the case's dtype: the oracle computes with the same numbers. `top` and
+  `total` are the exact ones, in float32, so that `logit_gradient` is judged by itself.
   """
   rng = np.random.default_rng(case.seed)
   x = jnp.asarray(case.spread * rng.normal(size=(case.num_tokens, case.dim)), case.dtype)
@@ -83,24 +83,45 @@ def inputs(case: Case) -> dict:
       x=x, embedding=embedding, targets=jnp.asarray(targets, jnp.int32),
       dlog_z=jnp.asarray(counts * rng.uniform(0.5, 1.5, case.num_tokens), jnp.float32),
       dlogit=jnp.asarray(-counts * rng.uniform(0, 2, case.num_tokens), jnp.float32))
-  return arrays | dict(log_z=jnp.asarray(exact(case, arrays)["log_z"], jnp.float32))
+  factor = positive(case.scale)[1]
+  products = positive(case.scale)[0] * np.asarray(x, np.float64) @ np.asarray(
+      embedding, np.float64)[:case.valid].T
+  top = products.max(-1, initial=-1e30).astype(np.float32)
+  total = np.exp(factor * (products - np.float64(top)[:, None])).sum(-1)
+  return arrays | dict(top=jnp.asarray(top), total=jnp.asarray(total, jnp.float32))
+
+
+def positive(scale: float) -> tuple[int, float]:
+  """A sign for x and the positive scale that a backend gets, as `fused.statistics` has them."""
+  return int(np.sign(scale)), abs(scale) or 1.0
 
 
 def options(case: Case) -> dict:
-  """`scale` and `num_valid` as a backend's functions take them."""
+  """`scale` and `num_valid` as `fused.statistics` takes them."""
   return dict(scale=case.scale,
               num_valid=jnp.asarray(case.valid, jnp.int32) if case.traced else case.valid)
 
 
 def run(backend, case: Case, arrays: dict, **keywords) -> dict:
   """{"log_z", "logit", "g"} of a backend's module; keywords such as chip go to both functions."""
-  a, keywords = arrays, keywords | options(case)
-  log_z, logit = backend.forward(a["x"], a["embedding"], a["targets"], **keywords)
   first = jnp.asarray(case.first, jnp.int32) if case.traced else case.first
-  g = backend.logit_gradient(
-      a["x"], a["embedding"][case.block], a["targets"], a["log_z"], a["dlog_z"], a["dlogit"],
-      first=first, **keywords)
-  return dict(log_z=log_z, logit=logit, g=g)
+  return run_kernels(backend, arrays, arrays["embedding"][case.block], first=first,
+                     **keywords | options(case))
+
+
+def run_kernels(backend, arrays: dict, rows, *, first, scale, only=None, **keywords) -> dict:
+  """The results of both kernels, or with `only` "g" or "log_z" of one, for any sign of the scale."""
+  a, (sign, scale) = arrays, positive(scale)
+  x, keywords = jnp.asarray(sign, a["x"].dtype) * a["x"], keywords | dict(scale=scale)
+  results = {}
+  if only != "g":
+    top, total, results["logit"] = backend.forward(x, a["embedding"], a["targets"], **keywords)
+    results["log_z"] = jnp.where(total == 0, -jnp.inf, scale * top + jnp.log(total))
+  if only != "log_z":
+    spread = jnp.where(a["total"] == 0, 0, scale * a["dlog_z"] / a["total"])
+    results["g"] = sign * backend.logit_gradient(
+        x, rows, a["targets"], a["top"], spread, scale * a["dlogit"], first=first, **keywords)
+  return results
 
 
 def run_differentiated(backend, case: Case, arrays: dict, chip=None) -> dict:
@@ -145,7 +166,9 @@ def rough(case: Case, arrays: dict) -> dict:
   columns = jnp.arange(case.vocabulary)[case.block]
   logits = case.scale * jnp.einsum(
       "nd,vd->nv", x, embedding[case.block], preferred_element_type=jnp.float32)
-  probability = jnp.exp(logits - arrays["log_z"][:, None]) * arrays["dlog_z"][:, None]
+  share = arrays["dlog_z"] / jnp.where(arrays["total"] == 0, 1, arrays["total"])
+  top = positive(case.scale)[1] * arrays["top"]
+  probability = jnp.exp(logits - top[:, None]) * share[:, None]
   g = case.scale * (
       probability + (targets[:, None] == columns) * arrays["dlogit"][:, None])
   g = jnp.where(columns < case.valid, g, 0).astype(case.dtype)

@@ -35,18 +35,10 @@ class Plan:
 def kernels(arrays, rows, num_valid, first, *, scale, static, plan, module, only):
   """What both kernels return; `static` is (num_valid, first) where these are Python ints."""
   num_valid, first = static or (num_valid, first)
-  options = dict(scale=scale, num_valid=num_valid, chip=None,
-                 config=tuning.CrossEntropyMosaicGpu(plan.columns, plan.stages))
-  x, embedding, targets = arrays["x"], arrays["embedding"], arrays["targets"]
-  results = {}
   with mock.patch.multiple(tuning, walk=lambda *_: plan.walk, TOGETHER=plan.together):
-    if only != "g":
-      results["log_z"], results["logit"] = module.forward(x, embedding, targets, **options)
-    if only != "log_z":
-      results["g"] = module.logit_gradient(
-          x, rows, targets, arrays["log_z"], arrays["dlog_z"], arrays["dlogit"], first=first,
-          **options)
-  return results
+    return contract.run_kernels(
+        module, arrays, rows, first=first, scale=scale, num_valid=num_valid, only=only, chip=None,
+        config=tuning.CrossEntropyMosaicGpu(plan.columns, plan.stages))
 
 
 def run(case, plan=Plan(), module=mosaic_gpu, only=None):
@@ -176,7 +168,7 @@ MUTANTS = {  # the result that it spoils, and what it is
         "stale = []\n    pl.run_scoped(lambda acc: stale.append(acc) or compute(\n"
         f"        tile * ROWS + wg * WARPGROUP_ROWS, split, blocks), {ACC}"}),
     "the sum stays relative to an old maximum": ("log_z", {
-        "total * across(jnp.exp2(top - new_top), total.shape)": "total"}),
+        "total * across(decay, total.shape)": "total"}),
     "a result is copied before it is written": ("log_z", {"    plgpu.commit_smem()": "    pass"}),
     "a result is overwritten before it is copied": ("g", {
         "plgpu.wait_smem_to_gmem(own.shape[0] - 1, wait_read_only=True)": "pass"}),
@@ -231,10 +223,10 @@ def program(num_tokens, vocabulary, dim, rows):
   """(both kernels, the types of their arguments)."""
   options = dict(scale=dim**-0.5, chip="h200")
 
-  def both(x, embedding, targets, log_z, dlog_z, dlogit, num_valid, first):
+  def both(x, embedding, targets, top, spread, peak, num_valid, first):
     block = embedding[:rows]
     return (mosaic_gpu.forward(x, embedding, targets, num_valid=num_valid, **options),
-            mosaic_gpu.logit_gradient(x, block, targets, log_z, dlog_z, dlogit, first=first,
+            mosaic_gpu.logit_gradient(x, block, targets, top, spread, peak, first=first,
                                       num_valid=num_valid, **options))
 
   array, number = jax.ShapeDtypeStruct, jax.ShapeDtypeStruct((), jnp.int32)

@@ -90,7 +90,7 @@ MUTANTS = {  # the result that it spoils, what is replaced, and by what
     "the last step of the contraction is left out": (
         "g", "for start in range(0, D, BLOCK_D)", "for start in range(0, D - 15, BLOCK_D)"),
     "the sum stays relative to an old maximum": (
-        "log_z", "total * tl.exp2(top - new_top)", "total"),
+        "log_z", "total * tl.exp2((top - new_top) * (SCALE * LOG2E))", "total"),
     "the last block of a walk is left out": (
         "log_z", "first + WALK * BLOCK_V, valid)", "first + WALK * BLOCK_V - BLOCK_V, valid)"),
     "tokens past the end of a group": (
@@ -191,9 +191,9 @@ def program(num_tokens, vocabulary, dim, rows, dtype, chip):
   """(both kernels, the types of their arguments)."""
   options = dict(scale=dim**-0.5, chip=chip)
 
-  def both(x, embedding, targets, log_z, dlog_z, dlogit, num_valid, first):
+  def both(x, embedding, targets, top, spread, peak, num_valid, first):
     return (triton.forward(x, embedding, targets, num_valid=num_valid, **options),
-            triton.logit_gradient(x, embedding[:rows], targets, log_z, dlog_z, dlogit, first=first,
+            triton.logit_gradient(x, embedding[:rows], targets, top, spread, peak, first=first,
                                   num_valid=num_valid, **options))
 
   array, number = jax.ShapeDtypeStruct, jax.ShapeDtypeStruct((), jnp.int32)
