@@ -16,6 +16,7 @@ it leaves unwritten or reads past an end shows in the results; what it writes pa
 """
 
 import contextlib
+import functools
 import os
 import pickle
 import subprocess
@@ -32,29 +33,41 @@ _MARGIN = 256  # bytes around each array; keeps the 16-byte alignment that jax-t
 
 
 @contextlib.contextmanager
-def interpreted(mutate: dict[str, str] | None = None):
+def interpreted(mistake=None):
   """Triton kernels run in the interpreter inside this context.
 
   Args:
-    mutate: replacements in the kernels' source, to see that tests notice a planted mistake. Each
-      old text must occur.
+    mistake: a `mutants.Mistake` in the kernels' source, to see that tests notice it.
   """
   import jax
   from palm_haiku.kernels import guards, triton_call
+  from tests import mutants
+
+  @functools.cache
+  def text(path):
+    if isinstance(mistake, dict):
+      text = Path(path).read_text()
+      for old, new in mistake.items():
+        assert old in text, f"{path} has no {old!r}"
+        text = text.replace(old, new)
+      return text
+    return mutants.text(path, mistake) if mistake else Path(path).read_text()
 
   def call(kernel, *inputs, out_types, grid, num_warps, num_stages, chip, **constants):
     del num_warps, num_stages, chip
-    source = kernel.fn.__code__.co_filename
+    path = kernel.fn.__code__.co_filename
     arrays = [x for x in inputs if isinstance(x, (jax.Array, np.ndarray))]
 
     def launch(*arrays):
       values = iter(arrays)
       arguments = [np.asarray(next(values)) if isinstance(x, (jax.Array, np.ndarray)) else x
                    for x in inputs]
-      outs = _ask(source, mutate, kernel.fn.__name__, arguments,
+      outs = _ask(kernel.fn.__name__, path, text(path), arguments,
                   [(x.shape, x.dtype) for x in out_types], grid, constants)
       return tuple(outs)
 
+    if not any(isinstance(x, jax.core.Tracer) for x in arrays):
+      return tuple(map(jax.numpy.asarray, launch(*arrays)))  # a callback would be compiled
     outputs = jax.pure_callback(launch, tuple(out_types), *arrays)
     return triton_call.mesh.varying_together(*outputs, *arrays)[:len(out_types)]
 
@@ -82,12 +95,12 @@ def _ask(*request):
     try:
       answer = pickle.load(_worker.stdout)
     except EOFError:
-      raise RuntimeError(f"the Triton interpreter died in {request[2]}, or took more than "
+      raise RuntimeError(f"the Triton interpreter died in {request[0]}, or took more than "
                          f"{TIMEOUT} s") from None
     finally:
       alarm.cancel()
   if isinstance(answer, str):
-    raise RuntimeError(f"{request[2]}: {answer}")
+    raise RuntimeError(f"{request[0]}: {answer}")
   return answer
 
 
@@ -217,33 +230,27 @@ def _serve():
   _teach_bfloat16(interpreter, tl)
   _round_fma_once(interpreter)
   _patch_language_once(interpreter)
-  modules = {}
 
-  def load(path, mutate):
-    key = path, tuple((mutate or {}).items())
-    if key not in modules:
-      text = Path(path).read_text()
-      for old, new in (mutate or {}).items():
-        assert old in text, f"{path} has no {old!r}"
-        text = text.replace(old, new)
-      # Triton reads a kernel's source from its file.
-      copy = Path(tempfile.mkdtemp()) / Path(path).name
-      copy.write_text(text)
-      spec = importlib.util.spec_from_file_location(f"kernels{len(modules)}", copy)
-      modules[key] = importlib.util.module_from_spec(spec)
-      spec.loader.exec_module(modules[key])
-    return modules[key]
+  @functools.cache
+  def load(path, text):
+    # Triton reads a kernel's source from its file.
+    copy = Path(tempfile.mkdtemp()) / Path(path).name
+    copy.write_text(text)
+    spec = importlib.util.spec_from_file_location(f"kernels{load.cache_info().misses}", copy)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
   while True:
     try:
-      path, mutate, name, inputs, out_types, grid, constants = pickle.load(sys.stdin.buffer)
+      name, path, text, inputs, out_types, grid, constants = pickle.load(sys.stdin.buffer)
     except EOFError:
       return
     try:
       arguments = [_Array(x) if isinstance(x, np.ndarray) else x for x in inputs]
       outs = [_Array(np.frombuffer(b"\xff" * (int(np.prod(shape)) * dtype.itemsize),
                                    dtype).reshape(shape)) for shape, dtype in out_types]
-      getattr(load(path, mutate), name)[(grid,)](*arguments, *outs, **constants)
+      getattr(load(path, text), name)[(grid,)](*arguments, *outs, **constants)
       for x in (*arguments, *outs):
         if isinstance(x, _Array):
           x.check()

@@ -103,44 +103,59 @@ def inputs(case: Case) -> dict:
 
 
 # Every case is a compilation; optimizing it would cost more than it saves.
-@functools.partial(jax.jit, static_argnames=("dtype", "is_causal", "scale", "window"),
+@functools.partial(jax.jit, static_argnames=("is_causal", "scale", "window"),
                    compiler_options={"xla_backend_optimization_level": 0})
-def reference(query, key, value, dout, *, dtype, segment_ids, alibi_slopes, query_offset,
-              is_causal, scale, window):
-  """The formula of `xla.attend` in `dtype`: {"out", "lse", "dquery", "dkey", "dvalue"}."""
+def reference(query, key, value, dout, *, segment_ids, alibi_slopes, query_offset, is_causal,
+              scale, window):
+  """The formula of `xla.attend` in the arrays' dtype: {"out", "dquery", "dkey", "dvalue"}."""
   def f(query, key, value):
     return xla.attend(
         query, key, key if value is None else value, query_offset + jnp.arange(query.shape[1]),
         jnp.arange(key.shape[1]), segment_ids, is_causal=is_causal, alibi_slopes=alibi_slopes,
         scale=scale, window=window)
 
-  primals = jax.tree.map(lambda x: x.astype(dtype), (query, key, value))
-  out, pull = jax.vjp(f, *primals)
-  dquery, dkey, dvalue = pull(dout.astype(dtype))
+  out, pull = jax.vjp(f, query, key, value)
+  dquery, dkey, dvalue = pull(dout)
   return dict(out=out, dquery=dquery, dkey=dkey, dvalue=dvalue)
 
 
-def reference_lse(query, key, *, segment_ids, alibi_slopes, query_offset, is_causal, scale,
-                  window):
-  """float64[B, heads, T]: log of each row's sum of exponentials, -inf for an empty row."""
-  query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
-  heads, kv_heads = query.shape[2], key.shape[2]
-  scores = scale * np.einsum("bthd,bshd->bhts", query, np.repeat(key, heads // kv_heads, 2))
-  distance = np.arange(key.shape[1]) - int(query_offset) - np.arange(query.shape[1])[:, None]
-  if alibi_slopes is not None:
-    scores = scores + np.asarray(alibi_slopes, np.float64)[:, None, None] * distance
+def exact(case: Case, arrays: dict) -> dict:
+  """The results in float64, by numpy: {"out", "lse", "dquery", "dkey", "dvalue"}."""
+  query, key, value, dout = (None if arrays[name] is None else np.asarray(arrays[name], np.float64)
+                             for name in ("query", "key", "value", "dout"))
+  group, options = case.heads // case.kv_heads, arrays["options"]
+  keys = np.repeat(key, group, 2)
+  values = keys if value is None else np.repeat(value, group, 2)
+  scale = options["scale"]
+  scores = scale * np.einsum("bthd,bshd->bhts", query, keys)
+  distance = (np.arange(case.num_keys) - int(options["query_offset"])
+              - np.arange(case.num_queries)[:, None])
+  if case.alibi:
+    slopes = np.asarray(options["alibi_slopes"], np.float64)
+    scores += slopes[:, None, None] * distance
   visible = np.ones(scores.shape[:1] + distance.shape, bool)
-  if is_causal:
+  if case.is_causal:
     visible &= distance <= 0
-  if window is not None:
-    visible &= (distance >= -window[0]) & (distance <= window[1])
-  if segment_ids is not None:
-    visible &= np.asarray(segment_ids[0])[:, :, None] == np.asarray(segment_ids[1])[:, None, :]
+  if case.window is not None:
+    visible &= (distance >= -case.window[0]) & (distance <= case.window[1])
+  if case.segments:
+    query_ids, key_ids = (np.asarray(ids) for ids in options["segment_ids"])
+    visible &= query_ids[:, :, None] == key_ids[:, None, :]
   scores = np.where(visible[:, None], scores, -np.inf)
   top = scores.max(-1, keepdims=True)
-  top = np.where(np.isfinite(top), top, 0)
   with np.errstate(divide="ignore"):
-    return np.log(np.exp(scores - top).sum(-1)) + top[..., 0]
+    lse = np.log(np.exp(scores - np.where(np.isfinite(top), top, 0)).sum(-1, keepdims=True)) + top
+  weights = np.exp(scores - np.where(np.isfinite(lse), lse, 0))
+  out = np.einsum("bhts,bshd->bthd", weights, values)
+  dweights = np.einsum("bthd,bshd->bhts", dout, values)
+  dscores = scale * weights * (dweights - np.einsum("bthd,bthd->bht", out, dout)[..., None])
+  of_each_group = lambda x: x.reshape(*x.shape[:2], case.kv_heads, group, -1).sum(3)
+  dkey = of_each_group(np.einsum("bhts,bthd->bshd", dscores, query))
+  dvalue = of_each_group(np.einsum("bhts,bthd->bshd", weights, dout))
+  if value is None:
+    dkey, dvalue = dkey + dvalue, None
+  return dict(out=out, lse=lse[..., 0], dquery=np.einsum("bhts,bshd->bthd", dscores, keys),
+              dkey=dkey, dvalue=dvalue)
 
 
 def _cancelled(name, arrays) -> float:
@@ -162,34 +177,31 @@ def errors(case: Case, arrays: dict, results: dict) -> dict[str, str]:
     arrays: its `inputs`.
     results: any of "out", "lse", "dquery", "dkey", "dvalue", as the backend returned them.
   """
+  want, found = exact(case, arrays), {}
   data = {name: arrays[name] for name in ("query", "key", "value", "dout")}
-  with jax.enable_x64(True):
-    exact = reference(**data, dtype="float64", **arrays["options"])
   # Asked for only where an error is above the floor: each is a compilation.
-  rough = functools.cache(lambda: reference(**data, dtype=case.dtype, **arrays["options"]))
-  exact_lse = reference_lse(arrays["query"], arrays["key"], **arrays["options"])
-  largest_lse = np.abs(exact_lse, where=np.isfinite(exact_lse), out=np.zeros_like(exact_lse)).max()
-  found = {}
+  rough = functools.cache(lambda: reference(**data, **arrays["options"]))
+  largest_lse = np.abs(want["lse"][np.isfinite(want["lse"])]).max(initial=0)
   for name, got in results.items():
     if name == "lse":
-      if not np.allclose(np.asarray(got, np.float64), exact_lse, rtol=2e-3, atol=2e-3):
+      if not np.allclose(np.asarray(got, np.float64), want["lse"], rtol=2e-3, atol=2e-3):
         found[name] = "differs by more than 2e-3"
       continue
-    if exact[name] is None:
+    if want[name] is None:
       assert got is None, f"{name} must be None where the value is the key"
       continue
-    assert got.shape == exact[name].shape and got.dtype == jnp.dtype(case.dtype), name
+    assert got.shape == want[name].shape and got.dtype == jnp.dtype(case.dtype), name
     # A few roundings of the largest value. In float32 they are those of the computation, not of its
     # result. Those grow with lse, a float32 that weights are recomputed from: it is rounded when
     # summed and to base e and back with both constants, five times half an eps; the rest is the
     # scores'.
     roundings = 8 + 3 * largest_lse if case.dtype == "float32" else 2
-    floor = roundings * bound.eps(case.dtype) * np.abs(exact[name]).max(initial=0)
+    floor = roundings * bound.eps(case.dtype) * np.abs(want[name]).max(initial=0)
     # The kernels keep `out` rounded to this dtype. Over many keys that is less than what the XLA
     # path rounds, 0.9 of its error from 4 keys on; over 2 keys it was up to 2.2 times that.
     kept = bound.eps(case.dtype) / case.num_keys
     floor += max(16 * bound.eps("float32"), kept) * _cancelled(name, arrays)
-    if excess := bound.excess(got, exact[name], lambda: rough()[name], floor=floor):
+    if excess := bound.excess(got, want[name], lambda: rough()[name], floor=floor):
       found[name] = excess
   return found
 

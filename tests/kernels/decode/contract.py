@@ -5,7 +5,6 @@ A backend's test draws `cases(...)`, computes `inputs(case)`, and calls
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +96,9 @@ def exact(case: Case, arrays: dict) -> np.ndarray:
   return out
 
 
+reference = jax.jit(xla.attend, static_argnames="scale")
+
+
 def errors(case: Case, arrays: dict, got) -> dict[str, str]:
   """Whether a result is out of bounds, and how far."""
   want = exact(case, arrays)
@@ -104,7 +106,7 @@ def errors(case: Case, arrays: dict, got) -> dict[str, str]:
   nothing = np.asarray(case.lengths)[:, None] - case.num_queries + np.arange(case.num_queries) < 0
   if np.any(np.asarray(got, np.float64)[nothing]):
     return dict(out="not 0 where a query sees nothing")
-  rough = lambda: jax.jit(functools.partial(xla.attend, scale=case.scale))(**arrays)
+  rough = lambda: reference(**arrays, scale=case.scale)
   # A few roundings of the largest value, and of a sum in float32 of any order.
   floor = np.abs(want).max(initial=0) * (4 * bound.eps(case.dtype) + 8 * bound.eps("float32"))
   excess = bound.excess(got, want, rough, floor=floor)
