@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -47,12 +48,18 @@ def losses(out):
           for row in runlog.read_metrics(out / "metrics.jsonl")]
 
 
-def test_a_short_training(config, tmp_path):
-  out = tmp_path / "out"
-  config = dataclasses.replace(config, learning_rate=1e-2, steps=150)
-  result, text = run(config, out)
+@pytest.fixture(scope="module")
+def long(config, tmp_path_factory):
+  """A longer run that nothing disturbed: its config, its directory, its result and its output."""
+  out = tmp_path_factory.mktemp("long") / "out"
+  config = dataclasses.replace(config, learning_rate=1e-2, steps=150, log_every=1)
+  return config, out, *run(config, out)
+
+
+def test_a_short_training(long):
+  config, out, result, text = long
   rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-  assert [row["step"] for row in rows] == sorted({1, *range(4, 151, 4), *range(16, 151, 16), 150})
+  assert [row["step"] for row in rows] == list(range(1, 151))
   # Near log(128) at the start; the text has 17 characters, mostly digits and words between.
   assert 4 < rows[0]["loss"] < 7
   assert rows[-1]["loss"] < 2 and rows[-1]["eval_loss"] < 2.2
@@ -75,11 +82,18 @@ def test_a_short_training(config, tmp_path):
       {k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
 
 
+def test_steps_that_are_logged_and_evaluated(whole):
+  rows = losses(whole)
+  assert [row["step"] for row in rows] == sorted({1, *range(4, 22, 4), 16, 21})
+  assert [row["step"] for row in rows if "eval_loss" in row] == [16, 21]
+
+
 def test_evaluation_counts_every_token_once(config):
   config = dataclasses.replace(config, mask_documents=True)
   state = jax.jit(lambda: train_step.init(config))()
   tokens = data.load_corpus(config.data, data.ByteTokenizer(), 0.01).eval
-  sums = [train_step.eval_step(config, state.params, batch) for batch in data.eval_batches(
+  score = jax.jit(functools.partial(train_step.eval_step, config))
+  sums = [score(state.params, batch) for batch in data.eval_batches(
       tokens, batch_size=2, seq_len=32, eod=0)]
   nll, count = np.sum(np.array(sums), 0)
   assert count == len(tokens) - 1
@@ -92,6 +106,7 @@ def test_evaluation_counts_every_token_once(config):
   np.testing.assert_allclose(nll, want, rtol=1e-5)
 
 
+@pytest.mark.full
 def test_accumulation_is_the_same_step(config, monkeypatch):
   # Not by an optimizer that divides gradients by their size, and so their rounding errors.
   monkeypatch.setattr(TrainConfig, "build_optimizer", lambda self: optax.sgd(1.0))
@@ -104,28 +119,13 @@ def test_accumulation_is_the_same_step(config, monkeypatch):
   chex.assert_trees_all_close(once.params, parts.params, atol=1e-6)
 
 
-def test_bfloat16_trains_float32_parameters(config, tmp_path):
-  result, _ = run(dataclasses.replace(config, dtype="bfloat16", steps=12, optimizer="palm"),
-                  tmp_path / "out")
-  first = runlog.read_metrics(tmp_path / "out" / "metrics.jsonl")[0]["loss"]
-  assert result.train.nats_per_token < first
-
-
-def test_without_held_out_text(config, tmp_path):
-  result, _ = run(dataclasses.replace(config, eval_fraction=0, steps=2), tmp_path / "out")
-  assert result.held_out is None
-  assert "eval_loss" not in runlog.read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-  """A run that nothing disturbed: its config, directory and losses."""
-  folder = tmp_path_factory.mktemp("uninterrupted")
-  (folder / "text").write_text(TEXT)
-  config = TrainConfig(model=MODEL, data=str(folder / "text"), steps=240, batch_size=4, seq_len=32,
-                       log_every=1, eval_every=30, checkpoint_every=15)
-  run(config, folder / "out")
-  return config, folder / "out"
+@pytest.mark.full
+def test_bfloat16_trains_float32_parameters_without_held_out_text(config, tmp_path):
+  result, _ = run(dataclasses.replace(config, dtype="bfloat16", steps=12, optimizer="palm",
+                                      eval_fraction=0), tmp_path / "out")
+  rows = runlog.read_metrics(tmp_path / "out" / "metrics.jsonl")
+  assert result.train.nats_per_token < rows[0]["loss"]
+  assert result.held_out is None and "eval_loss" not in rows[-1]
 
 
 # The signal comes from within: another process may not get a turn before the run is over.
@@ -155,35 +155,52 @@ def interrupt(config, out, number, progress, delay=0.0):
   return done.returncode, done.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_and_resumed_is_uninterrupted(uninterrupted, tmp_path, number):
-  config, whole = uninterrupted
+def test_killed_and_resumed_is_undisturbed(long, tmp_path):
+  config, undisturbed, *_ = long
+  out = tmp_path / "out"
+  status, text = interrupt(config, out, signal.SIGKILL, random.Random(9).randrange(20, 120))
+  assert status == -signal.SIGKILL and losses(out)[-1]["step"] < 150, text
+  result, text = run(config, out, resume=True)
+  assert result.step == 150 and "resuming from step" in text
+  assert losses(out) == losses(undisturbed)
+
+
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.full), signal.SIGTERM])
+def test_interrupted_and_resumed_is_undisturbed(long, tmp_path, monkeypatch, number):
+  config, undisturbed, *_ = long
   out = tmp_path / "out"
   progress = random.Random(number).randrange(20, 120)
-  status, text = interrupt(config, out, number, progress)
+  write = runlog.RunLog.write
+
+  def write_and_signal(self, row):
+    write(self, row)
+    if row["step"] == progress:
+      signal.raise_signal(number)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(runlog.RunLog, "write", write_and_signal)
+    result, _ = run(config, out)
   steps = checkpoint.Checkpoints(out / "checkpoints").steps()
-  assert losses(out)[-1]["step"] < 240, text
-  if number == signal.SIGKILL:
-    assert status == -signal.SIGKILL
-  else:
-    assert status == 0 and steps[-1] == losses(out)[-1]["step"] >= progress
+  assert result.interrupted_by == number and progress <= result.step < 150
+  assert steps[-1] == losses(out)[-1]["step"] == result.step
   result, text = run(config, out, resume=True)
-  assert result.step == 240 and "resuming from step" in text
-  assert losses(out) == losses(whole)
+  assert result.step == 150 and f"resuming from step {steps[-1]}" in text
+  assert losses(out) == losses(undisturbed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
-def test_killed_again_and_again(uninterrupted, tmp_path, seed):
-  config, whole = uninterrupted
+def test_killed_again_and_again(long, tmp_path, seed):
+  config, undisturbed, *_ = long
   draw = random.Random(seed)
   out = tmp_path / "out"
   for _ in range(4):
     number = draw.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
     done = len(runlog.read_metrics(out / "metrics.jsonl"))
-    interrupt(config, out, number, draw.randrange(done + 1, done + 50), draw.uniform(0, 0.05))
+    interrupt(config, out, number, draw.randrange(done + 1, done + 35), draw.uniform(0, 0.05))
   run(config, out, resume=True)
-  assert losses(out) == losses(whole)
+  assert losses(out) == losses(undisturbed)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(config, whole, tmp_path):
@@ -258,6 +275,7 @@ def test_bad_settings_are_named(config, change, message):
     dataclasses.replace(config, **change)
 
 
+@pytest.mark.full
 def test_a_run_that_diverges_stops_and_keeps_what_was_good(config, tmp_path):
   out = tmp_path / "out"
   config = dataclasses.replace(config, learning_rate=1e30, log_every=100, checkpoint_every=1)
