@@ -1,11 +1,11 @@
 import functools
+import itertools
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
 
 from palm_haiku import PaLM, PaLMConfig, decoder, sharding
 from palm_haiku.generate import generate
@@ -77,36 +77,43 @@ def test_equal_prompt_lengths_draw_what_none_draw():
   np.testing.assert_array_equal(draw(prompt_lengths=np.array([3, 3])), draw())
 
 
-def frequencies(logits, count=20_000, **options):
-  keys = jax.random.split(jax.random.key(0), count)
-  draw = jax.jit(jax.vmap(lambda key: sample(logits, key, **options)))
-  return np.bincount(draw(keys), minlength=len(logits)) / count
-
-
 LOGITS = jnp.log(jnp.array([0.05, 0.4, 0.1, 0.25, 0.2]))
 
+OPTIONS = [
+    dict(), dict(temperature=0.5), dict(top_k=1), dict(top_k=3), dict(top_k=99), dict(top_p=0.39),
+    dict(top_p=0.41), dict(top_p=0.649), dict(top_p=0.651), dict(top_p=1.0),
+    dict(top_k=4, top_p=0.6),  # 0.6 of what the four make up together
+    dict(top_k=2, temperature=2.0), dict(temperature=0.7, top_p=0.75)]
 
-@pytest.mark.parametrize("options, kept, temperature", [
-    (dict(), [0, 1, 2, 3, 4], 1.0),
-    (dict(temperature=0.5), [0, 1, 2, 3, 4], 0.5),
-    (dict(top_k=1), [1], 1.0),
-    (dict(top_k=3), [1, 3, 4], 1.0),
-    (dict(top_k=99), [0, 1, 2, 3, 4], 1.0),
-    (dict(top_p=0.39), [1], 1.0),
-    (dict(top_p=0.7), [1, 3, 4], 1.0),
-    (dict(top_p=1.0), [0, 1, 2, 3, 4], 1.0),
-    (dict(top_k=4, top_p=0.6), [1, 3], 1.0),  # 0.6 of what the four make up together
-    (dict(top_k=2, temperature=2.0), [1, 3], 2.0),
-])
-def test_samples_follow_the_distribution(options, kept, temperature):
-  got = frequencies(LOGITS, **options)
-  want = np.zeros(5)
-  want[kept] = np.exp(np.asarray(LOGITS)[kept] / temperature)
-  want /= want.sum()
-  assert not np.any(got[want == 0])
-  # Pearson's chi-square; the 99.9th percentile for 4 degrees of freedom is 18.5.
-  chi_square = 20_000 * ((got - want)[want > 0] ** 2 / want[want > 0]).sum()
-  assert chi_square < 18.5
+
+def distribution(logits, temperature=1.0, top_k=None, top_p=None):
+  """The probabilities that the options of `sample` leave, in float64."""
+  logits = np.asarray(logits, np.float64) / temperature
+  order = np.argsort(-logits, -1, kind="stable")
+  best = np.take_along_axis(logits, order, -1)[..., :top_k]
+  p = np.exp(best - best.max(-1, keepdims=True))
+  p /= p.sum(-1, keepdims=True)
+  if top_p is not None:
+    p *= np.cumsum(p, -1) - p < top_p
+    p /= p.sum(-1, keepdims=True)
+  result = np.zeros_like(logits)
+  np.put_along_axis(result, order[..., :top_k], p, -1)
+  return result
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_samples_follow_the_distribution(options, monkeypatch):
+  """Exactly: `categorical` is made to return each choice in turn, with the probability it has."""
+  want = distribution(LOGITS, **options)
+  np.testing.assert_allclose(jnp.exp(log_probabilities(LOGITS, **options)), want, atol=1e-6)
+  got, offered = np.zeros(5), []
+  for choice in range(5):
+    monkeypatch.setattr(jax.random, "categorical", lambda key, logits: (
+        offered.append(logits), jnp.int32(min(choice, len(logits) - 1)))[1])
+    token = sample(LOGITS, jax.random.key(0), **options)
+    if choice < len(offered[-1]):
+      got[token] += jax.nn.softmax(offered[-1])[choice]
+  np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [
@@ -122,29 +129,133 @@ def test_nearly_nothing_leaves_the_likeliest_token(options):
         jnp.exp(log_probabilities(logits, **options)), np.eye(5)[want])
 
 
+class Script:
+  """A stand-in for `jax.random`: every way in which draws can fall, one in each row of a batch.
+
+  A draw returns the choice that its row's script makes, and the row's weight is multiplied by the
+  probability of that choice. So the weights of all rows that end with the same tokens add up to
+  the probability of these tokens, exactly. Whether a guess is kept is decided by a uniform number
+  that lies 0.1% below or above the odds of theorem 1 of arXiv:2211.17192: guesses that are kept
+  more or less often than that, by as little, change tokens and so the sums.
+
+  Args:
+    rows: for each row a list of turns, (guesses, how many of them are kept, token behind those).
+    odds: (number of tokens before, last token, guess) -> p / q.
+  """
+
+  def __init__(self, rows, odds, texts):
+    self.rows, self.odds, self.keys = [list(row) for row in rows], odds, []
+    self.texts, self.weights = [list(texts)] * len(rows), np.ones(len(rows))
+    self.number = 0  # of the draw within a turn
+    self._split = jax.random.split
+
+  def turns(self):
+    """The rows that have not ended, and their turns."""
+    return [(i, row[0]) for i, row in enumerate(self.rows) if row]
+
+  def categorical(self, key, logits):
+    self.keys.append(key)
+    p, tokens = distribution(logits), np.zeros(len(self.rows), np.int32)
+    draws = len(self.turns()[0][1][0])
+    last = not draws or self.number > draws  # One guess more than is used is drawn.
+    for i, (guesses, kept, token) in self.turns():
+      if last or self.number <= min(kept, draws - 1):  # What is behind a refusal does not count.
+        choice = token if last else guesses[self.number]
+        tokens[i] = min(choice, p.shape[-1] - 1)
+        self.weights[i] *= p[i, choice] if choice < p.shape[-1] else 0
+      if last:
+        self.texts[i] = [*self.texts[i], *guesses[:kept], token]
+        self.rows[i].pop(0)
+    self.number = 0 if last else self.number + 1
+    return jnp.asarray(tokens)
+
+  def uniform(self, key, shape):
+    self.keys.append(key)
+    numbers = np.full(shape, 0.5)
+    for i, (guesses, kept, _) in self.turns():
+      text = list(self.texts[i])
+      for number, guess in enumerate(guesses[: kept + 1]):
+        odds = min(self.odds(len(text), text[-1], guess), 1)
+        self.weights[i] *= odds if number < kept else 1 - odds
+        numbers[i, number] = odds * (0.999 if number < kept else 1.001)
+        text.append(guess)
+    return jnp.asarray(numbers, jnp.float32)
+
+  def split(self, key, num=2):
+    self.keys.append(key)
+    return self._split(key, num)
+
+  def assert_that_no_key_is_used_twice(self):
+    keys = [jax.random.key_data(key).tobytes() for key in self.keys]
+    assert len(keys) == len(set(keys))
+
+
+TABLES = np.random.default_rng(0).normal(size=(2, 8, 3, 3))  # logits by model, position and token
+
+
+def generate_from_tables(prompt, length, **options):
+  """`generate` with models whose logits are `TABLES`, by the position of a token and the token."""
+  def run(table, config, tokens, cache, **_):
+    positions = cache.length[..., None] + jnp.arange(tokens.shape[-1])
+    positions = jnp.broadcast_to(positions, tokens.shape)
+    return (jnp.stack([positions, tokens], -1),
+            cache._replace(length=cache.length + tokens.shape[-1]))
+
+  with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
+    patch.setattr(decoder, "prepare", lambda table, *_: jnp.asarray(table, jnp.float32))
+    patch.setattr(decoder, "empty_cache", lambda *_: decoder.Cache((), jnp.int32(0)))
+    patch.setattr(decoder, "run", run)
+    patch.setattr(decoder, "logits", lambda table, config, x: table[x[..., 0], x[..., 1]])
+    return np.asarray(generate(TABLES[0], PaLMConfig(3, 8, 1, 1), prompt, length,
+                               key=jax.random.key(0), **options))
+
+
+def check_the_distribution_of_texts(draft, eod=None, **options):
+  prompt, length = [2, 0], 3
+  p, q = distribution(TABLES, **options)
+
+  def ends(text):
+    return len(text) >= length or eod in text
+
+  def rows(text=()):
+    if ends(text):
+      return [()]
+    guesses = 2 if draft and text else 0  # The first token is drawn without.
+    return [((guess + (0,) * (guesses - len(guess)), kept, token), *rest)
+            for kept in range(guesses + 1)
+            for guess in itertools.product(range(3), repeat=min(kept + 1, guesses))
+            for token in range(3) for rest in rows((*text, *guess[:kept], token))]
+
+  want = np.zeros([3] * length)
+
+  def expect(text=(), probability=1.0):
+    if ends(text):
+      want[text + (eod,) * (length - len(text))] = probability
+    else:
+      for token, x in enumerate(p[len(text) + 1, (*prompt, *text)[-1]]):
+        expect((*text, token), probability * x)
+
+  expect()
+  script = Script(rows(), lambda n, last, guess: (
+      p[n - 1, last, guess] / max(q[n - 1, last, guess], 1e-30)), prompt)
+  if draft:
+    options |= dict(draft=(TABLES[1], PaLMConfig(3, 8, 1, 1)), draft_length=2)
+  with pytest.MonkeyPatch.context() as patch:
+    for name in ("categorical", "uniform", "split"):
+      patch.setattr(jax.random, name, getattr(script, name))
+    drawn = generate_from_tables(np.tile(prompt, (len(script.rows), 1)), length, eod=eod, **options)
+  got = np.zeros_like(want)
+  np.add.at(got, tuple(drawn[:, len(prompt):].T), script.weights)
+  np.testing.assert_allclose(got, want, atol=1e-6)
+  script.assert_that_no_key_is_used_twice()
+
+
 @pytest.mark.parametrize("draft", [False, True], ids=["alone", "with a draft"])
 @pytest.mark.parametrize("options", [
-    dict(), dict(temperature=0.4), dict(temperature=2.0, top_k=4), dict(top_p=0.6),
-    dict(temperature=0.7, top_k=5, top_p=0.9)], ids=str)
-def test_two_tokens_follow_the_models_distribution(options, draft):
-  model, params = make(CONFIG)
-  params = sharper(params, 2)
-  count, prompt = 8000, np.array([5, 1, 2])
-  if draft:
-    options = options | dict(draft=(sharper(make(DRAFT)[1], 2), DRAFT), draft_length=2)
-  draws = generate(params, CONFIG, np.tile(prompt, (count, 1)), 2, key=jax.random.key(0), **options)
-  got = np.zeros((11, 11))
-  np.add.at(got, tuple(np.asarray(draws[:, 3:]).T), 1)
-  options = {name: x for name, x in options.items() if "draft" not in name}
-  log_p = lambda tokens: log_probabilities(model.apply(params, tokens)[:, -1], **options)
-  both = np.concatenate([np.tile(prompt, (11, 1)), np.arange(11)[:, None]], 1)
-  want = count * np.exp(np.asarray(log_p(prompt[None]).T + log_p(both), np.float64))
-  assert not np.any(got[want == 0])
-  # Pearson's chi-square; cells where less than five are expected are one cell.
-  few = want < 5
-  got, want = (np.append(x[~few], x[few].sum()) for x in (got, want))
-  chi_square = ((got - want)[want > 0] ** 2 / want[want > 0]).sum()
-  assert chi_square < scipy.stats.chi2.ppf(0.999, (want > 0).sum() - 1)
+    dict(), dict(temperature=0.4, top_k=2), dict(temperature=1.3, top_p=0.6, eod=1)], ids=str)
+def test_texts_have_the_probability_that_the_model_gives_them(options, draft):
+  """Exactly: no number is drawn, and acceptance that is wrong by 0.1% fails; see `Script`."""
+  check_the_distribution_of_texts(draft, **options)
 
 
 @pytest.mark.parametrize("config", [CONFIG, LITE], ids=["palm", "palm-lite"])
