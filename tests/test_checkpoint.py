@@ -1,6 +1,7 @@
 import shutil
 
 import chex
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -43,12 +44,19 @@ def test_keeps_the_newest(tmp_path):
   assert checkpoints.steps() == [3, 10]
 
 
+def test_later_checkpoints_are_forgotten(tmp_path):
+  checkpoints, _ = saved(tmp_path, [1, 2, 3])
+  checkpoints.forget_after(2)
+  assert checkpoints.steps() == [1, 2] and checkpoints.latest() == 2
+
+
 def test_an_empty_directory_has_none(tmp_path):
   assert Checkpoints(tmp_path / "absent").latest(repair=True) is None
   assert Checkpoints(tmp_path).steps() == []
 
 
-@pytest.mark.parametrize("damage", ["cut short", "one bit", "deleted"])
+@pytest.mark.parametrize("damage", [
+    "one bit", *(pytest.param(x, marks=pytest.mark.full) for x in ("cut short", "deleted"))])
 def test_damage_to_any_file_is_noticed_and_the_one_before_is_used(tmp_path, damage):
   original, _ = saved(tmp_path / "original", [1, 2])
   files = sorted(file.relative_to(original.directory / "2")
@@ -93,8 +101,11 @@ def test_a_half_written_checkpoint_is_refused(tmp_path, monkeypatch):
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
   checkpoints, _ = saved(tmp_path, [1])
-  full = shutil.disk_usage(tmp_path)._replace(free=3)
-  monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+  need = sum(x.nbytes for x in jax.tree.leaves(items(2)))
+  disk = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: disk._replace(free=need))
+  checkpoints._check_room(items(2))
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: disk._replace(free=need - 1))
   with pytest.raises(CheckpointError, match="no space left.*checkpoint 1 is intact") as error:
     checkpoints.save(2, items(2), {})
   assert "\n" not in str(error.value)

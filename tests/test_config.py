@@ -26,6 +26,19 @@ def test_flops_are_the_papers():
     assert configs[name].train_flops_per_token(2048) / 1e12 == pytest.approx(tflops, rel=2e-3)
 
 
+def test_flops_are_counted_exactly():
+  """6N + 12 L H Q T (appendix B), and what remat computes again: 2 a weight, 4 H Q T of a layer."""
+  for shared_kv in (False, True):
+    config = PaLMConfig(10, 8, 3, 2, 6, 5, shared_kv=shared_kv, qk_norm=not shared_kv)
+    into = 2 * 6 + (1 if shared_kv else 2) * 6 + 2 * 40  # columns: query, key, value, gate, up
+    layer = 8 * (into + 2 * 6 + 40) + 8 + (0 if shared_kv else 2 * 6)
+    assert config.num_params == 10 * 8 + 3 * layer + 8
+    want = 6 * config.num_params + 12 * 3 * 2 * 6 * 7
+    assert config.train_flops_per_token(7) == want
+    assert config.train_flops_per_token(7, "attention") == want + 2 * 3 * 8 * into
+    assert config.train_flops_per_token(7, "full") == want + 2 * 3 * 8 * into + 4 * 3 * 2 * 6 * 7
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(dim=0), "dim must be a positive integer"),
     (dict(heads=2.0), "heads must be a positive integer"),

@@ -84,6 +84,30 @@ def test_pieces_count_bytes(pieces, tmp_path):
   assert corpus.eval_bytes_per_token > 1.2
 
 
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.99])
+def test_text_is_divided_without_loss_or_overlap(tmp_path, fraction):
+  text = bytes(range(65, 102))
+  corpus = corpus_of(tmp_path / "t", text, fraction)
+  assert len(corpus.eval) == int(37 * fraction)
+  assert bytes(corpus.train) + bytes(corpus.eval) == text
+
+
+def test_bytes_per_token_are_those_of_each_part(pieces, tmp_path):
+  text = b"the dog sat on the fox " * 30 + b"the quick brown fox jumps over the lazy cat " * 10
+  corpus = corpus_of(tmp_path / "t", text, 0.4, data.load_tokenizer(pieces))
+  held_out = int(len(text) * 0.4)
+  assert corpus.eval_bytes_per_token == held_out / len(corpus.eval)
+  assert corpus.train_bytes_per_token == (len(text) - held_out) / len(corpus.train)
+  assert corpus.train_bytes_per_token != corpus.eval_bytes_per_token
+
+
+def test_the_fingerprint_is_of_all_tokens_and_their_division(tmp_path):
+  texts = (b"a" * 16 + b"b" * 4, b"a" * 16 + b"c" * 4, b"c" * 16 + b"b" * 4)
+  prints = [corpus_of(tmp_path / "t", text, fraction).fingerprint
+            for text in texts for fraction in (0.0, 0.2, 0.25)]
+  assert len(set(prints)) == 9
+
+
 def test_bad_tokenizers_are_named(tmp_path):
   with pytest.raises(ValueError, match="no SentencePiece model at"):
     data.load_tokenizer(str(tmp_path / "absent.model"))
@@ -205,6 +229,17 @@ def test_an_epoch_has_every_window_once():
   assert len(orders) == 3
 
 
+def test_the_seed_decides_where_windows_begin_and_their_order():
+  shifts, orders = {}, {}
+  for seed in (0, 1):
+    epochs = windows(seed, 4 * 24).reshape(24, 12, 9)[:, :, 0]
+    shifts[seed] = epochs.min(1).tolist()
+    orders[seed] = [tuple(epoch - epoch.min()) for epoch in epochs]
+    # 100 tokens are 3 more than 12 windows and a last target.
+    assert set(shifts[seed]) == {0, 1, 2, 3} and len(set(orders[seed])) == 24
+  assert shifts[0] != shifts[1] and all(a != b for a, b in zip(orders[0], orders[1]))
+
+
 def test_segments():
   tokens = np.array([5, 0, 6, 7, 0, 0, 8], np.uint8)
   np.testing.assert_array_equal(data.segment_ids(tokens, 0), [0, 0, 1, 1, 1, 2, 3])
@@ -226,3 +261,10 @@ def test_evaluation_has_every_target_once(length, seq_len):
   np.testing.assert_array_equal(targets, np.arange(1, length))
   assert sum(batch["weights"].sum() for batch in batches) == length - 1
   assert all(batch["segment_ids"].shape == batch["tokens"].shape for batch in batches)
+
+
+def test_evaluation_tells_documents_apart():
+  tokens = np.array([5, 6, 0, 7, 8, 9, 0, 1, 0, 2], np.uint8)
+  batch, = data.eval_batches(tokens, batch_size=3, seq_len=3, eod=0)
+  np.testing.assert_array_equal(batch["tokens"], [[5, 6, 0, 7], [7, 8, 9, 0], [0, 1, 0, 2]])
+  np.testing.assert_array_equal(batch["segment_ids"], [[0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 2]])

@@ -1,6 +1,7 @@
 import io
 import json
 
+import numpy as np
 import rich.console
 
 from palm_haiku import runlog
@@ -51,10 +52,52 @@ def test_a_terminal_gets_a_progress_bar(tmp_path):
   assert "a word" in stream.getvalue()
 
 
-def test_a_long_run_is_smoothed(tmp_path):
-  rows = [{"step": step, "loss": 1 / step} for step in range(1, 301)]
+def test_a_long_run_is_smoothed(tmp_path, monkeypatch):
+  figures = []
+
+  class Kept(runlog.Figure):
+
+    def __init__(self, *args, **options):
+      super().__init__(*args, **options)
+      figures.append(self)
+
+  monkeypatch.setattr(runlog, "Figure", Kept)
+  rows = [{"step": 10 * n, "loss": 1 / n} | ({} if n % 100 else {"eval_loss": 2 / n})
+          for n in range(1, 301)]
   runlog.plot_loss(rows, tmp_path / "curve.svg")
   assert "<svg" in (tmp_path / "curve.svg").read_text()
+  each, mean, held_out = (line.get_xydata() for line in figures[0].axes[0].lines)
+  np.testing.assert_allclose(each, [(row["step"], row["loss"]) for row in rows])
+  np.testing.assert_allclose(held_out, [(1000, 0.02), (2000, 0.01), (3000, 2 / 300)])
+  # A point is the mean of the six losses up to it.
+  np.testing.assert_allclose(mean, [
+      (10 * n, np.mean([1 / k for k in range(n - 5, n + 1)])) for n in range(6, 301)])
+
+
+def test_tensorboard_gets_every_number_at_its_step(tmp_path, monkeypatch):
+  numbers, opened = [], []
+
+  class Recorder:
+
+    def __init__(self, path, purge_step):
+      opened.append(purge_step)
+
+    def add_scalar(self, *number):
+      numbers.append(number)
+
+    def close(self):
+      pass
+
+  monkeypatch.setattr(runlog.tensorboardX, "SummaryWriter", Recorder)
+  for start, rows in ((0, [5, 6]), (5, [6])):
+    with log(tmp_path, start=start)[0] as record:
+      for step in rows:
+        record.write({"step": step, "loss": step / 2, "eval_loss": step / 4})
+      if not start:
+        record.rewind(5)
+  assert opened == [None, 6, 6]
+  assert numbers == [(name, step / n, step) for step in (5, 6, 6)
+                     for name, n in (("loss", 2), ("eval_loss", 4))]
 
 
 def test_an_empty_log_draws_nothing(tmp_path):
