@@ -100,11 +100,11 @@ def test_no_gradient_flows_from_the_future(architecture):
 
 
 def test_layers_start_apart_and_well_scaled():
-  model = transform(PaLMConfig(1000, 64, 3, 4, 16))
+  model = transform(PaLMConfig(1000, 64, 3, 4, 32))
   params = jax.jit(model.init)(jax.random.key(1), jnp.zeros(4, int))
   layers = params["palm/layers/parallel_block"]
-  for name, fan_in in (("query", 64), ("key", 64), ("gate", 64), ("attn_out", 64),
-                       ("ff_out", 256)):
+  for name, fan_in in (("query", 64), ("key", 64), ("value", 64), ("gate", 64), ("up", 64),
+                       ("attn_out", 128), ("ff_out", 256)):
     weights = np.asarray(layers[name])
     assert weights.std() * fan_in**0.5 == pytest.approx(1, abs=0.05), name
     assert np.abs(weights[0] - weights[1]).max() > 0.01
@@ -223,19 +223,24 @@ def test_the_seeds_example():
   assert model.apply(params, tokens).shape == (1, 16, 200)
 
 
-@pytest.mark.parametrize("name", ["palm-tiny", "palm-lite-tiny"])
-def test_the_loss_is_that_of_the_logits(name):
-  config = configs[name]
-  keys = jax.random.split(jax.random.key(0), 2)
-  tokens, targets = (jax.random.randint(key, (2, 30), 0, config.num_tokens) for key in keys)
-  model = hk.without_apply_rng(hk.multi_transform(lambda: (
-      lambda tokens, _: PaLM.from_config(config)(tokens),
-      (lambda tokens, _: PaLM.from_config(config)(tokens),
-       lambda tokens, targets: PaLM.from_config(config).loss(tokens, targets, z_loss=1e-2)))))
-  params = model.init(jax.random.key(1), tokens, targets)
-  logits_of, loss_of = model.apply
-  nll, log_z = loss_of(params, tokens, targets)
-  logits = logits_of(params, tokens, targets)
+@ARCHITECTURES
+def test_the_loss_is_that_of_the_logits(architecture):
+  config = PaLMConfig(11, 8, 2, 3, 4, **architecture)
+  model, params, tokens = make(config, 30, (2,))
+  targets, weights = np.roll(tokens, -1, -1), np.linspace(0, 2, 60).reshape(2, 30)
+  segment_ids = np.arange(30) // 7 + np.zeros((2, 1), int)
+  loss_of = hk.without_apply_rng(hk.transform(lambda: PaLM.from_config(config).loss(
+      tokens, targets, z_loss=1e-2, weights=jnp.asarray(weights), segment_ids=segment_ids))).apply
+  nll, log_z = loss_of(params)
+  logits = model.apply(params, tokens, segment_ids=segment_ids)
   np.testing.assert_allclose(log_z, jax.nn.logsumexp(logits, -1), rtol=1e-5)
   want = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
-  np.testing.assert_allclose(nll, want + 1e-2 * jnp.square(log_z), rtol=1e-4)
+  np.testing.assert_allclose(nll, weights * (want + 1e-2 * jnp.square(log_z)), rtol=1e-4)
+
+
+def test_a_norms_epsilon_and_the_scale_of_logits_are_the_configs():
+  for architecture in ({}, LITE):
+    config = PaLMConfig(11, 12, 1, 2, 6, norm_eps=0.5, logits_scale=0.7, **architecture)
+    model, params, tokens = make(config)
+    want = numpy_palm.palm(params, tokens, config) * 12**0.5 * 0.7
+    np.testing.assert_allclose(model.apply(params, tokens), want, atol=1e-4)

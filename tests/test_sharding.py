@@ -2,12 +2,15 @@ import dataclasses
 import functools
 import re
 
+import haiku as hk
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import NamedSharding, PartitionSpec as P
 
-from palm_haiku import PaLMConfig, distributed, sharding, train_step
+from palm_haiku import PaLM, PaLMConfig, distributed, sharding, train_step
 from palm_haiku.recipe import TrainConfig
 
 ARCHITECTURES = {"palm": {}, "palm-lite": dict(position="alibi", norm="rms", shared_kv=True)}
@@ -158,9 +161,16 @@ def test_a_mesh_that_cannot_be(text, devices, message):
     ("fsdp=8", dict(batch_size=12), "batch_size must be a multiple .* fsdp 8; got 12"),
     ("model=8", {}, "heads must be a multiple .* model 8; got 4"),
     ("seq=8", dict(seq_len=30), "seq_len must be a multiple .* seq 8; got 30"),
+    ("fsdp=8", dict(dim=12), "dim must be a multiple .* fsdp 8; got 12"),
+    ("data=2,model=4", dict(dim=9, ff_mult=3, shard_residual=False),
+     r"dim \* ff_mult must be a multiple .* model 4; got 27"),
+    ("data=2,model=4", dict(dim=9, ff_mult=4), "dim must be a multiple .* model 4; got 9"),
 ])
 def test_what_a_mesh_does_not_divide_is_refused(mesh, change, message):
-  c = dataclasses.replace(config("palm"), **change)
+  change = dict(change)
+  model = {name: change.pop(name) for name in ("dim", "ff_mult") if name in change}
+  c = dataclasses.replace(config("palm", shard_residual=True), **change)
+  c = dataclasses.replace(c, model=dataclasses.replace(c.model, **model))
   with pytest.raises(ValueError, match=message):
     sharding.check(c.model, sharding.make_mesh(mesh), c.rules, batch_size=c.batch_size,
                    seq_len=c.seq_len)
@@ -177,3 +187,75 @@ def test_kernels_inside_a_sharded_step():
   with pltpu.force_tpu_interpret_mode():
     got, _ = losses_and_params(c, steps=1, tokens=tokens)
   np.testing.assert_allclose(got, want, rtol=1e-5)
+
+SPECS = {
+    "palm": {"embedding": P("model", "fsdp"), "norm": P(None)},
+    "palm/layers/parallel_block": {
+        "norm": P(None, None), "query": P(None, "fsdp", "model", None),
+        "key": P(None, "fsdp", None), "value": P(None, "fsdp", None),
+        "gate": P(None, "fsdp", "model"), "up": P(None, "fsdp", "model"),
+        "attn_out": P(None, "model", None, "fsdp"), "ff_out": P(None, "model", "fsdp"),
+        "query_scale": P(None, None), "key_scale": P(None, None)},
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "palm"])
+def test_where_each_parameter_lies(optimizer):
+  """Weights over fsdp along the width, over model along heads, hidden units and vocabulary."""
+  mesh = sharding.make_mesh("data=2,fsdp=2,model=2")
+  c = dataclasses.replace(config("palm"), optimizer=optimizer)
+  c = dataclasses.replace(c, model=dataclasses.replace(c.model, qk_norm=True))
+  with sharding.in_context(mesh):
+    program = train_step.program(c, mesh)
+
+  def assert_spec(x, spec):
+    assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim), (x, spec)
+
+  jax.tree.map(assert_spec, program.state.params, SPECS)
+  trees = [x for x in jax.tree.leaves(program.state.opt_state, is_leaf=lambda x: isinstance(x, dict))
+           if isinstance(x, dict)]
+  like_params = 0
+  for tree in trees:
+    if jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, program.state.params):
+      jax.tree.map(assert_spec, tree, SPECS)
+      like_params += 1
+  assert like_params == 2
+  assert program.batch_sharding.is_equivalent_to(
+      NamedSharding(mesh, P(("data", "fsdp"), None)), 2)
+  # 131 tokens are not divisible.
+  whole = sharding.params_shardings({"palm": {"embedding": jnp.zeros((131, 32))}}, mesh)
+  assert whole["palm"]["embedding"].is_equivalent_to(NamedSharding(mesh, P(None, "fsdp")), 2)
+
+
+@pytest.mark.parametrize("rules, residual", [
+    (sharding.Rules(), None), (sharding.SHARDED_RESIDUAL, "model")])
+def test_where_activations_lie(rules, residual):
+  mesh = sharding.make_mesh("data=2,seq=2,model=2")
+  model = hk.without_apply_rng(hk.transform(
+      lambda tokens: PaLM.from_config(config("palm").model, rules=rules)(tokens)))
+
+  def constraints(jaxpr):
+    for equation in jaxpr.eqns:
+      if equation.primitive.name == "sharding_constraint":
+        yield equation.params["sharding"], equation.invars[0].aval.ndim
+      for inner in equation.params.values():
+        if hasattr(inner, "jaxpr"):
+          yield from constraints(inner.jaxpr)
+
+  with jax.set_mesh(mesh):
+    for lead, first in (((4,), ["data"]), ((3, 4), [None, "data"])):
+      tokens = jax.ShapeDtypeStruct((*lead, 32), jnp.int32)
+      params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+      where = list(constraints(jax.make_jaxpr(model.apply)(params, tokens).jaxpr))
+      specs = [P(*first, "seq")] + [P(*first, "seq", residual)] * 2
+      assert len(where) == 3
+      for (got, ndim), spec in zip(where, specs):
+        assert got.is_equivalent_to(NamedSharding(got.mesh, spec), ndim), (got, spec)
+
+
+def test_axes_are_ordered_by_the_speed_of_their_links():
+  """The model axis is last: its neighbours are neighbours in the machine."""
+  devices = jax.devices()
+  mesh = sharding.make_mesh("data=2,fsdp=2,model=2", devices)
+  assert mesh.axis_names == ("data", "fsdp", "seq", "model")
+  assert mesh.devices.ravel().tolist() == devices and mesh.devices.shape == (2, 2, 1, 2)
