@@ -103,7 +103,7 @@ class Checkpoints:
     """Deletes the checkpoints of later steps, which the run has gone back from."""
     if distributed.is_leader():
       for later in self.steps():
-        if later > step and self._is_finished(later):
+        if later > step and self._is_finished(later):  # mutant: forget
           self._remove(later)
     distributed.barrier(f"checkpoints after {step} are deleted")
 

@@ -211,7 +211,7 @@ def _split(documents: list[bytes], cut: int) -> tuple[list[bytes], list[bytes]]:
     while here < len(document) and document[here] & 0xC0 == 0x80:
       here += 1
     before += [document[:here]] if here else []
-    after += [document[here:]] if here < len(document) else []
+    after += [document[here:]] if here < len(document) else []  # mutant: held out
     cut -= len(document)
   return before, after
 
@@ -250,13 +250,14 @@ def windows(tokens: np.ndarray, *, seq_len: int, seed: int,
 
   @functools.lru_cache(maxsize=2)
   def shift(epoch):
-    return int(np.random.default_rng((seed, epoch)).integers(slack + 1))
+    return int(np.random.default_rng((seed, epoch)).integers(slack + 1))  # mutant: shift
 
   def window(index, position):
     start = shift(index // count) + position * seq_len
     row = {"tokens": tokens[start: start + seq_len + 1].astype(np.int32)}
     return row if eod is None else row | {"segment_ids": segment_ids(row["tokens"], eod)}
 
+  # mutant: order
   return grain.MapDataset.range(count).shuffle(seed=seed).repeat().map_with_index(window)
 
 
@@ -279,7 +280,7 @@ def eval_batches(tokens: np.ndarray, *, batch_size: int, seq_len: int,
   rows = np.arange(-(-count // batch_size) * batch_size)[:, None] * seq_len
   for first in range(0, len(rows), batch_size):
     index = rows[first: first + batch_size] + np.arange(seq_len + 1)
-    batch = {
+    batch = {  # mutant: held-out batch
         "tokens": tokens[np.minimum(index, targets)].astype(np.int32),
         "weights": (index[:, 1:] <= targets).astype(np.float32),
     }

@@ -165,7 +165,7 @@ def _continuation(model, prompt, cache, lengths, key, *, draw, length, eod, on_t
   def step(carry):
     i, token, drawn, cache, done = carry
     x, cache = model.run(token[..., None], cache)
-    token, done = choose(x[..., 0, :], jax.random.fold_in(key, i), done)
+    token, done = choose(x[..., 0, :], jax.random.fold_in(key, i), done)  # mutant: key
     return i + 1, token, drawn.at[..., i].set(token), cache, done
 
   x, cache = model.run(prompt, cache, fresh=True)

@@ -168,7 +168,7 @@ def load(peer: str, arrays: Mapping[str, Any],
       raise ValueError(f"{_name(layout.fused, i)!r} of width {fused.shape[1]} does not fit "
                        f"{inner} channels of attention and {hidden} of feed-forward")
     parts = np.split(fused, np.cumsum([inner] + [dim_head] * kv + [hidden]), axis=1)
-    layer = {
+    layer = {  # mutant: a peer's layer
         "norm": take(_name(layout.gain, i), (dim,)) + np.float32(layout.gain_offset),
         "query": parts[0].reshape(dim, -1, dim_head), "key": parts[1],
         "up": parts[-2], "gate": parts[-1],
@@ -177,7 +177,7 @@ def load(peer: str, arrays: Mapping[str, Any],
     if not layout.shared_kv:
       layer["value"] = parts[2]
     if layout.pairs:
-      halves = np.argsort(_pairs(dim_head))
+      halves = np.argsort(_pairs(dim_head))  # mutant: rotary pairs
       layer["query"], layer["key"] = layer["query"][..., halves], layer["key"][..., halves]
     if qk_norm:
       for which, name in (("q", "query_scale"), ("k", "key_scale")):

@@ -54,7 +54,7 @@ def mean_loss(nll, log_z, *, weights=None, z_loss: float = 0.0) -> Loss:
     weights, z_loss: as for `next_token_loss`.
   """
   weights = jnp.ones_like(nll) if weights is None else weights.astype(nll.dtype)
-  count = jnp.maximum(weights.sum(), jnp.finfo(nll.dtype).tiny)
+  count = jnp.maximum(weights.sum(), jnp.finfo(nll.dtype).tiny)  # mutant: weighted tokens
 
   def mean(x):
     return (x * weights).sum() / count

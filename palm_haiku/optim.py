@@ -18,14 +18,14 @@ def adamw(learning_rate: float = 3e-3, *, steps: int, warmup: int = 100, b2: flo
   return optax.chain(
       optax.clip_by_global_norm(clip),
       optax.adamw(schedule(learning_rate, steps=steps, warmup=warmup), b1=0.9, b2=b2,
-                  weight_decay=weight_decay, mask=_matrices))
+                  weight_decay=weight_decay, mask=_matrices))  # mutant: adamw
 
 
 def schedule(learning_rate: float, *, steps: int, warmup: int = 100) -> optax.Schedule:
   """Linear warm-up, then a cosine that ends at a tenth; arguments as in `adamw`."""
   return optax.warmup_cosine_decay_schedule(
       init_value=0.0, peak_value=learning_rate, warmup_steps=min(warmup, steps // 10),
-      decay_steps=max(steps, 1), end_value=learning_rate / 10)
+      decay_steps=max(steps, 1), end_value=learning_rate / 10)  # mutant: schedule
 
 
 def palm(learning_rate: float = 1e-2, *, constant_steps: int = 10_000,
@@ -40,7 +40,7 @@ def palm(learning_rate: float = 1e-2, *, constant_steps: int = 10_000,
     clip: global norm of the gradient.
   """
   def rate(count):
-    k = jnp.maximum(count + 1, constant_steps)
+    k = jnp.maximum(count + 1, constant_steps)  # mutant: palm's rate
     return learning_rate * jnp.sqrt(constant_steps / k)
 
   return optax.chain(
@@ -49,7 +49,7 @@ def palm(learning_rate: float = 1e-2, *, constant_steps: int = 10_000,
       optax.ema(0.9, debias=False),
       _scale_by_parameter_rms(),
       optax.scale_by_learning_rate(rate),
-      _decay_by_squared_learning_rate(rate))
+      _decay_by_squared_learning_rate(rate))  # mutant: palm
 
 
 def _is_layer(path) -> bool:
@@ -64,7 +64,7 @@ def _matrices(params):
 def _scale_by_parameter_rms(min_rms: float = 1e-3) -> optax.GradientTransformation:
   """Multiplies an update by the root mean square of its parameter, layer by layer."""
   def scale(path, update, param):
-    axes = tuple(range(int(_is_layer(path)), param.ndim))
+    axes = tuple(range(int(_is_layer(path)), param.ndim))  # mutant: root mean square
     rms = jnp.sqrt(jnp.square(param).mean(axes, keepdims=True))
     return update * jnp.maximum(rms, min_rms)
 
@@ -74,7 +74,7 @@ def _scale_by_parameter_rms(min_rms: float = 1e-3) -> optax.GradientTransformati
 
 def _decay_by_squared_learning_rate(schedule) -> optax.GradientTransformation:
   def update(updates, state, params):
-    decay = schedule(state.count) ** 2
+    decay = schedule(state.count) ** 2  # mutant: palm's decay
     updates = jax.tree.map(lambda u, p: u - decay * p, updates, params)
     return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 

@@ -101,7 +101,7 @@ class TrainConfig:
     """The number of the batch that a step trains on."""
     batch = step
     for first, end in self.skipped:
-      if batch >= first:
+      if batch >= first:  # mutant: skipped batch
         batch += end - first
     return batch
 
@@ -116,7 +116,7 @@ class TrainConfig:
     first, starts = 0, list(self.batch_sizes)
     for start, end in zip(starts, starts[1:] + [math.inf]):
       if batch < end:
-        first += (batch - start) * self.batch_sizes[start]
+        first += (batch - start) * self.batch_sizes[start]  # mutant: batch ramp
         return range(first, first + self.batch_sizes[start])
       first += (end - start) * self.batch_sizes[start]
 

@@ -50,6 +50,7 @@ def _kept(logits, temperature, top_k, top_p):
   """Logits of the tokens that can be drawn, and which those are; None for all in their order."""
   # A tiny temperature must not overflow, nor become 0: the most likely token would be lost.
   tiny = jnp.finfo(logits.dtype).tiny
+  # mutant: temperature
   logits = (logits - logits.max(-1, keepdims=True)) / jnp.maximum(temperature, tiny)
   if top_k is not None and top_k < logits.shape[-1]:
     best, index = jax.lax.top_k(logits, top_k)
@@ -60,6 +61,6 @@ def _kept(logits, temperature, top_k, top_p):
   if top_p is not None:
     # A token stays if the more likely ones have not reached top_p: the first one always does.
     probability = jax.nn.softmax(best)
-    before = jnp.cumsum(probability, -1) - probability
+    before = jnp.cumsum(probability, -1) - probability  # mutant: nucleus
     best = jnp.where(before < jnp.maximum(top_p, tiny), best, -jnp.inf)
   return best, index

@@ -158,7 +158,7 @@ def constrain(x: jax.Array, logical: tuple[str | None, ...], rules: Rules) -> ja
   auto = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto}
   if not auto or mesh.size == 1:
     return x
-  logical = (None,) * (x.ndim - len(logical)) + logical
+  logical = (None,) * (x.ndim - len(logical)) + logical  # mutant: activation
   return jax.lax.with_sharding_constraint(x, _spec(logical, x.shape, mesh, rules, auto))
 
 
@@ -173,7 +173,7 @@ def params_shardings(params: Any, mesh: Mesh, rules: Rules = Rules()) -> Any:
   """
   def sharding(path, x):
     module, name = (key.key for key in path)
-    logical = ("layers",) * ("/layers/" in module) + _PARAMETERS[name]
+    logical = ("layers",) * ("/layers/" in module) + _PARAMETERS[name]  # mutant: parameter
     return NamedSharding(mesh, _spec(logical, x.shape, mesh, rules, set(mesh.axis_names)))
 
   return jax.tree_util.tree_map_with_path(sharding, params)

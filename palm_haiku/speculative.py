@@ -71,14 +71,14 @@ def continuation(target: Model, draft: Model, prompt, caches, lengths, key, *, l
 
     pick = lambda log: jnp.take_along_axis(log, guesses[..., None], -1)[..., 0]
     odds = jnp.exp(pick(log_p[..., :-1, :]) - pick(log_q))
-    accepted = jax.random.uniform(keys[1], guesses.shape) < odds
+    accepted = jax.random.uniform(keys[1], guesses.shape) < odds  # mutant: acceptance
     # Guesses before the first that is refused.
     right = jnp.cumprod(accepted, -1, dtype=jnp.int32).sum(-1, dtype=jnp.int32)
     # The first refused token is drawn again, from what the draft does not offer often enough.
     p = jnp.exp(at(log_p, right))
     q = jnp.exp(at(jnp.pad(log_q, [(0, 0)] * len(lead) + [(0, 1), (0, 0)],
                            constant_values=-jnp.inf), right))
-    missing = jnp.maximum(p - q, 0)
+    missing = jnp.maximum(p - q, 0)  # mutant: residual
     missing = jnp.where(missing.sum(-1, keepdims=True) > 0, missing, p)  # but for rounding, never
     token = jax.random.categorical(keys[2], jnp.log(missing)).astype(jnp.int32)
 
@@ -97,7 +97,7 @@ def continuation(target: Model, draft: Model, prompt, caches, lengths, key, *, l
     last = jnp.where(new > 0, jnp.take_along_axis(
         tokens, jnp.maximum(new - 1, 0)[..., None], -1)[..., 0], last)
     # All that was drawn but the last token is in the caches; what was refused is written over.
-    filled = lengths + count - 1
+    filled = lengths + count - 1  # mutant: filled
     return (i + 1, last, drawn, count, done | (count == length),
             cache._replace(length=filled), draft_cache._replace(length=filled))
 

@@ -196,7 +196,7 @@ class _Run:
 
   def _batch(self, step):
     """The batch of a step; on a mesh, this process reads the sequences of its own devices."""
-    numbers = self.config.sequences_of(self.config.batch_of(step))
+    numbers = self.config.sequences_of(self.config.batch_of(step))  # mutant: batch of a step
     read = {}
 
     def rows(name, wanted):
@@ -220,7 +220,7 @@ class _Run:
             self.state.params, {name: distributed.place(x, where) for name, x in batch.items()})
         for batch in data.eval_batches(self.corpus.eval, batch_size=self.config.batch_size,
                                        seq_len=self.config.seq_len, eod=self.eod)]
-    nll, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+    nll, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)  # mutant: evaluation
     return float(nll / count)
 
   def _speed(self, tokens_per_second) -> dict[str, float]:
@@ -242,6 +242,7 @@ class _Run:
     loss = row["loss"]
     if not all(math.isfinite(x) for x in row.values()):
       return True
+    # mutant: spike
     if len(recent) == RECENT and loss > statistics.median(recent) + self.config.spike:
       return True
     recent.append(loss)
@@ -262,13 +263,14 @@ class _Run:
     """The newest checkpoint far enough before a spike, else the oldest there is."""
     def choose():
       whole = [s for s in self.checkpoints.steps() if self.checkpoints.problem(s) is None]
+      # mutant: back
       return max((s for s in whole if s <= step - GO_BACK), default=min(whole, default=None))
 
     return distributed.from_leader(choose, ())
 
   def _go_back(self, back, step, loss, log):
     first = self.config.batch_of(back)
-    end = max(first + SKIP, self.config.batch_of(step))
+    end = max(first + SKIP, self.config.batch_of(step))  # mutant: left out
     self.config = self.config.skipping(f"{first}:{end}")
     self.checkpoints.forget_after(back)
     self.state = None  # Room for the other.
@@ -359,7 +361,7 @@ def _start(config, out, checkpoints, run, resume) -> tuple[int, str]:
     raise ValueError(f"batches up to {trained} were trained on already; skip later ones")
   if then["data_fingerprint"] is None:
     raise ValueError(f"{out} holds imported weights, not a run that could go on")
-  if then["data_fingerprint"] != run["data_fingerprint"]:
+  if then["data_fingerprint"] != run["data_fingerprint"]:  # mutant: other data
     raise ValueError(f"{out} was trained on other data: {was['data']!r} has changed since")
   return step, before.skip_batches
 

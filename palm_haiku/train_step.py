@@ -41,7 +41,7 @@ def train_step(config: TrainConfig, state: TrainState, batch) -> tuple[TrainStat
 
   def loss_of(params, batch):
     nll, log_z = model.apply(params, *_inputs_and_targets(batch))
-    loss = mean_loss(nll, log_z, z_loss=config.z_loss)
+    loss = mean_loss(nll, log_z, z_loss=config.z_loss)  # mutant: z-loss
     return loss.total, loss
 
   if config.accumulate == 1:
@@ -51,6 +51,7 @@ def train_step(config: TrainConfig, state: TrainState, batch) -> tuple[TrainStat
   updates, opt_state = config.build_optimizer().update(grads, state.opt_state, state.params)
   metrics = {"loss": loss.nll, "log_z_squared": loss.log_z_squared,
              "grad_norm": optax.tree.norm(grads)}
+  # mutant: new state
   return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
 
 
@@ -67,7 +68,7 @@ def _accumulated(loss_of, params, batch, num_parts):
 
   def add(_, part):
     total, pull, loss = jax.vjp(lambda params: loss_of(params, part), params, has_aux=True)
-    pull.with_refs(sums)(jnp.full_like(total, 1 / num_parts))
+    pull.with_refs(sums)(jnp.full_like(total, 1 / num_parts))  # mutant: part of a batch
     return None, loss
 
   _, losses = jax.lax.scan(add, None, parts)
@@ -81,7 +82,7 @@ def eval_step(config: TrainConfig, params, batch) -> tuple[jax.Array, jax.Array]
 
 
 def _inputs_and_targets(batch):
-  segment_ids = batch["segment_ids"][:, :-1] if "segment_ids" in batch else None
+  segment_ids = batch["segment_ids"][:, :-1] if "segment_ids" in batch else None  # mutant: segments
   return batch["tokens"][:, :-1], batch["tokens"][:, 1:], segment_ids
 
 

@@ -39,6 +39,10 @@ def random_tokens(*shape):
     ("palm-rlhf-pytorch", dict(qk=True)),
 ])
 def test_logits_are_the_peers(peer, change):
+  check_logits(peer, change)
+
+
+def check_logits(peer, change):
   sizes = SIZES | change
   arrays = numpy_peers.random_arrays(peer, **sizes)
   config, params = interop.load(peer, arrays)

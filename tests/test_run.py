@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from palm_haiku import PaLM, PaLMConfig, data, optim, recipe, runlog, train
+from palm_haiku import PaLM, PaLMConfig, data, optim, recipe, runlog, train, train_step
 from palm_haiku.loss import next_token_loss
 from palm_haiku.recipe import TrainConfig
 
@@ -98,6 +98,75 @@ def part_of_a_run(config, **parts):
   return whole
 
 
+class Toy:
+  """A model in closed form: nll = (a t + b s) / 100 and log Z = c x, of target, segment, token."""
+
+  init = staticmethod(lambda key, tokens, targets: {"key": jax.random.key_data(key)})
+
+  @staticmethod
+  def apply(params, tokens, targets, segment_ids=None):
+    segments = 0 if segment_ids is None else params["b"] * segment_ids
+    return (params["a"] * targets + segments) / 100, params["c"] * tokens
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_is_its_formula(accumulate):
+  config = TrainConfig(model=MODEL, z_loss=0.01, accumulate=accumulate)
+  tokens = np.arange(20).reshape(4, 5) % 7
+  batch = {"tokens": tokens, "segment_ids": tokens // 3}
+  x, t, s = tokens[:, :-1], tokens[:, 1:], tokens[:, :-1] // 3
+  params, velocity = {"a": 1.0, "b": -2.0, "c": 0.5}, dict.fromkeys("abc", 0.0)
+  optimizer = optax.sgd(0.1, momentum=0.5)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(TrainConfig, "build_model", lambda self: Toy)
+    patch.setattr(TrainConfig, "build_optimizer", lambda self: optimizer)
+    state = train_step.TrainState(jax.tree.map(jnp.float32, params), optimizer.init(params))
+    for _ in range(2):
+      state, metrics = train_step.train_step(config, state, batch)
+      loss = (params["a"] * t + params["b"] * s).mean() / 100
+      log_z_squared = params["c"] ** 2 * (x**2).mean()
+      grads = {"a": t.mean() / 100, "b": s.mean() / 100,
+               "c": 0.01 * 2 * params["c"] * (x**2).mean()}
+      assert {name: float(x) for name, x in metrics.items()} == pytest.approx({
+          "loss": loss, "log_z_squared": log_z_squared,
+          "grad_norm": sum(g**2 for g in grads.values()) ** 0.5}, rel=1e-5)
+      velocity = {name: 0.5 * velocity[name] + grads[name] for name in grads}
+      params = {name: params[name] - 0.1 * velocity[name] for name in grads}
+      assert {name: float(x) for name, x in state.params.items()} == pytest.approx(params, rel=1e-5)
+    weights = np.linspace(0, 1, 16).reshape(4, 4)
+    total, count = train_step.eval_step(config, params, batch | {"weights": weights})
+    assert float(total) == pytest.approx(
+        (weights * (params["a"] * t + params["b"] * s)).sum() / 100, rel=1e-5)
+    assert float(count) == pytest.approx(8)
+    patch.setattr(TrainConfig, "build_optimizer", lambda self: optax.identity())
+    for seed in (0, 3):
+      start = train_step.init(dataclasses.replace(config, seed=seed))
+      assert start.params["key"].tolist() == jax.random.key_data(jax.random.key(seed)).tolist()
+
+
+def test_steps_read_the_batches_that_are_their_turn():
+  config = TrainConfig(model=MODEL, batch_size=4, batch_ramp="3:8", skip_batches="1:2", seq_len=2)
+  windows = [{"tokens": np.full(3, n), "segment_ids": np.full(3, -n)} for n in range(40)]
+  whole = part_of_a_run(config, windows=windows, eod=0,
+                        program=types.SimpleNamespace(batch_sharding=None))
+  for step, numbers in enumerate((range(4), range(8, 12), range(12, 20), range(20, 28))):
+    batch = whole._batch(step)
+    np.testing.assert_array_equal(batch["tokens"], np.array([[n] * 3 for n in numbers]))
+    np.testing.assert_array_equal(batch["segment_ids"], -batch["tokens"])
+
+
+def test_evaluation_is_the_mean_over_held_out_tokens():
+  """Whatever the batches, of which the last one has fewer targets."""
+  tokens = np.random.default_rng(0).integers(0, 99, 43)
+  evaluate = lambda params, batch: (
+      params * (batch["tokens"][:, 1:] * batch["weights"]).sum(), batch["weights"].sum())
+  whole = part_of_a_run(
+      TrainConfig(model=MODEL, batch_size=2, seq_len=4), eod=None,
+      state=train_step.TrainState(0.5, None), corpus=types.SimpleNamespace(eval=tokens),
+      program=types.SimpleNamespace(batch_sharding=None, evaluate=evaluate))
+  assert whole._evaluate() == pytest.approx(0.5 * tokens[1:].mean(), rel=1e-6)
+
+
 def test_bits_per_byte():
   assert train._score(3.0, 2.5) == (3.0, 3.0 / 2.5 / math.log(2))
 
@@ -119,7 +188,7 @@ def test_a_spike_is_above_the_median_of_recent_losses(monkeypatch):
   spike = lambda loss, **more: whole._is_spike({"step": 1, "loss": loss, **more}, recent)
   # Until there are enough of them, nothing is one; then above 0.5 more than 1.5, the median.
   assert [spike(loss) for loss in (9.0, 1.0, 1.5, 1.5)] == [False] * 4
-  assert not spike(2.0) and list(recent) == [1.0, 1.5, 1.5, 2.0]
+  assert spike(2.001) and not spike(2.0) and list(recent) == [1.0, 1.5, 1.5, 2.0]
   assert spike(2.001) and spike(math.inf) and spike(1.0, grad_norm=math.nan)
   assert list(recent) == [1.0, 1.5, 1.5, 2.0]
   assert not spike(1.9) and list(recent) == [1.5, 1.5, 2.0, 1.9]
@@ -181,6 +250,19 @@ def test_what_decides_the_weights_cannot_change_on_resume(name, tmp_path):
     changed = "norm_eps" if name == "model" else name
     with pytest.raises(ValueError, match=f"was trained with {changed} ="):
       start()
+
+
+def test_another_run_is_not_resumed(tmp_path):
+  config = dataclasses.asdict(TrainConfig(model=MODEL))
+  metadata = lambda fingerprint: {"config": config, "data_fingerprint": fingerprint}
+  for then, message in (("g", "trained on other data"), (None, "imported weights")):
+    checkpoints = types.SimpleNamespace(latest=lambda repair: 5, metadata=lambda _: metadata(then))
+    raised = None
+    try:
+      train._start(TrainConfig(model=MODEL), tmp_path, checkpoints, metadata("f"), resume=True)
+    except ValueError as error:
+      raised = str(error)
+    assert raised and message in raised
 
 
 def test_the_papers_numbers():
