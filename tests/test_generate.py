@@ -307,7 +307,8 @@ def test_decoding_is_the_full_forward_at_every_position(config, dtype, cache_dty
   starts = np.array([1, 5, 3])
   cache = decoder.empty_cache(config, (3,), 16, cache_dtype)
   x, cache = run(tokens[:, :5], cache, fresh=True)
-  cache, got = cache._replace(length=jnp.asarray(starts)), [[x[i, :n]] for i, n in enumerate(starts)]
+  cache = cache._replace(length=jnp.asarray(starts))
+  got = [[x[i, :n]] for i, n in enumerate(starts)]
   for many in (1, 3, 1, 3):
     part = np.stack([row[n : n + many] for row, n in zip(tokens, starts)])
     x, cache = run(part, cache)

@@ -30,15 +30,14 @@ def test_the_models_parameters_are_recognised():
 
 
 def gradients(step):
-  """Of all sizes around the norm at which they are clipped; those of one parameter nearly 0."""
-  grads = jax.tree.map(lambda x: (0.05, 0.5, 3.0)[step % 3] * x, tree(seed=step + 1))
-  return grads | {"palm": grads["palm"] | {"norm": jnp.full(4, 1e-3 * step)}}
+  """Above and below the norm at which they are clipped."""
+  return jax.tree.map(lambda x: (0.05, 0.5, 3.0)[step % 3] * x, tree(seed=step + 1))
 
 
 def assert_optimizes_as(optimizer, restated, steps):
-  """Compares parameters after each step with those of `restated(leaf, step, gradient)`.
+  """Compares parameters after each step with `restated(key, value, step, gradient, norm)`.
 
-  That is called with the path of a parameter of one layer, its value and its clipped gradient.
+  That is called for each parameter of each layer; the norm is that of all gradients.
   """
   params = tree()
   params["palm"]["norm"] = jnp.zeros(4)  # The root mean square of which is below any floor.
@@ -54,7 +53,8 @@ def assert_optimizes_as(optimizer, restated, steps):
     norm = np.sqrt(sum((np.float64(g) ** 2).sum() for g in jax.tree.leaves(grads)))
     for (module, name, i), w in want.items():
       pick = lambda tree: tree[module][name][i] if "/layers/" in module else tree[module][name]
-      want[module, name, i] = w = restated((module, name, i), w, step, np.float64(pick(grads)), norm)
+      w = restated((module, name, i), w, step, np.float64(pick(grads)), norm)
+      want[module, name, i] = w
       np.testing.assert_allclose(pick(params), w, rtol=2e-5, atol=1e-6, err_msg=f"{name} {step}")
 
 

@@ -131,7 +131,7 @@ PLANTED = [
      left_out),
     ("a run goes on with other data", train, ("other data", "if .*:", "if False:"), start),
     ("rows of heads and their channels are exchanged", interop,
-     ("a peer's layer", r"reshape\(-1, dim_head, dim\)", "reshape(dim_head, -1, dim).swapaxes(0, 1)"),
+     ("a peer's layer", r"(reshape\()-1, dim_head, (dim\))", r"\1dim_head, -1, \2.swapaxes(0, 1)"),
      peer_in_jax),
     ("rotary pairs are permuted the wrong way", interop, ("rotary pairs", r"np\.argsort", ""),
      peer_in_jax),
