@@ -210,7 +210,7 @@ def absent(name: str) -> str | None:
   if name != PEER:
     from palm_haiku import kernels
     try:
-      kernels.explain("parallel_attention_ffn", name)
+      kernels.explain("parallel_attention_ffn", implementation=name)
     except ValueError as error:
       return str(error)
     return None

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-from . import mesh, tuning
+from . import compat, mesh, triton_call, tuning
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton")
 
@@ -43,9 +43,21 @@ class Target(NamedTuple):
   chip: str | None  # "h200", "v5e", ...; None for one that has no name here
 
 
-def target(*arrays: jax.Array) -> Target:
-  """The device of the arrays' mesh or of the mesh in context, else of the default backend."""
-  device = mesh.current(*(x for x in arrays if x is not None)).abstract_device
+# Where the op runs that another one is part of, whose arrays are traced: a `Target`.
+placed = jax.make_user_context(None)
+
+
+def target(*arrays: jax.Array | None) -> Target:
+  """The device that arrays are committed to, else that of their mesh or of the mesh in context,
+  else the default one."""
+  arrays = [x for x in arrays if isinstance(x, jax.Array)]
+  committed = [x for x in arrays if compat.is_known(x) and x.committed]
+  if committed:
+    device = next(iter(committed[0].sharding.device_set))
+  else:
+    device = mesh.current(*arrays).abstract_device
+  if device is None and placed.value is not None:
+    return placed.value
   if device is None:
     device = jax.config.jax_default_device or jax.devices()[0]
     if isinstance(device, str):
@@ -61,42 +73,64 @@ def kernel_module(op: str, implementation: str) -> types.ModuleType:
   return _module(op, implementation)
 
 
-def explain(op: str, implementation: str = "auto", *arrays) -> Choice:
+def explain(op: str, *shapes, implementation: str = "auto", chip: str | None = None) -> Choice:
   """The implementation that an op would run, and why.
+
+    kernels.explain("flash_attention", (4, 2048, 16, 128), (4, 2048, 1, 128), chip="a100")
 
   Args:
     op: the name of a public op, such as "flash_attention".
-    implementation: what the caller would pass to it.
-    arrays: of the op, or `jax.ShapeDtypeStruct`s: query, key, value of attention; x, params of
-      the block; x, embedding of the loss; query and both caches when decoding. They are whole;
-      under a mesh, what counts is what a device has of them. Without them the answer leaves out
-      what depends on shapes.
+    *shapes: arrays, `jax.ShapeDtypeStruct`s, or shapes (of bfloat16): query, key and value of
+      attention, the value None where it is the key, left out where it is like the key; x and params
+      of the block; x and embedding of the loss; query and both caches when decoding. They are those
+      of all devices; under a mesh, what counts is a device's part of them. Without any, the reason
+      says what the answer depends on.
+    implementation: what the caller would pass to the op.
+    chip: "a100", "rtx4090", "h100", "h200", "b200", "v4", "v5e", "v5p", "v6e", "tpu7x" or "cpu";
+      None for where the arrays are, or else the default device.
 
   Raises:
-    ValueError: an unknown op or implementation, or a backend asked for by name that cannot
+    ValueError: an unknown op, implementation or chip, or a backend asked for by name that cannot
       run; the message says which requirement failed.
   """
   if op not in KERNELS:
     raise ValueError(f"no op is called {op!r}; there are {', '.join(sorted(KERNELS))}")
+  on = target(*jax.tree.leaves(shapes)) if chip is None else _named(chip)
+  return choose(op, implementation, *_types(op, shapes), on=on)
+
+
+def choose(op: str, implementation: str, *arrays, on: Target, needs: str | None = None) -> Choice:
+  """`explain`, of an op that exists.
+
+  Args:
+    arrays: all of them, or their types; or none.
+    on: from `target`.
+    needs: a requirement of every kernel that what else is asked for does not meet, in words.
+  """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
         f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
   if implementation == "xla":
     return Choice("xla", "asked for by name")
-  on = target(*(x for x in arrays[:2] if isinstance(x, jax.Array)))
   fitting = _fitting(on)
-  if arrays and KERNELS[op]:
+  symbolic = [x.shape for x in jax.tree.leaves(arrays) if not all(isinstance(n, int) for n in x.shape)]
+  if symbolic:
+    needs = needs or f"dimensions that are known when it is compiled; got {symbolic[0]}"
+  elif arrays:
     arrays = _module(op, "fused").on_one_device(*arrays)
 
   if implementation == "auto":
     if fitting not in KERNELS[op]:
       return Choice("xla", f"{op} has no fused kernel for {on.chip or on.platform}")
-    if arrays:
-      problem = kernel_module(op, fitting).unsupported(*arrays, chip=on.chip)
-      problem = problem or tuning.unknown(on.chip, op, arrays[0])
-      if problem:
-        return Choice("xla", f"{fitting} needs {problem}")
-    return Choice(fitting, f"the fused kernel for {on.chip or on.platform}")
+    problem = needs or tuning.unknown(on.chip, op)
+    if arrays and not problem:
+      problem = (kernel_module(op, fitting).unsupported(*arrays, chip=on.chip)
+                 or tuning.unknown(on.chip, op, arrays[0]))
+    if problem:
+      return Choice("xla", f"{fitting} needs {problem}")
+    reason = f"the fused kernel for {on.chip}"
+    return Choice(fitting, reason if arrays else (
+        f"{reason}, if shapes and dtypes fit it, with {tuning.LEAST[op]}; else xla"))
 
   name, reason = implementation, "asked for by name"
   if implementation == "pallas":
@@ -108,10 +142,36 @@ def explain(op: str, implementation: str = "auto", *arrays) -> Choice:
     raise ValueError(
         f"{op} has no {name} kernel; it runs on {', '.join(('xla', *KERNELS[op]))} (or auto)")
   if arrays:
-    problem = kernel_module(op, name).unsupported(*arrays, chip=chip_for(name, on))
+    problem = needs or kernel_module(op, name).unsupported(*arrays, chip=chip_for(name, on))
     if problem:
       raise ValueError(f"{op}: {name} needs {problem}")
   return Choice(name, reason)
+
+
+def _named(chip: str) -> Target:
+  platforms = {"cpu": "cpu"} | dict.fromkeys(triton_call.CHIPS, "gpu") | dict.fromkeys(
+      tuning.VMEM, "tpu")
+  if chip not in platforms:
+    raise ValueError(f"chip must be one of {', '.join(platforms)}; got {chip!r}")
+  return Target(platforms[chip], None if chip == "cpu" else chip)
+
+
+def _types(op: str, shapes) -> tuple:
+  """The arrays of an op, or their types."""
+  ranks = {"parallel_attention_ffn": (2, None), "linear_cross_entropy": (1, 2)}.get(op, (3, 3, 3))
+  if len(shapes) == 2 and len(ranks) == 3:
+    shapes = *shapes, shapes[1]
+  is_shape = lambda x: isinstance(x, tuple | list)
+  shapes = tuple(jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x, jax.numpy.bfloat16) if is_shape(x) else x, given,
+      is_leaf=is_shape) for given in shapes)
+  if shapes and (len(shapes) != len(ranks) or any(
+      given is not None and rank is not None and len(getattr(given, "shape", ())) < rank
+      for given, rank in zip(shapes, ranks))):
+    raise ValueError(
+        f"explain needs the {len(ranks)} arrays of {op} or their shapes; got "
+        f"{jax.tree.map(lambda x: getattr(x, 'shape', x), shapes)}")
+  return shapes
 
 
 def chip_for(implementation: str, on: Target) -> str | None:

@@ -4,7 +4,8 @@ import functools
 import inspect
 
 import jax
-from jax._src import config
+import numpy as np
+from jax._src import config, core
 
 
 def interpreting() -> bool:
@@ -16,15 +17,62 @@ def interpreting() -> bool:
 
 
 def in_32_bits(function):
-  """The function, traced as if `jax_enable_x64` were off.
+  """The function, traced as if `jax_enable_x64` were off, and no promotion strict.
 
   Kernels are written for indices of 32 bits; with 64 they would not compile.
   """
   @functools.wraps(function)
   def narrow(*args, **kwargs):
     with jax.enable_x64(False):
-      return function(*args, **kwargs)
+      return promoting(function)(*args, **kwargs)
   return narrow
+
+
+def promoting(function):
+  """The function, traced with JAX's default promotion of ranks and dtypes.
+
+  The strict settings are for the caller's code to find its mistakes by.
+  """
+  @functools.wraps(function)
+  def lenient(*args, **kwargs):
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+      return function(*args, **kwargs)
+  return lenient
+
+
+def under_jit() -> bool:
+  """Whether operations are being recorded for a program; JAX has no public name for that."""
+  return core.unsafe_am_i_under_a_jit()
+
+
+def compiled_once(function):
+  """The function of arrays and of hashable keywords, which `jit` compiles where nothing else does.
+
+  Called operation by operation, loops and derivatives in it would be compiled at every call, for
+  each has a function of its own.
+  """
+  function = promoting(function)
+  keywords = [name for name, parameter in inspect.signature(function).parameters.items()
+              if parameter.kind == parameter.KEYWORD_ONLY]
+  compiled = jax.jit(function, static_argnames=keywords)
+
+  @functools.wraps(function)
+  def call(*arrays, **static):
+    if under_jit():
+      return function(*arrays, **static)
+    leaves = jax.tree.leaves(arrays)
+    if all(x.is_fully_addressable for x in leaves if is_known(x)):
+      # Explicitly, for implicit transfers may be disallowed.
+      arrays = jax.tree.map(
+          lambda x: jax.device_put(x) if isinstance(x, np.ndarray | np.generic) else x, arrays)
+    return compiled(*arrays, **static)
+
+  return call
+
+
+def is_known(x) -> bool:
+  """Whether x is an array of JAX with a value, not one that stands for it while tracing."""
+  return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
 
 
 def mend_jax_triton() -> None:

@@ -4,17 +4,29 @@ import json
 from typing import NamedTuple
 
 
-def unknown(chip: str | None, op: str, array) -> str | None:
-  """What keeps `auto` from a kernel that could run: a shape of which nothing is known."""
+# What `unknown` asks of arrays, in words.
+LEAST = {"flash_attention": "128 queries or more", "linear_cross_entropy": "128 tokens or more",
+         "parallel_attention_ffn": "128 tokens or more, dim 1024 or more and bfloat16",
+         "decode_attention": "any number of queries"}
+
+
+def unknown(chip: str | None, op: str, array=None) -> str | None:
+  """What keeps `auto` from a kernel that could run: a shape of which nothing is known.
+
+  Args:
+    array: the op's first, or its type; None for what any would be kept by.
+  """
   if chip is None:
     return "a chip of known block sizes"
-  if op == "decode_attention":
+  better = f"figures better than XLA's products have, to be chosen unasked, on a {chip}"
+  if op == "parallel_attention_ffn" and chip not in PARALLEL_BLOCK_AUTO:
+    return better
+  if op == "decode_attention" or array is None:
     return None
   if op == "parallel_attention_ffn" and array.dtype.name != "bfloat16":
     return f"bfloat16 to be chosen unasked; got {array.dtype.name}"
-  if op == "parallel_attention_ffn" and (
-      chip not in PARALLEL_BLOCK_AUTO or array.shape[1] < PARALLEL_BLOCK_AUTO[chip]):
-    return f"figures better than XLA's products have, to be chosen unasked, on a {chip}"
+  if op == "parallel_attention_ffn" and array.shape[1] < PARALLEL_BLOCK_AUTO[chip]:
+    return better
   number, rows = {"flash_attention": (array.shape[1:2], "queries"),
                   "linear_cross_entropy": (array.shape[:1], "tokens"),
                   "parallel_attention_ffn": (array.shape[:1], "tokens")}[op]

@@ -282,7 +282,7 @@ def _train(args) -> int:
            if getattr(args, field.name, None) is not None and field.name != "model"}
   config = (dataclasses.replace(base, model=model, **given) if base
             else TrainConfig(model=model, **given))
-  kernels.explain("parallel_attention_ffn", config.implementation)
+  kernels.explain("parallel_attention_ffn", implementation=config.implementation)
   console.print(f"{model.num_params:,} parameters, {config.steps} steps of "
                 f"{config.batch_size} x {config.seq_len} tokens of {config.data}", highlight=False)
   try:
@@ -353,7 +353,7 @@ def _generate(args) -> int:
   from palm_haiku.generate import generate
 
   if args.implementation is not None:
-    kernels.explain("parallel_attention_ffn", args.implementation)
+    kernels.explain("parallel_attention_ffn", implementation=args.implementation)
   config, params = _load_run(args.checkpoint)
   draft = None
   if args.draft is not None:

@@ -6,8 +6,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from .. import backend, guards
+from .. import backend, compat, guards, integers
 from . import fused, xla
 
 
@@ -60,31 +61,57 @@ def flash_attention(
   lead, (num_queries, heads, dim_head) = query.shape[:-3], query.shape[-3:]
   num_keys, kv_heads = key.shape[-3:-1]
   batch = math.prod(lead)
-  window = _window(local_window_size)
-  segments = None if segment_ids is None else tuple(
-      jnp.reshape(ids, (-1, ids.shape[-1])) for ids in _pair(segment_ids))
+  window = window_of(local_window_size)
+  if segment_ids is not None:
+    segment_ids = integers.same_ids(
+        *(ids.reshape(batch, ids.shape[-1]) for ids in pair(segment_ids)))
+  if alibi_slopes is not None and not isinstance(alibi_slopes, jax.Array):
+    alibi_slopes = np.asarray(alibi_slopes)
 
   shared = value is key
   query = query.reshape(batch, num_queries, heads, dim_head)
   key = key.reshape(batch, num_keys, kv_heads, dim_head)
-  value = key if shared else value.reshape(batch, num_keys, kv_heads, dim_head)
-  options = dict(
-      is_causal=is_causal, alibi_slopes=alibi_slopes,
-      scale=dim_head**-0.5 if scale is None else scale,
-      segment_ids=segments, window=window,
-      query_offset=_near(query_offset, num_queries, num_keys, window))
-
-  kernel_value = None if shared else value
-  choice = backend.explain("flash_attention", implementation, query, key, kernel_value)
-  if choice.implementation == "xla":
-    out = xla.attention_over_mesh(query, key, kernel_value, **options)
-  else:
-    name = choice.implementation
-    out = fused.attention(
-        guards.only_on(query, "flash_attention", name), key, kernel_value,
-        chip=backend.chip_for(name, backend.target(query, key)),
-        backend=backend.kernel_module("flash_attention", name), **options)
+  value = None if shared else value.reshape(batch, num_keys, kv_heads, dim_head)
+  scale = default_scale(dim_head) if scale is None else scale
+  on = backend.target(query, key, value)
+  name = backend.choose(
+      "flash_attention", implementation, query, key, value, on=on,
+      needs="a scale that is known when it is compiled; multiply query by it, or "
+      "pass implementation='xla'"
+      if isinstance(scale, jax.core.Tracer) else None).implementation
+  if not isinstance(scale, jax.Array):
+    scale = float(scale)
+  elif name != "xla" and compat.is_known(scale):
+    scale = float(jax.device_get(scale))
+  offset = _near(query_offset, num_queries, num_keys, window)
+  if name == "xla" and isinstance(num_queries, int) and num_queries <= xla.BLOCK_Q:
+    # It leaves out no keys, and one program is enough for a loop that decodes.
+    offset = np.int32(offset) if isinstance(offset, int) and not compat.under_jit() else offset
+  dynamic = dict(segment_ids=segment_ids, alibi_slopes=alibi_slopes, query_offset=offset,
+                 scale=scale)
+  static = {name: dynamic.pop(name) for name in ("query_offset", "scale")
+            if isinstance(dynamic[name], int | float)}
+  out = _attention(query, key, value, dynamic, static=tuple(static.items()), is_causal=is_causal,
+                   window=window, name=name,
+                   chip=backend.chip_for(name, on))
   return out.reshape(*lead, num_queries, heads, dim_head)
+
+
+@compat.compiled_once
+def _attention(query, key, value, dynamic, *, static, is_causal, window, name, chip):
+  options = dict(dynamic, **dict(static), is_causal=is_causal, window=window)
+  if name == "xla":
+    return xla.attention_over_mesh(query, key, value, **options)
+  return fused.attention(
+      guards.only_on(query, "flash_attention", name), key, value, chip=chip,
+      backend=backend.kernel_module("flash_attention", name), **options)
+
+
+def default_scale(dim_head) -> float | jax.Array:
+  """1/sqrt(dim_head); an array where programs are exported for any."""
+  if isinstance(dim_head, int):
+    return dim_head**-0.5
+  return jax.lax.rsqrt(jnp.asarray(dim_head, jnp.float32))
 
 
 def check(query, key, value, *, alibi_slopes, segment_ids, local_window_size, query_offset):
@@ -107,18 +134,19 @@ def check(query, key, value, *, alibi_slopes, segment_ids, local_window_size, qu
   heads, kv_heads = query.shape[-2], key.shape[-2]
   if heads % kv_heads:
     raise ValueError(f"{kv_heads} key/value heads do not divide {heads} query heads")
-  if alibi_slopes is not None and jnp.shape(alibi_slopes) != (heads,):
+  if alibi_slopes is not None and np.shape(alibi_slopes) != (heads,):
     raise ValueError(f"alibi_slopes must be [{heads}], one per query head; "
-                     f"got {jnp.shape(alibi_slopes)}")
+                     f"got {np.shape(alibi_slopes)}")
   if not isinstance(query_offset, int) and not (
-      jnp.ndim(query_offset) == 0 and jnp.issubdtype(jnp.result_type(query_offset), jnp.integer)):
+      np.ndim(query_offset) == 0 and hasattr(query_offset, "dtype")
+      and jnp.issubdtype(query_offset.dtype, jnp.integer)):
     raise ValueError(f"query_offset must be one integer; got {query_offset}")
-  _window(local_window_size)
+  window_of(local_window_size)
   if segment_ids is not None:
-    _check_segments(_pair(segment_ids), query.shape[:-2], key.shape[:-2])
+    _check_segments(pair(segment_ids), query.shape[:-2], key.shape[:-2])
 
 
-def _window(size) -> tuple[int, int] | None:
+def window_of(size) -> tuple[int, int] | None:
   if size is None:
     return None
   try:
@@ -139,12 +167,17 @@ def _near(offset, num_queries, num_keys, window):
   """
   left, right = window or (0, 0)
   low, high = -num_queries - right, num_keys + left
-  if isinstance(offset, int):
-    return min(max(offset, low), high)
-  return jnp.clip(jnp.asarray(offset, jnp.int32), low, high)
+  if not isinstance(offset, jax.Array):
+    offset = int(offset)
+  if isinstance(low, int) and isinstance(high, int):
+    return min(max(offset, low), high) if isinstance(offset, int) else (
+        integers.clamped(offset, low, high))
+  if isinstance(offset, int) and offset == 0:
+    return 0
+  return jnp.clip(integers.clamped(offset, -2**30, 2**30), *map(jnp.asarray, (low, high)))
 
 
-def _pair(segment_ids):
+def pair(segment_ids):
   return segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
 
 

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from .. import mesh as meshes
-from ..compat import in_32_bits
+from ..compat import in_32_bits, promoting
 from ..guards import not_differentiable, reverse_only
 from . import ring as rings
 
@@ -52,14 +52,11 @@ class Options:
 def attention(query, key, value, *, backend, chip, is_causal, alibi_slopes, scale, segment_ids,
               window, query_offset):
   """Attention by one backend's kernels; arguments as `xla.attention`, value None for the key."""
-  if isinstance(scale, jax.core.Tracer):
-    raise ValueError(f"{_OP}: the fused kernels need a scale that is known when they are compiled; "
-                     "multiply query by it, or pass implementation='xla'")
   static_offset = isinstance(query_offset, int)
   options = Options(backend, chip, is_causal, float(scale), window,
                     query_offset if static_offset else None)
   if segment_ids is not None:
-    segment_ids = tuple(ids.astype(jnp.int32) for ids in segment_ids)
+    segment_ids = tuple(map(jnp.asarray, segment_ids))
   alibi_slopes = None if alibi_slopes is None else jnp.asarray(alibi_slopes, jnp.float32)
   offset = None if static_offset else jnp.asarray(query_offset, jnp.int32)
   query, key = reverse_only(query, _OP), reverse_only(key, _OP)
@@ -136,4 +133,4 @@ def _backward(options, residuals, dout):
   return (*gradients, None, None, None)
 
 
-_attention.defvjp(_forward, _backward, symbolic_zeros=True)
+_attention.defvjp(promoting(_forward), promoting(_backward), symbolic_zeros=True)

@@ -5,6 +5,7 @@ block at a time exist, and leaves out the keys that no query of a block can see.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ def attend(query, key, value, query_pos, key_pos, segment_ids, *,
   kv_heads = key.shape[2]
   group = heads // kv_heads
   accum = jnp.promote_types(query.dtype, jnp.float32)
+  scale = scale if isinstance(scale, float) else jnp.asarray(scale, accum)
 
   # The queries of all heads that share a key/value head are rows of one matrix.
   shape = (batch, num_queries, kv_heads, group, dim_head)
@@ -81,7 +83,7 @@ def attention(query, key, value, *, is_causal, alibi_slopes, scale, segment_ids,
   formula = functools.partial(
       attend, is_causal=is_causal, alibi_slopes=alibi_slopes, scale=scale, window=window)
   key_pos = jnp.arange(num_keys)
-  if num_queries <= block_q:
+  if isinstance(num_queries, int) and num_queries <= block_q:
     query_pos = query_offset + jnp.arange(num_queries)
     out = formula(query, key, value, query_pos, key_pos, segment_ids)
     return checkpoint_name(out, "attention_out")
@@ -102,17 +104,21 @@ def attention(query, key, value, *, is_causal, alibi_slopes, scale, segment_ids,
 
   # Each span of blocks has a static range of keys; its blocks' scores are recomputed in the
   # backward pass, never kept.
-  blocks_per_span = max(-(-num_blocks // MAX_SPANS), span // block_q)
+  if isinstance(num_blocks, int) and isinstance(num_keys, int):
+    blocks_per_span = max(-(-num_blocks // MAX_SPANS), span // block_q)
+    edges = [*range(0, num_blocks, blocks_per_span), num_blocks]
+    spans = [(first, last, *_reach(first * block_q, last * block_q, num_keys, is_causal, window,
+                                   query_offset)) for first, last in itertools.pairwise(edges)]
+  else:  # dimensions of a program that is exported for any
+    spans = [(0, num_blocks, 0, num_keys)]
   outs = []
-  for first in range(0, num_blocks, blocks_per_span):
-    last = min(first + blocks_per_span, num_blocks)
-    lo, hi = _reach(first * block_q, last * block_q, num_keys, is_causal, window, query_offset)
-    if lo == hi:
+  for first, last, lo, hi in spans:
+    if isinstance(hi, int) and lo == hi:
       outs.append(jnp.zeros((batch, (last - first) * block_q, heads, dim_head), query.dtype))
       continue
     block = jax.checkpoint(functools.partial(attend_block, lo=lo, hi=hi), prevent_cse=False)
     out = jax.lax.map(block, jnp.arange(first, last) * block_q)  # [blocks, B, block_q, ...]
-    outs.append(out.swapaxes(0, 1).reshape(batch, -1, heads, dim_head))
+    outs.append(out.swapaxes(0, 1).reshape(batch, (last - first) * block_q, heads, dim_head))
   out = jnp.concatenate(outs, axis=1)[:, :num_queries]
   return checkpoint_name(out, "attention_out")
 
@@ -136,8 +142,9 @@ def attention_over_mesh(query, key, value, **options):
   Rows are positions by heads, which XLA's partitioner cannot divide by heads: it would gather
   them. So each device takes its own heads; positions are left to the partitioner.
   """
-  arrays = {name: options.pop(name) for name in ("segment_ids", "alibi_slopes", "query_offset")
-            if not isinstance(options[name], int | None)}
+  arrays = {name: jax.tree.map(jnp.asarray, options.pop(name))
+            for name in ("segment_ids", "alibi_slopes", "query_offset", "scale")
+            if not isinstance(options[name], int | float | None)}
 
   def attend(query, key, value, arrays):
     return attention(query, key, key if value is None else value, **arrays, **options)
@@ -150,7 +157,7 @@ def attention_over_mesh(query, key, value, **options):
       return attend(query, key, value, arrays)
     rows, columns = P(batch or None, None, heads, None), P(batch or None, None, None, None)
     specs = {"segment_ids": (P(batch or None, None),) * 2, "alibi_slopes": P(heads),
-             "query_offset": P()}
+             "query_offset": P(), "scale": P()}
     return jax.shard_map(
         attend, mesh=mesh, axis_names={*batch, *heads}, out_specs=rows,
         in_specs=(rows, columns, None if value is None else columns,

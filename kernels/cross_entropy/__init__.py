@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from .. import backend, guards, mesh as meshes
+from .. import backend, compat, guards, integers, mesh as meshes
 from . import fused, xla
 
 
@@ -50,14 +50,29 @@ def linear_cross_entropy(
   References:
     PaLM (arXiv:2204.02311, section 5) for the z-loss; Cut Cross-Entropy (arXiv:2411.09009).
   """
+  targets = targets if hasattr(targets, "dtype") else np.asarray(targets)
   _check(x, embedding, targets, weights)
-  if isinstance(scale, jax.core.Tracer):
-    raise ValueError("scale must be a number that is known when the program is compiled; multiply "
-                     "x by it instead")
+  on = backend.target(x, embedding)
+  name = backend.choose(
+      fused.OP, implementation, x, embedding, on=on,
+      needs="a scale that is known when it is compiled; multiply x by it, or "
+      "pass implementation='xla'"
+      if isinstance(scale, jax.core.Tracer) else None).implementation
+  if compat.is_known(scale) and name != "xla":
+    scale = jax.device_get(scale)
+  dynamic = dict(scale=scale, z_loss=z_loss)
+  static = {name: float(dynamic.pop(name)) for name in ("scale", "z_loss")
+            if not isinstance(dynamic[name], jax.Array)}
+  # A target that is beyond 32 bits is outside the vocabulary as well.
+  return _loss(x, embedding, integers.clamped(targets, -1, 2**31 - 1), weights, dynamic,
+               static=tuple(static.items()), name=name, chip=backend.chip_for(name, on))
+
+
+@compat.compiled_once
+def _loss(x, embedding, targets, weights, dynamic, *, static, name, chip):
+  options = dynamic | dict(static)
+  x, embedding, targets = map(jnp.asarray, (x, embedding, targets))
   vocabulary = embedding.shape[0]
-  targets = jnp.asarray(targets)
-  if targets.dtype.itemsize < 4:
-    targets = targets.astype(jnp.int32)  # in which the size of the vocabulary fits
   if weights is not None:
     weights = jnp.asarray(weights, jnp.promote_types(x.dtype, jnp.float32))
     outside = (targets < 0) | (targets >= vocabulary)
@@ -65,58 +80,57 @@ def linear_cross_entropy(
   # [sequences, T, D]: either may be divided over mesh axes of its own, so they stay apart.
   rows = x.shape[-2] if x.ndim > 2 else 1
   x = x.reshape(-1, rows, x.shape[-1])
-  choice = backend.explain(fused.OP, implementation, x, embedding)
   log_z, logit = _statistics(
-      x, embedding, targets.reshape(-1, rows).astype(jnp.int32), float(scale),
-      choice.implementation)
+      x, embedding, targets.reshape(-1, rows), options["scale"], name, chip)
   log_z, logit = log_z.reshape(targets.shape), logit.reshape(targets.shape)
   logit = jnp.where((targets >= 0) & (targets < vocabulary), logit, jnp.nan)
-  loss = log_z - logit + z_loss * jnp.square(log_z)
+  loss = log_z - logit + options["z_loss"] * jnp.square(log_z)
   return (loss if weights is None else weights * loss), log_z
 
 
-def _statistics(x, embedding, targets, scale, implementation):
+def _statistics(x, embedding, targets, scale, name, chip):
   """`xla.statistics` or its kernels, over the mesh that the arrays live on."""
-  if implementation == "xla":
-    local = functools.partial(xla.statistics, scale=scale)
+  if name == "xla":
+    local = xla.statistics
   else:
     local = functools.partial(
-        fused.statistics, scale=scale, backend=backend.kernel_module(fused.OP, implementation),
-        chip=backend.chip_for(implementation, backend.target(x, embedding)))
-    x = guards.reverse_only(guards.only_on(x, fused.OP, implementation), fused.OP)
+        fused.statistics, backend=backend.kernel_module(fused.OP, name), chip=chip)
+    x = guards.reverse_only(guards.only_on(x, fused.OP, name), fused.OP)
     embedding = guards.reverse_only(embedding, fused.OP)
   vocabulary = embedding.shape[0]
+  static_scale, scale = (scale, None) if isinstance(scale, float) else (None, scale)
 
-  def flat(x, embedding, targets, num_valid):
+  def flat(x, embedding, targets, scale, num_valid):
     results = local(x.reshape(-1, x.shape[-1]), embedding, targets.reshape(-1),
-                    num_valid=num_valid)
+                    scale=static_scale if scale is None else scale, num_valid=num_valid)
     return jax.tree.map(lambda y: y.reshape(targets.shape), results)
 
   mesh = meshes.current(x, embedding)
   free = meshes.to_take_over(mesh)
   if not free:
-    x, embedding, targets = meshes.varying_together(x, embedding, targets)
-    return flat(x, embedding, targets, vocabulary)
+    arrays = meshes.varying_together(x, embedding, targets, scale)
+    return flat(*arrays, vocabulary)
 
   sequences, positions, shards = fused.divided(x, mesh)
   tokens = P(sequences or None, positions or None)
   axis = meshes.HEAD_AXIS if shards > 1 else None
   rows = -(-vocabulary // shards)
-  specs = P(*tokens, None), P(axis, None), tokens
+  specs = P(*tokens, None), P(axis, None), tokens, None if scale is None else P()
   embedding = jnp.pad(embedding, ((0, rows * shards - vocabulary), (0, 0)))
 
-  def shard(x, embedding, targets):
-    x, embedding, targets = meshes.varying_together(x, embedding, targets)
+  def shard(*arrays):
+    x, embedding, targets, scale = meshes.varying_together(*arrays)
     if axis is None:
-      return flat(x, embedding, targets, vocabulary)
+      return flat(x, embedding, targets, scale, vocabulary)
     first = jax.lax.axis_index(axis) * rows
-    log_z, logit = flat(x, embedding, targets - first, jnp.clip(vocabulary - first, 0, rows))
+    log_z, logit = flat(x, embedding, targets - first, scale,
+                        jnp.clip(vocabulary - first, 0, rows))
     top = jax.lax.pmax(jax.lax.stop_gradient(log_z), axis)
     total, logit = jax.lax.psum((jnp.exp(log_z - top), logit), axis)
     return top + jnp.log(total), logit
 
   arrays = jax.tree.map(
-      lambda array, spec: meshes.reshard(array, spec, mesh), (x, embedding, targets), specs)
+      lambda array, spec: meshes.reshard(array, spec, mesh), (x, embedding, targets, scale), specs)
   return jax.shard_map(shard, mesh=mesh, axis_names=free, in_specs=specs,
                        out_specs=(specs[2],) * 2)(*arrays)
 
@@ -130,25 +144,20 @@ def _check(x, embedding, targets, weights):
   for name, array in (("x", x), ("embedding", embedding)):
     if not jnp.issubdtype(array.dtype, jnp.floating):
       raise ValueError(f"{name} must be floating point; got {array.dtype}")
-  if not jnp.issubdtype(jnp.result_type(targets), jnp.integer):
-    raise ValueError(f"targets must be integers; got {jnp.result_type(targets)}")
+  if not jnp.issubdtype(targets.dtype, jnp.integer):
+    raise ValueError(f"targets must be integers; got {targets.dtype}")
   for name, array in (("targets", targets), ("weights", weights)):
-    if array is not None and jnp.shape(array) != x.shape[:-1]:
+    if array is not None and np.shape(array) != x.shape[:-1]:
       raise ValueError(f"{name} must be {x.shape[:-1]}, as x is without its last axis; "
-                       f"got {jnp.shape(array)}")
+                       f"got {np.shape(array)}")
   if not math.prod(x.shape[:-1]):
     raise ValueError(f"there must be at least one token; got x {x.shape}")
-  targets, weights = _known(targets), _known(weights)
+  unweighted, targets, weights = weights is None, *map(integers.known, (targets, weights))
   if weights is not None and weights.min() < 0:
     raise ValueError(f"weights must not be negative; got {weights.min()}")
-  if targets is not None:
-    counted = targets if weights is None else targets[weights != 0]
-    low, high = counted.min(initial=0), counted.max(initial=0)
-    if low < 0 or high >= embedding.shape[0]:
+  if targets is not None and (unweighted or weights is not None):
+    counted = targets if unweighted else targets[weights != 0]
+    low, high = int(counted.min(initial=0)), int(counted.max(initial=0))
+    if low < 0 or integers.exceeds(high + 1, embedding.shape[0]):
       raise ValueError(f"target {low if low < 0 else high} is outside the vocabulary of "
                        f"{embedding.shape[0]} tokens")
-
-
-def _known(array) -> np.ndarray | None:
-  """The numbers of an array that is not traced."""
-  return None if array is None or isinstance(array, jax.core.Tracer) else np.asarray(array)

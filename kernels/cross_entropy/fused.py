@@ -42,6 +42,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from .. import mesh as meshes
 from ..batching import folding_vmap
+from ..compat import promoting
 from ..guards import not_differentiable
 
 OP = "linear_cross_entropy"
@@ -236,7 +237,7 @@ def merged(top, total, scale):
   return largest, (total * jnp.exp(scale * (top - largest))).sum(0)
 
 
-_statistics.defvjp(_forward, _backward)
+_statistics.defvjp(promoting(_forward), promoting(_backward))
 
 
 def _slice(embedding, first, size, dtype):

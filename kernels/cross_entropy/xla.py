@@ -29,6 +29,7 @@ def logits_statistics(x, embedding, targets, *, scale, num_valid):
     float32[N] log of the sum of exponentials, float32[N] the target's logit or 0.
   """
   accum = jnp.promote_types(x.dtype, jnp.float32)
+  scale = scale if isinstance(scale, float) else jnp.asarray(scale, accum)
   logits = scale * jnp.einsum(
       "nd,vd->nv", x, embedding.astype(x.dtype), preferred_element_type=accum)
   column = jnp.arange(embedding.shape[0])
@@ -47,19 +48,22 @@ def statistics(x, embedding, targets, *, scale, num_valid, block=None):
   embedding is summed over blocks in float32 at least.
   """
   num_tokens, vocabulary = x.shape[0], embedding.shape[0]
-  block = block or max(1, BLOCK_LOGITS // vocabulary)
+  # In a program that is exported for any size, of a large vocabulary.
+  block = block or max(1, BLOCK_LOGITS // (vocabulary if isinstance(vocabulary, int) else 2**16))
   formula = functools.partial(logits_statistics, scale=scale, num_valid=num_valid)
-  if num_tokens <= block:
+  if isinstance(num_tokens, int) and num_tokens <= block:
     return formula(x, embedding, targets)
+  block = jax.core.min_dim(num_tokens, block)
   num_blocks = -(-num_tokens // block)
-  block = -(-num_tokens // num_blocks)
+  if isinstance(num_tokens, int):
+    block = -(-num_tokens // num_blocks)
   padding = num_blocks * block - num_tokens
-  x = jnp.pad(x, ((0, padding), (0, 0))).reshape(num_blocks, block, -1)
+  x = jnp.pad(x, ((0, padding), (0, 0))).reshape(num_blocks, block, x.shape[1])
   targets = jnp.pad(targets, (0, padding)).reshape(num_blocks, block)
   wide = embedding.astype(jnp.promote_types(embedding.dtype, jnp.float32))
   one_block = jax.checkpoint(lambda args: formula(args[0], wide, args[1]), prevent_cse=False)
-  log_z, target = jax.lax.map(one_block, (x, targets))
-  return log_z.reshape(-1)[:num_tokens], target.reshape(-1)[:num_tokens]
+  results = jax.lax.map(one_block, (x, targets))
+  return tuple(y.reshape(num_blocks * block)[:num_tokens] for y in results)
 
 
 def target_logit(x, embedding, targets, *, scale, num_valid):

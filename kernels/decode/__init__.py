@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import backend, guards, mesh as meshes
+from .. import backend, compat, guards, integers, mesh as meshes
+from ..attention import default_scale
 from . import fused, xla
 
 
@@ -56,33 +57,48 @@ def decode_attention(
   """
   shared = value_cache is key_cache
   _check(query, key_cache, value_cache, lengths, alibi_slopes, key_scales, value_scales)
-  if isinstance(scale, jax.core.Tracer):
-    raise ValueError("scale must be a number that is known when the program is compiled; multiply "
-                     "query by it instead")
   lead, (num_queries, heads, dim_head) = query.shape[:-3], query.shape[-3:]
   flat = lambda x: None if x is None else x.reshape(math.prod(lead), *x.shape[len(lead):])
-  arrays = {name: None if x is None else guards.no_derivative(flat(x), fused.OP) for name, x in dict(
+  arrays = {name: flat(x) for name, x in dict(
       query=query, key=key_cache, value=None if shared else value_cache,
       key_scales=key_scales, value_scales=None if shared else value_scales).items()}
-  arrays["lengths"] = jnp.asarray(lengths, jnp.int32).reshape(math.prod(lead))
-  if alibi_slopes is not None:
-    alibi_slopes = guards.no_derivative(jnp.asarray(alibi_slopes), fused.OP)
-  scale = float(dim_head**-0.5 if scale is None else scale)
+  # A length that is beyond 32 bits is beyond the cache as well.
+  arrays["lengths"] = integers.clamped(lengths, -1, 2**31 - 1).reshape(math.prod(lead))
+  if alibi_slopes is not None and not isinstance(alibi_slopes, jax.Array):
+    alibi_slopes = np.asarray(alibi_slopes)
 
-  choice = backend.explain(
-      fused.OP, implementation, arrays["query"], arrays["key"], arrays["value"])
-  if choice.implementation == "xla":
-    out = meshes.partitioned(
-        lambda query, arrays, slopes: xla.attend(
-            query, **arrays, alibi_slopes=slopes, scale=scale),
-        arrays.pop("query"), arrays, alibi_slopes)
-  else:
-    name = choice.implementation
-    arrays["query"] = guards.only_on(arrays["query"], fused.OP, name)
-    out = fused.attention(
-        arrays, alibi_slopes, scale=scale, backend=backend.kernel_module(fused.OP, name),
-        chip=backend.chip_for(name, backend.target(query, key_cache)))
+  scale = default_scale(dim_head) if scale is None else scale
+  on = backend.target(query, key_cache, value_cache)
+  name = backend.choose(
+      fused.OP, implementation, arrays["query"], arrays["key"], arrays["value"], on=on,
+      needs="a scale that is known when it is compiled; multiply query by it, or "
+      "pass implementation='xla'"
+      if isinstance(scale, jax.core.Tracer) else None).implementation
+  traced_scale = scale if name == "xla" and isinstance(scale, jax.Array) else None
+  out = _decode(
+      arrays, alibi_slopes, traced_scale, name=name, chip=backend.chip_for(name, on),
+      scale=None if traced_scale is not None else float(
+          jax.device_get(scale) if compat.is_known(scale) else scale))
   return out.reshape(*lead, num_queries, heads, dim_head)
+
+
+@compat.compiled_once
+def _decode(arrays, slopes, traced_scale, *, scale, name, chip):
+  undifferentiated = lambda tree: jax.tree.map(
+      lambda x: guards.no_derivative(jnp.asarray(x), fused.OP), tree)
+  arrays = undifferentiated({name: x for name, x in arrays.items() if name != "lengths"}) | {
+      "lengths": jnp.asarray(arrays["lengths"])}
+  slopes = undifferentiated(slopes)
+  if name == "xla":
+    traced_scale = undifferentiated(traced_scale)
+    return meshes.partitioned(
+        lambda query, arrays, slopes, traced_scale: xla.attend(
+            query, **arrays, alibi_slopes=slopes,
+            scale=scale if traced_scale is None else traced_scale),
+        arrays.pop("query"), arrays, slopes, traced_scale)
+  arrays["query"] = guards.only_on(arrays["query"], fused.OP, name)
+  return fused.attention(arrays, slopes, scale=scale, chip=chip,
+                         backend=backend.kernel_module(fused.OP, name))
 
 
 def _check(query, key, value, lengths, slopes, key_scales, value_scales):
@@ -103,10 +119,10 @@ def _check(query, key, value, lengths, slopes, key_scales, value_scales):
   heads, kv_heads = query.shape[-2], key.shape[-2]
   if heads % kv_heads:
     raise ValueError(f"{kv_heads} key/value heads do not divide {heads} query heads")
-  if query.shape[-3] > key.shape[-3]:
+  if integers.exceeds(query.shape[-3], key.shape[-3]):
     raise ValueError(f"{query.shape[-3]} queries do not fit in a cache of {key.shape[-3]} positions")
-  if slopes is not None and jnp.shape(slopes) != (heads,):
-    raise ValueError(f"alibi_slopes must be [{heads}], one per query head; got {jnp.shape(slopes)}")
+  if slopes is not None and np.shape(slopes) != (heads,):
+    raise ValueError(f"alibi_slopes must be [{heads}], one per query head; got {np.shape(slopes)}")
   scales = {"key_scales": key_scales}
   if value is key:
     if value_scales is not None and value_scales is not key_scales:
@@ -120,14 +136,15 @@ def _check(query, key, value, lengths, slopes, key_scales, value_scales):
     if array is not None and (array.shape != key.shape[:-1] or array.dtype != jnp.float32):
       raise ValueError(f"{name} must be float32{list(key.shape[:-1])}; "
                        f"got {array.dtype}{list(array.shape)}")
-  if not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
-    raise ValueError(f"lengths must be integers; got {jnp.result_type(lengths)}")
-  if jnp.shape(lengths) != query.shape[:-3]:
+  dtype = getattr(lengths, "dtype", np.asarray(0).dtype if isinstance(lengths, int) else None)
+  if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+    raise ValueError(f"lengths must be integers; got {dtype or type(lengths).__name__}")
+  if np.shape(lengths) != query.shape[:-3]:
     raise ValueError(f"lengths must be {query.shape[:-3]}, one per sequence; "
-                     f"got {jnp.shape(lengths)}")
-  if not isinstance(lengths, jax.core.Tracer) and np.size(lengths):
-    lengths = np.asarray(lengths)  # By jnp it would be traced, inside a jit that closes over it.
-    low, high = lengths.min(), lengths.max()
-    if low < 0 or high > key.shape[-3]:
+                     f"got {np.shape(lengths)}")
+  lengths = integers.known(lengths)
+  if lengths is not None and lengths.size:
+    low, high = int(lengths.min()), int(lengths.max())
+    if low < 0 or integers.exceeds(high, key.shape[-3]):
       raise ValueError(f"length {low if low < 0 else high} is outside the cache of "
                        f"{key.shape[-3]} positions")

@@ -20,6 +20,7 @@ def attend(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value
   batch, num_queries, heads, dim_head = query.shape
   max_len, kv_heads = key.shape[1:3]
   accum = jnp.promote_types(query.dtype, jnp.float32)
+  scale = scale if isinstance(scale, float) else jnp.asarray(scale, accum)
   if value is None:
     value, value_scales = key, key_scales
   rows = query.reshape(batch, num_queries, kv_heads, -1, dim_head)  # the last but one is the group

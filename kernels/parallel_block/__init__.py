@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import attention, backend, guards
+from .. import attention, backend, compat, guards, integers
 from . import fused, xla
 
 
@@ -62,11 +62,12 @@ def parallel_attention_ffn(
   References:
     PaLM (arXiv:2204.02311, section 2); GPT-J for the parallel form.
   """
-  backend.explain(fused.OP, implementation)
+  on = backend.target(x, *params.values())
+  backend.choose(fused.OP, implementation, on=on)
   _check(x, params, norm, rotary, xpos_scale_base)
   if kv_cache is not None:
     _check_cache(x, params, rotary, kv_cache, query_offset)
-  if jnp.ndim(query_offset):
+  if np.ndim(query_offset):
     _check_offsets(x, query_offset, kv_cache, is_causal, segment_ids, local_window_size)
   length, (_, heads, dim_head) = x.shape[-2], params["query"].shape
   of_heads = lambda length, heads: jax.ShapeDtypeStruct(
@@ -74,28 +75,46 @@ def parallel_attention_ffn(
   key = of_heads(length if kv_cache is None else kv_cache[0].shape[-2], 1)
   attention.check(of_heads(length, heads), key, key, alibi_slopes=alibi_slopes,
                   segment_ids=segment_ids, local_window_size=local_window_size,
-                  query_offset=0 if jnp.ndim(query_offset) else query_offset)
-  options = dict(
-      norm=norm,
-      norm_eps=norm_eps,
-      rotary=rotary,
-      xpos_scale_base=xpos_scale_base,
-      query_offset=query_offset,
-      kv_cache=kv_cache,
-      alibi_slopes=alibi_slopes,
-      is_causal=is_causal,
-      segment_ids=segment_ids,
-      local_window_size=local_window_size,
-      implementation=implementation,
-  )
-  name = backend.explain(fused.OP, implementation, x, params).implementation
-  if name == "xla":
-    return xla.parallel_attention_ffn(x, params, **options)
-  x = guards.reverse_only(guards.only_on(x, fused.OP, name), fused.OP)
-  params = {weight: guards.reverse_only(array, fused.OP) for weight, array in params.items()}
-  return fused.parallel_attention_ffn(
-      x, params, backend=backend.kernel_module(fused.OP, name),
-      chip=backend.chip_for(name, backend.target(x)), **options)
+                  query_offset=0 if np.ndim(query_offset) else query_offset)
+  name = backend.choose(fused.OP, implementation, x, params, on=on).implementation
+  if segment_ids is not None:
+    segment_ids = integers.same_ids(*attention.pair(segment_ids))
+  if alibi_slopes is not None and not isinstance(alibi_slopes, jax.Array):
+    alibi_slopes = np.asarray(alibi_slopes)
+  query_offset = _offset(query_offset)
+  if isinstance(query_offset, int) and integers.exceeds(attention.xla.BLOCK_Q + 1, length) and not compat.under_jit():
+    query_offset = np.int32(query_offset)  # so that a loop that decodes compiles one program
+  dynamic = dict(alibi_slopes=alibi_slopes, segment_ids=segment_ids)
+  static = dict(
+      norm=norm, norm_eps=float(norm_eps), rotary=rotary, xpos_scale_base=xpos_scale_base,
+      is_causal=is_causal, local_window_size=attention.window_of(local_window_size),
+      implementation=implementation)
+  (static if isinstance(query_offset, int) else dynamic)["query_offset"] = query_offset
+  return _block(x, dict(params), kv_cache, dynamic, static=tuple(static.items()), name=name, on=on)
+
+
+@compat.compiled_once
+def _block(x, params, kv_cache, dynamic, *, static, name, on):
+  options = dynamic | dict(static, kv_cache=kv_cache)
+  x, params = jax.tree.map(jnp.asarray, (x, params))
+  with backend.placed(on):
+    if name == "xla":
+      return xla.parallel_attention_ffn(x, params, **options)
+    x = guards.reverse_only(guards.only_on(x, fused.OP, name), fused.OP)
+    params = {weight: guards.reverse_only(array, fused.OP) for weight, array in params.items()}
+    return fused.parallel_attention_ffn(
+        x, params, backend=backend.kernel_module(fused.OP, name),
+        chip=backend.chip_for(name, on), **options)
+
+
+def _offset(offset):
+  """The offset, as an int where it is one number that is known, else of at least 32 bits."""
+  if not isinstance(offset, jax.Array):
+    outside = [n for n in np.ravel(offset).tolist() if not -2**31 <= n < 2**31]
+    if outside:
+      raise ValueError(f"query_offset must fit in 32 bits; got {outside[0]}")
+    return np.asarray(offset, np.int32) if np.ndim(offset) else int(offset)
+  return offset.astype(jnp.int32) if offset.dtype.itemsize < 4 else offset
 
 
 def _check(x, params, norm, rotary, xpos_scale_base):
@@ -146,22 +165,22 @@ def _check_cache(x, params, rotary, kv_cache, offset):
   lead, length, dim_head = x.shape[:-2], x.shape[-2], params["key"].shape[1]
   size = kv_cache[0].shape[-2] if kv_cache[0].ndim > 1 else 0
   for array in kv_cache:
-    if array.shape != (*lead, size, dim_head) or size < length:
+    if array.shape != (*lead, size, dim_head) or integers.exceeds(length, size):
       raise ValueError(f"kv_cache must be {[*lead, 'S', dim_head]} with S of at least {length}; "
                        f"got {[a.shape for a in kv_cache]}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
       raise ValueError(f"kv_cache must be floating point; got {array.dtype}")
-  if not isinstance(offset, jax.core.Tracer) and np.size(offset):
-    offset = np.asarray(offset)  # By jnp it would be traced, if this is inside another's jit.
+  offset = integers.known(offset)
+  if offset is not None and offset.size:
     low, high = int(offset.min()), int(offset.max()) + length
-    if low < 0 or high > size:
+    if low < 0 or integers.exceeds(high, size):
       raise ValueError(f"rows {low} to {high - 1} are not all in the cache of {size}")
 
 
 def _check_offsets(x, offsets, kv_cache, is_causal, segment_ids, window):
-  if jnp.shape(offsets) != x.shape[:-2]:
+  if np.shape(offsets) != x.shape[:-2]:
     raise ValueError(f"query_offset must be one integer or {x.shape[:-2]}, one per sequence; "
-                     f"got {jnp.shape(offsets)}")
+                     f"got {np.shape(offsets)}")
   if kv_cache is None or not is_causal or segment_ids is not None or window is not None:
     raise ValueError("a query_offset per sequence needs a kv_cache and causal attention without "
                      "segment_ids or local_window_size")

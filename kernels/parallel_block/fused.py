@@ -35,6 +35,7 @@ from jax.sharding import PartitionSpec as P
 
 from .. import mesh as meshes
 from ..batching import folding_vmap
+from ..compat import promoting
 from ..guards import not_differentiable
 from . import xla
 
@@ -285,5 +286,5 @@ def _not_differentiable(arrays):
   return jax.tree.map(lambda x: not_differentiable(x, OP), arrays)
 
 
-project_in.defvjp(_project_in_forward, _project_in_backward)
-project_out.defvjp(_project_out_forward, _project_out_backward)
+project_in.defvjp(promoting(_project_in_forward), promoting(_project_in_backward))
+project_out.defvjp(promoting(_project_out_forward), promoting(_project_out_backward))

@@ -106,7 +106,7 @@ def _choices(config) -> dict[str, dict[str, str]]:
                              None if model.shared_kv and model.position == "alibi" else key),
          "linear_cross_entropy": (array(model.dim), jax.ShapeDtypeStruct(
              (model.num_tokens, model.dim), "float32"))}
-  return {op: kernels.explain(op, config.implementation, *arrays)._asdict()
+  return {op: kernels.explain(op, *arrays, implementation=config.implementation)._asdict()
           for op, arrays in ops.items()}
 
 

@@ -19,14 +19,14 @@ def test_auto_says_what_it_chose_and_why():
 ])
 def test_what_cannot_run_is_refused(op, implementation, message):
   with pytest.raises(ValueError, match=message):
-    kernels.explain(op, implementation)
+    kernels.explain(op, implementation=implementation)
 
 
 def test_a_kernel_that_an_op_does_not_have(monkeypatch):
   monkeypatch.setitem(kernels.backend.KERNELS, "linear_cross_entropy", ("triton",))
   with pytest.raises(ValueError, match="linear_cross_entropy has no mosaic_gpu kernel; it runs on "
                      "xla, triton"):
-    kernels.explain("linear_cross_entropy", "mosaic_gpu")
+    kernels.explain("linear_cross_entropy", implementation="mosaic_gpu")
 
 
 def on(platform, kind):
@@ -53,13 +53,14 @@ def test_auto_takes_the_kernel_of_the_chip_where_it_can(platform, kind, implemen
   array = lambda length, heads, dim_head=128, dtype="bfloat16": jax.ShapeDtypeStruct(
       (2, length, heads, dim_head), dtype)
   with on(platform, kind):
-    choose = lambda *arrays: kernels.explain("flash_attention", "auto", *arrays).implementation
+    choose = lambda *arrays: kernels.explain("flash_attention", *arrays).implementation
     assert choose(array(2048, 8), array(2048, 1), array(2048, 1)) == implementation
     assert choose(array(1, 8), array(2048, 1), array(2048, 1)) == "xla"
     if implementation == "mosaic_gpu":
       assert choose(*(array(2048, n, 80) for n in (8, 1, 1))) == "xla"
       with pytest.raises(ValueError, match="mosaic_gpu needs dim_head in .*; got 80"):
-        kernels.explain("flash_attention", "pallas", *(array(2048, n, 80) for n in (8, 1, 1)))
+        kernels.explain("flash_attention", *(array(2048, n, 80) for n in (8, 1, 1)),
+                        implementation="pallas")
 
 
 @pytest.mark.parametrize("platform, kind, implementation", [
@@ -69,7 +70,7 @@ def test_auto_takes_the_kernel_of_the_loss(platform, kind, implementation):
   array = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
   with on(platform, kind):
     choose = lambda *lead: kernels.explain(
-        "linear_cross_entropy", "auto", array(*lead, 512), array(32_000, 512)).implementation
+        "linear_cross_entropy", array(*lead, 512), array(32_000, 512)).implementation
     assert choose(4, 1024) == implementation
     assert choose(4, 1) == "xla"
 
@@ -82,7 +83,7 @@ def test_auto_takes_the_blocks_products_where_a_figure_says_so(platform, kind, i
     params = dict(norm=array(dim), query=array(dim, 8, 64), key=array(dim, 64),
                   value=array(dim, 64), gate=array(dim, 4 * dim), up=array(dim, 4 * dim),
                   attn_out=array(8, 64, dim), ff_out=array(4 * dim, dim))
-    return kernels.explain("parallel_attention_ffn", "auto", array(tokens, dim), params)
+    return kernels.explain("parallel_attention_ffn", array(tokens, dim), params)
 
   with on(platform, kind):
     assert choose(4096, 4096).implementation == implementation
@@ -102,7 +103,7 @@ def on_mesh(kind, **sizes):
 def test_what_counts_under_a_mesh_is_what_a_device_has():
   # PaLM-540B: 48 heads take more VMEM than a v4 has, the 4 of a device do not.
   query, key = (jax.ShapeDtypeStruct((2048, 2048, heads, 256), "bfloat16") for heads in (48, 1))
-  choose = lambda *arrays: kernels.explain("flash_attention", "auto", *arrays)
+  choose = lambda *arrays: kernels.explain("flash_attention", *arrays)
   with on_mesh("TPU v4", data=2, fsdp=256):
     assert "VMEM of a v4" in choose(query, key, key).reason
   with on_mesh("TPU v4", data=2, fsdp=256, model=12):
@@ -117,7 +118,7 @@ def test_what_counts_under_a_mesh_is_what_a_device_has():
 def test_the_loss_counts_the_tokens_of_a_device():
   embedding = jax.ShapeDtypeStruct((32_000, 512), "bfloat16")
   choose = lambda *lead: kernels.explain(
-      "linear_cross_entropy", "auto", jax.ShapeDtypeStruct((*lead, 512), "bfloat16"), embedding)
+      "linear_cross_entropy", jax.ShapeDtypeStruct((*lead, 512), "bfloat16"), embedding)
   with on_mesh("TPU v5 lite", fsdp=8, seq=2, model=4):
     assert choose(8, 256).implementation == "mosaic_tpu"
     assert "128 tokens or more to be chosen unasked; got 64" in choose(8, 128).reason
