@@ -69,6 +69,7 @@ def test_training_leaves_metrics_and_says_how_it_did(trained, text, capsys):
   assert f"{rows[-1]['eval_loss']:.4f} nats" in out and "loss.png" in out
 
 
+@pytest.mark.full
 def test_options_reach_the_run(text, tmp_path, capsys):
   out = tmp_path / "out"
   status, _, _ = call(
@@ -97,6 +98,7 @@ def test_options_without_a_size_change_the_default_model(text, tmp_path, capsys,
       dict(position="alibi", norm="rms", ff_mult=2), dict(num_tokens=300))]
 
 
+@pytest.mark.full
 def test_the_same_command_resumes_with_pieces_and_a_named_model(tmp_path, capsys, monkeypatch):
   monkeypatch.setitem(configs, "small", PaLMConfig(256, 16, 1, 2, 8))
   (tmp_path / "text").write_text(TEXT)
@@ -114,6 +116,7 @@ def test_the_same_command_resumes_with_pieces_and_a_named_model(tmp_path, capsys
   assert call(capsys, *command)[0] == 0
 
 
+@pytest.mark.full
 def test_resuming_before_the_first_checkpoint_begins_with_the_same_settings(
     trained, text, tmp_path, capsys):
   out = shutil.copytree(trained, tmp_path / "out")
@@ -144,6 +147,12 @@ def test_sampling_from_a_directory_alone(trained, capsys):
   status, greedy, timing = call(capsys, "generate", trained, "--prompt", "To be", "--length", 20,
                                 "--temperature", 0)
   assert status == 0 and greedy.startswith("To be") and "a second" in timing
+
+
+@pytest.mark.full
+def test_options_of_sampling(trained, capsys):
+  greedy = call(capsys, "generate", trained, "--prompt", "To be", "--length", 20,
+                "--temperature", 0)[1]
   assert greedy == call(capsys, "generate", trained, "--prompt", "To be", "--length", 20,
                         "--top-k", 1, "--seed", 3)[1]
   draws = [call(capsys, "generate", trained, "--prompt", "To be", "--length", 20, "--top-p", 0.9,
@@ -156,6 +165,7 @@ def test_sampling_from_a_directory_alone(trained, capsys):
   assert status == 0 and small.startswith("To be")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("end", ["SIGINT", "SIGPIPE"])
 def test_a_sample_ends_when_nobody_wants_more(trained, end):
   with subprocess.Popen(
@@ -234,7 +244,8 @@ def test_another_runs_directory_is_left_alone(trained, text, capsys):
   assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("peer", ["palm-jax", "palm-pytorch-lite"])
+@pytest.mark.parametrize(
+    "peer", ["palm-jax", pytest.param("palm-pytorch-lite", marks=pytest.mark.full)])
 def test_converting_to_and_fro(peer, tmp_path, capsys):
   arrays = numpy_peers.random_arrays(
       peer, num_tokens=256, dim=12, depth=2, heads=3, dim_head=6, ff_mult=2)
