@@ -49,7 +49,11 @@ class RunLog:
     self._progress.start()
 
   def _open(self, start):
-    self._rows = [row for row in read_metrics(self.path) if row["step"] <= start]
+    rows, damaged = _parse(self.path)
+    self._rows = [row for row in rows if row["step"] <= start]
+    if damaged:
+      self.say(f"{self.path.name}: {damaged} damaged {'line is' if damaged == 1 else 'lines are'} "
+               "dropped")
     draft = self.path.with_suffix(".draft")
     draft.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
     draft.rename(self.path)
@@ -101,16 +105,32 @@ class RunLog:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The rows of a metrics file; a last line that was cut short is left out."""
+  """The rows of a metrics file, but for lines that are damaged."""
+  return _parse(path)[0]
+
+
+def _parse(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
+  """The rows of a metrics file, and how many lines before the last one are none.
+
+  The last line is cut short where a run was killed while it wrote.
+  """
   if not path.exists():
-    return []
-  rows = []
-  for line in path.read_text().splitlines():
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
-  return rows
+    return [], 0
+  lines = [line for line in path.read_text(errors="replace").split("\n") if line.strip()]
+  rows = list(map(_row, lines))
+  return [row for row in rows if row is not None], rows[:-1].count(None)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+  """The numbers on a line with a step and a loss."""
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  if not isinstance(row, dict) or type(row.get("step")) is not int:
+    return None
+  row = {name: x for name, x in row.items() if type(x) in (int, float)}
+  return row if "loss" in row else None
 
 
 def plot_loss(rows: list[dict[str, Any]], path: os.PathLike) -> None:

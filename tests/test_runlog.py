@@ -105,3 +105,27 @@ def test_an_empty_log_draws_nothing(tmp_path):
     pass
   assert not (tmp_path / "loss.png").exists()
   assert runlog.read_metrics(tmp_path / "absent.jsonl") == []
+
+
+def test_damage_to_a_line_costs_no_other(tmp_path):
+  good = [{"step": step, "loss": 1 / step} for step in range(1, 7)]
+  lines = [json.dumps(row) for row in good]
+  bad = ["null", "", "  ", "[]", "NaN", "7", '"step"', '{"step": 3, "lo{"step": 4, "loss": 1}',
+         '{"step": null, "loss": 1.0}', '{"step": "3", "loss": 1.0}', '{"step": true, "loss": 1}',
+         '{"step": 3, "loss": null}', '{"step": 3}', "\x00\x00\x00", "\ufffd", "[" * 100_000]
+  lines[2:2] = bad
+  path = tmp_path / "metrics.jsonl"
+  path.write_text("\n".join(lines) + "\n")
+  with open(path, "ab") as file:
+    file.write(b'{"step": 7, "loss": 1.0, "eval_loss": null, "mfu": "x"}\n\xff\xfe\n')
+    file.write(b'{"step": 8, "loss": NaN}\n{"step": 9, "loss": Infinity, "eval_loss": 2.0}\n{"st')
+  good += [{"step": 7, "loss": 1.0}]
+  rows = runlog.read_metrics(path)
+  assert rows[:7] == good and [row["step"] for row in rows[7:]] == [8, 9]
+  record, stream = log(tmp_path, start=8)
+  with record:
+    record.write({"step": 9, "loss": 0.5})
+  assert f"metrics.jsonl: {len(bad) - 2 + 1} damaged lines are dropped" in stream.getvalue()
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  assert rows[:7] == good and rows[8:] == [{"step": 9, "loss": 0.5}]
+  assert (tmp_path / "loss.png").exists()
