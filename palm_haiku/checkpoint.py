@@ -59,6 +59,10 @@ class Checkpoints:
     return sorted(int(path.name) for path in self.directory.iterdir()
                   if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir())
 
+  def exist(self) -> bool:
+    """Whether there is any checkpoint, be it one that was refused."""
+    return bool(self.steps() or list(self.directory.glob("*" + _REFUSED)))
+
   def save(self, step: int, items: dict[str, Any], metadata: dict[str, Any]) -> None:
     """Writes a checkpoint; on return it is on disk.
 
@@ -82,7 +86,7 @@ class Checkpoints:
       with _checkpointer() as checkpointer:
         checkpointer.save(draft, ocp.args.Composite(**args, metadata=ocp.args.JsonSave(metadata)))
       if distributed.is_leader():
-        write_atomically(draft / _MANIFEST, json.dumps(_hashes(draft), indent=1))
+        write_atomically(draft / _MANIFEST, json.dumps(_hashes(draft), indent=1).encode())
         if os.path.lexists(path):
           self._warn(f"{path} is no checkpoint; it is kept as {self._set_aside(path).name}")
         draft.rename(path)
@@ -241,11 +245,11 @@ def _hash(file: pathlib.Path) -> str:
     return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Replaces a file; whatever happens, it holds all of the old text or all of the new."""
+def write_atomically(path: pathlib.Path, content: bytes) -> None:
+  """Replaces a file; whatever happens, it holds all of the old content or all of the new."""
   draft = path.with_name(path.name + ".draft")
-  with open(draft, "w") as stream:
-    stream.write(text)
+  with open(draft, "wb") as stream:
+    stream.write(content)
     stream.flush()
     os.fsync(stream.fileno())
   draft.rename(path)

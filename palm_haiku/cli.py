@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import os
 import pathlib
 import shlex
 import shutil
@@ -11,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 
 import rich.console
 import rich.table
@@ -18,6 +20,10 @@ import rich.table
 from palm_haiku.config import PaLMConfig, configs
 
 _SIZES = ("num_tokens", "dim", "depth", "heads", "dim_head", "ff_mult")
+
+
+def _path(text: str) -> pathlib.Path:
+  return pathlib.Path(os.path.expanduser(text))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -89,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
   group.add_argument("--mask-documents", action="store_true", default=None,
                      help="let no token attend to another document")
   group = train.add_argument_group("run")
-  group.add_argument("--out", required=True, metavar="DIR", type=pathlib.Path,
+  group.add_argument("--out", required=True, metavar="DIR", type=_path,
                      help="directory of the run")
   group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in "
                      "--out, with its settings; begin anew where there is none, with those in "
@@ -144,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
       epilog="example: palm-haiku generate runs/first --prompt 'The for statement' --top-k 40",
       formatter_class=argparse.RawDescriptionHelpFormatter)
   generate.set_defaults(run=_generate, parser=generate)
-  generate.add_argument("checkpoint", type=pathlib.Path, metavar="DIR", help="directory of a run")
+  generate.add_argument("checkpoint", type=_path, metavar="DIR", help="directory of a run")
   generate.add_argument("--prompt", default="", help="text to continue (default: a new document)")
   generate.add_argument("--length", type=int, default=256, help="tokens to add (default 256)")
   generate.add_argument("--temperature", type=float, default=0.8, help="0 always takes the "
@@ -157,10 +163,12 @@ def _parser() -> argparse.ArgumentParser:
   generate.add_argument("--weights", choices=("int8",), help="keep matrices in fewer bytes")
   generate.add_argument("--cache-dtype", choices=("int8", "bfloat16", "float32"),
                         help="of keys and values (default --dtype)")
-  generate.add_argument("--draft", type=pathlib.Path, metavar="DIR", help="run of a smaller model "
+  generate.add_argument("--draft", type=_path, metavar="DIR", help="run of a smaller model "
                         "with the same tokenizer, whose guesses are checked several at a time")
   generate.add_argument("--draft-length", type=int, default=4, metavar="N",
                         help="guesses at a time (default 4)")
+  generate.add_argument("--tokenizer", metavar="NAME", help="the run's tokenizer, where the run "
+                        "does not have it any more")
   _add_implementation(generate)
 
   from palm_haiku.plan.command import add_arguments as add_plan_arguments
@@ -187,14 +195,14 @@ def _parser() -> argparse.ArgumentParser:
       "  palm-haiku convert --to palm-pytorch runs/imported --out weights.npz",
       formatter_class=argparse.RawDescriptionHelpFormatter)
   convert.set_defaults(run=_convert, parser=convert)
-  convert.add_argument("source", type=pathlib.Path, metavar="SOURCE", help="a file of the peer's "
+  convert.add_argument("source", type=_path, metavar="SOURCE", help="a file of the peer's "
                        "arrays (--from) or a run of this project (--to)")
   direction = convert.add_mutually_exclusive_group(required=True)
   direction.add_argument("--from", dest="from_peer", metavar="PEER", help="palm-jax, "
                          "palm-jax-lite, palm-flax, palm-pytorch, palm-pytorch-lite or "
                          "palm-rlhf-pytorch")
   direction.add_argument("--to", dest="to_peer", metavar="PEER")
-  convert.add_argument("--out", required=True, type=pathlib.Path, metavar="PATH", help="a new run "
+  convert.add_argument("--out", required=True, type=_path, metavar="PATH", help="a new run "
                        "directory (--from) or file (--to)")
   convert.add_argument("--tokenizer", metavar="NAME", default="bytes", help="that the model was "
                        "trained with: bytes (the default) or a SentencePiece model file")
@@ -260,23 +268,23 @@ def _model(args, base: PaLMConfig | None = None,
 def _train(args) -> int:
   import jax
 
-  from palm_haiku import data, distributed, kernels
+  from palm_haiku import distributed, kernels
   from palm_haiku.checkpoint import CheckpointError
   from palm_haiku.recipe import TrainConfig, load_config
-  from palm_haiku.train import last_settings, train
+  from palm_haiku.rundir import RunDirectory
+  from palm_haiku.train import train
 
   _join(args)
   console = rich.console.Console(quiet=not distributed.is_leader())
-  base = None
+  directory, before = RunDirectory(args.out), None
   if args.resume:
-    found = distributed.from_leader(
-        lambda: last_settings(args.out), (ValueError, OSError, CheckpointError))
-    base = found and load_config({"config": found})
+    before = distributed.from_leader(directory.settings, (ValueError, OSError, CheckpointError))
+  base = before and load_config(before)
   model = _model(args, base and base.model, configs["palm-tiny"])
   # A model that the run has already is large enough, but not one that is named again.
   if args.num_tokens is None and (base is None or args.model is not None):
     tokenizer = args.tokenizer or (base and base.tokenizer) or "bytes"
-    needed = data.load_tokenizer(tokenizer).num_tokens
+    needed = directory.tokenizer(tokenizer, before).num_tokens
     model = dataclasses.replace(model, num_tokens=max(model.num_tokens, needed))
   given = {field.name: getattr(args, field.name) for field in dataclasses.fields(TrainConfig)
            if getattr(args, field.name, None) is not None and field.name != "model"}
@@ -328,42 +336,41 @@ def _join(args):
   distributed.start(*manual, timeout=args.start_timeout)
 
 
-def _load_run(directory: pathlib.Path):
-  """The newest checkpoint of a run: its config and parameters."""
-  import jax
-
-  from palm_haiku.checkpoint import Checkpoints
+def _load_run(path: pathlib.Path):
+  """The newest checkpoint of a run: its directory, metadata, settings and parameters."""
   from palm_haiku.recipe import load_config
-  from palm_haiku.train_step import init
+  from palm_haiku.rundir import RunDirectory
 
-  checkpoints = Checkpoints(directory / "checkpoints", warn=lambda line: print(
-      f"warning: {line}", file=sys.stderr))
-  step = checkpoints.latest()
-  if step is None:
-    raise ValueError(f"{directory} holds no checkpoint")
-  config = load_config(checkpoints.metadata(step))
-  like = jax.eval_shape(lambda: init(config)).params
-  return config, checkpoints.restore(step, {"params": like})["params"]
+  directory = RunDirectory(path, warn=lambda line: print(f"warning: {line}", file=sys.stderr))
+  metadata, params = directory.load()
+  return directory, metadata, load_config(metadata), params
 
 
 def _generate(args) -> int:
   import jax
 
-  from palm_haiku import data, kernels
+  from palm_haiku import kernels
   from palm_haiku.generate import generate
 
   if args.implementation is not None:
     kernels.explain("parallel_attention_ffn", implementation=args.implementation)
-  config, params = _load_run(args.checkpoint)
+  directory, metadata, config, params = _load_run(args.checkpoint)
+  tokenizer = directory.tokenizer(args.tokenizer or config.tokenizer, metadata)
   draft = None
   if args.draft is not None:
-    draft_config, draft_params = _load_run(args.draft)
-    if draft_config.tokenizer != config.tokenizer:
-      raise ValueError(f"the draft must have the tokenizer of the model, {config.tokenizer}; "
-                       f"{args.draft} has {draft_config.tokenizer}")
+    directory, draft_metadata, draft_config, draft_params = _load_run(args.draft)
+    drafts = directory.tokenizer(draft_config.tokenizer, draft_metadata)
+    if drafts.fingerprint != tokenizer.fingerprint:
+      raise ValueError(f"the draft must have the tokenizer of the model, {tokenizer.name}; "
+                       f"{args.draft} has {drafts.name}")
     draft = draft_params, draft_config.model
-  tokenizer = data.load_tokenizer(config.tokenizer)
   prompt = tokenizer.encode(args.prompt) if args.prompt else [tokenizer.eod]
+  read = len(prompt) + args.length - 1  # The last token is not read again.
+  if (read > config.seq_len and config.model.position == "rotary"
+      and metadata["data_fingerprint"] is not None):  # Nothing says at what others were trained.
+    warnings.warn(f"the model was trained at {config.seq_len} tokens and will read {read}: rotary "
+                  "positions do not reach beyond what was trained, and the text gets worse there",
+                  stacklevel=2)
   decoder = tokenizer.stream_decoder(prompt)
   times = []
 
@@ -413,22 +420,25 @@ def _plan(args) -> int:
 
 
 def _convert(args) -> int:
-  from palm_haiku import interop
-  from palm_haiku.checkpoint import Checkpoints
+  from palm_haiku import data, interop
   from palm_haiku.recipe import TrainConfig
+  from palm_haiku.rundir import RunDirectory
 
   if args.out.exists():
     raise ValueError(f"{args.out} exists already; choose another --out")
   interop.layout_of(args.from_peer or args.to_peer)
   if args.to_peer:
-    config, params = _load_run(args.source)
+    *_, config, params = _load_run(args.source)
     interop.write_arrays(args.out, interop.dump(args.to_peer, config.model, params))
     print(f"{args.out}: {config.model.num_params:,} parameters for {args.to_peer}")
     return 0
   model, params = interop.load(args.from_peer, interop.read_arrays(args.source), args.heads)
-  metadata = {"config": dataclasses.asdict(
-      TrainConfig(model=model, tokenizer=args.tokenizer)), "data_fingerprint": None, "step": 0}
-  Checkpoints(args.out / "checkpoints").save(0, {"params": params}, metadata)
+  tokenizer = data.load_tokenizer(args.tokenizer)
+  metadata = {"config": dataclasses.asdict(TrainConfig(model=model, tokenizer=args.tokenizer)),
+              "data_fingerprint": None, "tokenizer_fingerprint": tokenizer.fingerprint, "step": 0}
+  directory = RunDirectory(args.out)
+  directory.checkpoints.save(0, {"params": params}, metadata)
+  directory.keep(tokenizer)
   print(f"{args.out}: {model.num_params:,} parameters from {args.from_peer}; "
         f"sample: {typed('generate', str(args.out))}")
   return 0

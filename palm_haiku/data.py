@@ -4,6 +4,7 @@ import codecs
 import dataclasses
 import functools
 import hashlib
+import os
 import pathlib
 from typing import Iterator
 
@@ -23,7 +24,9 @@ class ByteTokenizer:
   stays at 256, as in PaLM-jax.
   """
 
-  name = "bytes"
+  name = fingerprint = "bytes"
+  serialized = b""  # nothing that a run must keep
+  keeps_newlines = True
   num_tokens = 256
   eod = 0
 
@@ -69,18 +72,23 @@ class SentencePieceTokenizer:
   """Subwords from a SentencePiece model file, whose end-of-sentence piece ends documents."""
 
   def __init__(self, model_file: str):
-    if not pathlib.Path(model_file).is_file():
+    path = pathlib.Path(os.path.expanduser(model_file))
+    if not path.is_file():
       raise ValueError(f"no SentencePiece model at {model_file}")
     self.name = str(model_file)
+    self.serialized = path.read_bytes()
+    self.fingerprint = hashlib.sha256(self.serialized).hexdigest()
     self._model = sentencepiece.SentencePieceProcessor()
     try:
-      self._model.Load(str(model_file))
+      if not self._model.LoadFromSerializedProto(self.serialized):
+        raise RuntimeError("it is empty")
     except (RuntimeError, OSError) as error:
       raise ValueError(f"{model_file} is not a SentencePiece model") from error
     self.num_tokens = self._model.vocab_size()
     self.eod = self._model.eos_id()
     if self.eod < 0:
       raise ValueError(f"{model_file} has no end-of-sentence piece, which ends documents here")
+    self.keeps_newlines = "\n" in self.decode(self.encode("a\nb"))
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """int32[T]; raises ValueError for bytes that are not UTF-8."""
@@ -142,6 +150,7 @@ class Corpus:
   train_bytes_per_token: float  # to turn nats per token into bits per byte
   eval_bytes_per_token: float
   fingerprint: str  # of the tokens; differs when the text or the tokenizer does
+  loses_newlines: bool  # which the text has, and the tokens have not
 
 
 def load_corpus(source: str, tokenizer, eval_fraction: float) -> Corpus:
@@ -184,7 +193,7 @@ def load_corpus(source: str, tokenizer, eval_fraction: float) -> Corpus:
 
   return Corpus(source, train_tokens, eval_tokens, tokenizer.eod,
                 bytes_per_token(train, train_tokens), bytes_per_token(held_out, eval_tokens),
-                digest[:16])
+                digest[:16], not tokenizer.keeps_newlines and any(b"\n" in x for x in documents))
 
 
 def _pydoc() -> list[bytes]:

@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import optax
 
 
-def adamw(learning_rate: float = 3e-3, *, steps: int, warmup: int = 100, b2: float = 0.99,
-          weight_decay: float = 0.1, clip: float = 1.0) -> optax.GradientTransformation:
+LEARNING_RATES = {"adamw": 3e-3, "palm": 1e-2}  # the highest, unless another is asked for
+
+
+def adamw(learning_rate: float = LEARNING_RATES["adamw"], *, steps: int, warmup: int = 100,
+          b2: float = 0.99, weight_decay: float = 0.1,
+          clip: float = 1.0) -> optax.GradientTransformation:
   """AdamW with linear warm-up, cosine decay to a tenth, and global-norm clipping.
 
   Args:
@@ -28,7 +32,7 @@ def schedule(learning_rate: float, *, steps: int, warmup: int = 100) -> optax.Sc
       decay_steps=max(steps, 1), end_value=learning_rate / 10)  # mutant: schedule
 
 
-def palm(learning_rate: float = 1e-2, *, constant_steps: int = 10_000,
+def palm(learning_rate: float = LEARNING_RATES["palm"], *, constant_steps: int = 10_000,
          clip: float = 1.0) -> optax.GradientTransformation:
   """The optimizer of PaLM (arXiv:2204.02311, section 5): Adafactor without factoring.
 

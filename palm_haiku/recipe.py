@@ -129,15 +129,68 @@ class TrainConfig:
 
   def build_optimizer(self) -> optax.GradientTransformation:
     """The optimizer with its schedule."""
-    given = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
-    return optim.palm(**given) if self.optimizer == "palm" else optim.adamw(
-        steps=self.steps, **given)
+    rate = self.peak_learning_rate
+    return optim.palm(rate) if self.optimizer == "palm" else optim.adamw(rate, steps=self.steps)
+
+  @property
+  def peak_learning_rate(self) -> float:
+    """The highest learning rate of the schedule."""
+    given = self.learning_rate
+    return optim.LEARNING_RATES[self.optimizer] if given is None else given
 
 
-# What may differ when a run is resumed: it changes how a step is computed, logged or how many
-# there are, but not what the checkpoint means.
-FREE_ON_RESUME = {"steps", "accumulate", "remat", "implementation", "mesh", "shard_residual",
-                  "skip_batches", "spike", "log_every", "eval_every", "checkpoint_every"}
+# What may differ when a run is resumed, because it changes how a step is computed or logged, how
+# many there are, or where files are; docs/training.md has the table.
+FREE_ON_RESUME = {"data", "tokenizer", "steps", "accumulate", "remat", "implementation", "mesh",
+                  "shard_residual", "skip_batches", "spike", "log_every", "eval_every",
+                  "checkpoint_every"}
+
+# The way out for those who want to change what a run keeps.
+_NEW_RUN = "begin a new run in another --out for that"
+
+
+def resumed(now: TrainConfig, before: TrainConfig, step: int) -> TrainConfig:
+  """The settings of a run that goes on.
+
+  Args:
+    now: settings that are asked for.
+    before: those of the run's checkpoint.
+    step: that the checkpoint was made after.
+
+  Raises:
+    ValueError: the run cannot go on like that.
+  """
+  was, asked = _flatten(before), _flatten(now)
+  changed = [name for name in was if name not in FREE_ON_RESUME and was[name] != asked[name]]
+  if changed:
+    raise ValueError(
+        "the run was trained with "
+        + ", ".join(f"{name} = {was[name]!r}, not {asked[name]!r}" for name in changed)
+        + f", and keeps {'that' if len(changed) == 1 else 'those'}; {_NEW_RUN}")
+  if now.steps < step:
+    raise ValueError(f"the run is at step {step} already, beyond --steps {now.steps}; name more "
+                     f"steps than {step}, or sample from it as it is")
+  trained = before.batch_of(step - 1)
+  both = now.skipping(before.skip_batches)
+  if both.batch_of(step - 1) != trained:
+    raise ValueError(f"batches up to {trained} were trained on already; skip later ones")
+  return both
+
+
+def change_of_rate(now: TrainConfig, before: TrainConfig, step: int) -> str | None:
+  """A line on what another number of steps does to the learning rate of a run that goes on."""
+  if now.optimizer != "adamw" or now.steps in (before.steps, step):
+    return None
+  rates = [float(optim.schedule(c.peak_learning_rate, steps=c.steps)(step)) for c in (before, now)]
+  if math.isclose(*rates, rel_tol=1e-3):
+    return None
+  return (f"{now.steps} steps instead of {before.steps} move the learning rate's cosine: from step "
+          f"{step} on it is {rates[1]:.2g}, where it was to be {rates[0]:.2g}")
+
+
+def _flatten(config: TrainConfig) -> dict[str, Any]:
+  fields = dataclasses.asdict(dataclasses.replace(config, learning_rate=config.peak_learning_rate))
+  return fields | fields.pop("model")
 
 
 def load_config(metadata: dict[str, Any]) -> TrainConfig:

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import json
 import math
 import pathlib
 import signal
@@ -17,9 +16,10 @@ import numpy as np
 import rich.console
 
 from palm_haiku import data, distributed, runlog, sharding
-from palm_haiku.checkpoint import CheckpointError, Checkpoints, write_atomically
+from palm_haiku.checkpoint import CheckpointError
 from palm_haiku.config import PaLMConfig
-from palm_haiku.recipe import FREE_ON_RESUME, TrainConfig, load_config
+from palm_haiku.recipe import TrainConfig, change_of_rate, load_config, resumed
+from palm_haiku.rundir import RunDirectory
 from palm_haiku.train_step import TrainState, program
 
 # Dense bfloat16 FLOP/s of a chip, from its maker's data sheet, by JAX's name of it.
@@ -35,7 +35,7 @@ PEAK_FLOPS = {
     "TPU7x": 2307e12,
 }
 
-CONFIG = "config.json"  # the settings of a run, for the time when it has no checkpoint
+_ERRORS = (ValueError, CheckpointError, OSError)  # of the run's directory
 
 # After a spike of the loss (PaLM, section 5.1): where a run goes back to, and what it leaves out.
 GO_BACK = 100  # steps before the spike, at least
@@ -73,68 +73,54 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
     config: of the run.
     out: directory of the run.
     resume: go on from the newest whole checkpoint under `out`, on any mesh; without one, begin
-      anew, whatever the settings of a run that had not come that far.
+      anew, whatever the settings of a run that had not come that far. docs/training.md says which
+      settings may differ.
     console: where progress goes; None for standard output.
 
   Raises:
     ValueError: data that do not fit the model, a mesh that does not fit the devices, the model or
-      the batch, or another run's directory.
+      the batch, settings that a run cannot go on with, or a directory that is in use, another
+      run's or somebody else's.
     CheckpointError: a checkpoint could not be written or read.
     FloatingPointError: the loss is not finite any more.
   """
   console = console or rich.console.Console()
   if not distributed.is_leader():
     console = rich.console.Console(quiet=True)
+  warn = lambda line: console.print(f"[yellow]warning:[/] {line}", soft_wrap=True)
   mesh = _mesh(config)
-  with sharding.in_context(mesh):
-    return _Run(config, mesh, pathlib.Path(out), console).go(resume)
-
-
-def last_settings(out: pathlib.Path) -> dict[str, Any] | None:
-  """The fields of the `TrainConfig` with which the run under `out` would go on; None for no run.
-
-  Raises:
-    ValueError: config.json, which counts before the first checkpoint, holds something else.
-  """
-  # What is refused is reported when the run resumes.
-  checkpoints = Checkpoints(out / "checkpoints", warn=lambda line: None)
-  step = checkpoints.latest()
-  if step is not None:
-    return checkpoints.metadata(step)["config"]
-  path = out / CONFIG
-  if not path.exists():
-    return None
-  try:
-    fields = json.loads(path.read_text())
-    load_config({"config": fields})
-  except (ValueError, TypeError, KeyError) as error:
-    raise ValueError(f"{path} does not hold the settings of a run: {error}") from error
-  return fields
+  with sharding.in_context(mesh), RunDirectory(out, warn) as directory:
+    before = distributed.from_leader(lambda: directory.open(resume), _ERRORS)
+    return _Run(config, mesh, directory, before, console, warn).go(resume)
 
 
 class _Run:
   """What the parts of the loop share."""
 
-  def __init__(self, config, mesh, out, console):
-    self.config, self.out, self.console = config, out, console
+  def __init__(self, config, mesh, directory, before, console, warn):
+    self.start = 0
+    if before is not None:
+      self.start, settings = before["step"], load_config(before)
+      config = resumed(config, settings, self.start)
+      if line := change_of_rate(config, settings, self.start):
+        warn(line)
+    self.config, self.directory, self.console = config, directory, console
+    self.checkpoints, self.out = directory.checkpoints, directory.path
     self.program = program(config, mesh)
-    self.corpus = data.load_corpus(
-        config.data, data.load_tokenizer(config.tokenizer), config.eval_fraction)
+    self.tokenizer = directory.tokenizer(config.tokenizer, before)
+    self.corpus = _corpus(config, self.tokenizer, before)
     _check_vocabulary(config.model, self.corpus)
+    if self.corpus.loses_newlines:
+      warn(f"{self.tokenizer.name} drops line breaks: the model can't learn them, and bits per "
+           "byte count them all the same")
     self.eod = self.corpus.eod if config.mask_documents else None
     self.windows = data.windows(
         self.corpus.train, seq_len=config.seq_len, seed=config.seed, eod=self.eod)
-    self.checkpoints = Checkpoints(out / "checkpoints", warn=lambda line: console.print(
-        f"[yellow]warning:[/] {line}", soft_wrap=True))
 
   def go(self, resume) -> Result:
-    start, skipped = distributed.from_leader(
-        lambda: _start(self.config, self.out, self.checkpoints, self._metadata(), resume),
-        (ValueError, CheckpointError))
-    config = self.config = self.config.skipping(skipped)
-    if distributed.is_leader():
-      self.out.mkdir(parents=True, exist_ok=True)
-      self._write_settings()
+    start, config = self.start, self.config
+    distributed.from_leader(
+        lambda: self.directory.begin(dataclasses.asdict(config), self.tokenizer), _ERRORS)
     if start:
       self.state = self._restore(start)
       self.console.print(f"resuming from step {start}", highlight=False)
@@ -276,16 +262,14 @@ class _Run:
     self.state = None  # Room for the other.
     self.state = self._restore(back)
     if log:
-      self._write_settings()
+      self.directory.write_settings(dataclasses.asdict(self.config))
       log.rewind(back)
       log.say(f"loss {loss:.3f} at step {step} is a spike: going back to step {back} and leaving "
               f"out batches {first} to {end - 1}")
 
-  def _write_settings(self):
-    write_atomically(self.out / CONFIG, json.dumps(dataclasses.asdict(self.config), indent=1))
-
   def _metadata(self) -> dict[str, Any]:
-    return {"config": dataclasses.asdict(self.config), "data_fingerprint": self.corpus.fingerprint}
+    return {"config": dataclasses.asdict(self.config), "data_fingerprint": self.corpus.fingerprint,
+            "tokenizer_fingerprint": self.tokenizer.fingerprint}
 
   def _save(self, step, metrics, saved):
     _check_finite(metrics, step, saved)
@@ -328,46 +312,25 @@ def _check_finite(metrics, step, saved):
           + "; a lower learning rate or another seed may help")
 
 
+def _corpus(config, tokenizer, before) -> data.Corpus:
+  """The data of a run, known by their fingerprint wherever they are if it goes on."""
+  try:
+    corpus = data.load_corpus(config.data, tokenizer, config.eval_fraction)
+  except ValueError as error:
+    if before is None:
+      raise
+    raise ValueError(f"{error}; if the data have moved, name their place with --data") from error
+  if before is not None and before["data_fingerprint"] != corpus.fingerprint:  # mutant: other data
+    raise ValueError(f"the run was trained on other data than {config.data} holds now")
+  return corpus
+
+
 def _check_vocabulary(model: PaLMConfig, corpus):
   for tokens in (corpus.train, corpus.eval):
     if len(tokens) and int(tokens.max()) >= model.num_tokens:
       raise ValueError(f"the data hold token {int(tokens.max())}, outside the model's vocabulary "
                        f"of {model.num_tokens}; use num_tokens of at least "
                        f"{int(tokens.max()) + 1}")
-
-
-def _start(config, out, checkpoints, run, resume) -> tuple[int, str]:
-  """The step to go on from and the batches skipped before, if `out` is this run's directory."""
-  if not resume:
-    if checkpoints.steps() or (out / runlog.METRICS).exists():
-      raise ValueError(f"{out} holds another run; continue it with --resume, or choose another "
-                       "--out")
-    return 0, ""
-  step = checkpoints.latest(repair=True)
-  if step is None:
-    if (out / runlog.METRICS).exists() and not (out / CONFIG).exists():
-      raise ValueError(f"{out} holds the metrics of a run, but neither a checkpoint nor {CONFIG} "
-                       "to go on from; choose another --out")
-    return 0, ""
-  then = checkpoints.metadata(step)
-  was, now = _flatten(then["config"]), _flatten(run["config"])
-  for name in was.keys() | now.keys():
-    if name not in FREE_ON_RESUME and was.get(name) != now.get(name):
-      raise ValueError(f"{out} was trained with {name} = {was.get(name)!r}, not "
-                       f"{now.get(name)!r}; resume with the same, or choose another --out")
-  before = load_config(then)
-  trained = before.batch_of(step - 1)
-  if config.skipping(before.skip_batches).batch_of(step - 1) != trained:
-    raise ValueError(f"batches up to {trained} were trained on already; skip later ones")
-  if then["data_fingerprint"] is None:
-    raise ValueError(f"{out} holds imported weights, not a run that could go on")
-  if then["data_fingerprint"] != run["data_fingerprint"]:  # mutant: other data
-    raise ValueError(f"{out} was trained on other data: {was['data']!r} has changed since")
-  return step, before.skip_batches
-
-
-def _flatten(config) -> dict[str, Any]:
-  return {**{k: v for k, v in config.items() if k != "model"}, **config["model"]}
 
 
 class _Interrupts:

@@ -235,34 +235,29 @@ OTHER = dict(
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainConfig)])
-def test_what_decides_the_weights_cannot_change_on_resume(name, tmp_path):
+def test_what_decides_the_weights_cannot_change_on_resume(name):
   config = TrainConfig(model=MODEL)
   model = dataclasses.replace(MODEL, norm_eps=1e-6)
   other = dataclasses.replace(config, **({"model": model} if name == "model" else
                                          {name: OTHER[name]}))
-  metadata = lambda config: {"config": dataclasses.asdict(config), "data_fingerprint": "f"}
-  checkpoints = types.SimpleNamespace(latest=lambda repair: 5, metadata=lambda _: metadata(config))
-  start = lambda: train._start(other, tmp_path, checkpoints, metadata(other), resume=True)
-  if name in ("steps", "accumulate", "remat", "implementation", "mesh", "shard_residual",
+  if name in ("data", "tokenizer",  # They are known by what they hold.
+              "steps", "accumulate", "remat", "implementation", "mesh", "shard_residual",
               "skip_batches", "spike", "log_every", "eval_every", "checkpoint_every"):
-    assert start() == (5, "")
+    assert recipe.resumed(other, config, 5) == other
   else:
     changed = "norm_eps" if name == "model" else name
     with pytest.raises(ValueError, match=f"was trained with {changed} ="):
-      start()
+      recipe.resumed(other, config, 5)
 
 
 def test_another_run_is_not_resumed(tmp_path):
-  config = dataclasses.asdict(TrainConfig(model=MODEL))
-  metadata = lambda fingerprint: {"config": config, "data_fingerprint": fingerprint}
-  for then, message in (("g", "trained on other data"), (None, "imported weights")):
-    checkpoints = types.SimpleNamespace(latest=lambda repair: 5, metadata=lambda _: metadata(then))
-    raised = None
-    try:
-      train._start(TrainConfig(model=MODEL), tmp_path, checkpoints, metadata("f"), resume=True)
-    except ValueError as error:
-      raised = str(error)
-    assert raised and message in raised
+  (tmp_path / "t").write_text("text")
+  config, raised = TrainConfig(model=MODEL, data=str(tmp_path / "t")), None
+  try:
+    train._corpus(config, data.ByteTokenizer(), {"data_fingerprint": "g"})
+  except ValueError as error:
+    raised = str(error)
+  assert raised and "trained on other data" in raised
 
 
 def test_the_papers_numbers():

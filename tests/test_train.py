@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from palm_haiku import PaLM, PaLMConfig, checkpoint, data, runlog, train, train_step
+from palm_haiku import PaLM, PaLMConfig, checkpoint, data, rundir, runlog, train, train_step
 from palm_haiku.checkpoint import CheckpointError
 from palm_haiku.recipe import TrainConfig
 
@@ -231,7 +231,7 @@ def test_settings_are_there_before_the_first_step(config, tmp_path, monkeypatch)
     with pytest.raises(PowerCut):
       run(config, tmp_path, resume=True)
     assert json.loads((tmp_path / "config.json").read_text()) == dataclasses.asdict(config)
-    assert train.last_settings(tmp_path) == dataclasses.asdict(config)
+    assert rundir.RunDirectory(tmp_path).settings() == {"config": dataclasses.asdict(config)}
 
 
 def refuse(config, out, message, resume=False):
