@@ -39,8 +39,8 @@ def main(argv=None) -> float:
     updates, opt_state = optimizer.update(grads, opt_state)
     return optax.apply_updates(params, updates), opt_state, loss
 
-  params = model.init(jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))
-  opt_state = optimizer.init(params)
+  params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))
+  opt_state = jax.jit(optimizer.init)(params)
   rng = np.random.default_rng(0)
   for i in range(1, args.steps + 1):
     starts = rng.integers(0, len(text) - LENGTH, (BATCH, 1))

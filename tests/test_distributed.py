@@ -91,6 +91,7 @@ def undisturbed(text, tmp_path_factory):
   return losses(out)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(900)
 def test_a_killed_process_ends_the_job_and_another_job_goes_on(text, tmp_path, capsys):
   out = tmp_path / "out"
@@ -147,6 +148,7 @@ def test_sigterm_to_one_process_saves_and_ends_all(text, tmp_path):
   assert checkpoint.Checkpoints(out / "checkpoints").problem(saved) is None
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_a_missing_host_is_named_in_time(text, tmp_path):
   job = Job(text, tmp_path / "out", "--mesh=fsdp", processes=2, missing=1, timeout=3)

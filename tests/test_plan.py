@@ -49,6 +49,7 @@ def test_remat_on_the_paper_s_mesh():
   assert one < flops.flops_per_token(divided, 12) < 1.01 * one
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("remat, shard_residual", [("full", False), ("none", True)])
 def test_flops_are_those_of_the_partitioned_program(remat, shard_residual):
   model = PaLMConfig(num_tokens=4096, dim=2048, depth=3, heads=16, dim_head=128)
@@ -151,6 +152,7 @@ needs_libtpu = pytest.mark.skipif(
     not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
 
 
+@pytest.mark.full
 @needs_libtpu
 def test_a_small_plan(capsys):
   assert cli.main(["plan", *TINY, "--topology", "v5e:2x2", "--mesh", "fsdp=2,model=2",
@@ -292,6 +294,7 @@ def test_a_sweep_ranks_what_fits_and_keeps_what_failed(monkeypatch):
   assert [row["error"] for row in rows] == [None] * 3 + ["the compiler died"] * 3
 
 
+@pytest.mark.full
 @needs_libtpu
 def test_a_small_sweep(capsys, tmp_path):
   argv = ["plan", *TINY, "--topology", "v5e:2x2", "--batch-size", "8", "--sweep", "--remat", "full",
