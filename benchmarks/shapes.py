@@ -9,7 +9,7 @@ def sizes(text: str, what: str, names: str) -> list[int]:
   Raises:
     ValueError: another form, or another number of them; `what` begins the message.
   """
-  found = [int(size) for size in text.split("x")] if text.replace("x", "").isdigit() else []
+  found = [int(size) for size in text.split("x")] if text.replace("x", "").isdecimal() else []
   if len(found) != names.count("x") + 1 or min(found) < 1:
     raise ValueError(f"{what} shape is {names}; got {text!r}")
   return found

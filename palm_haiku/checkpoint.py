@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import shutil
+import tempfile
 from typing import Any, Callable
 
 import jax
@@ -83,8 +84,9 @@ class Checkpoints:
       self.directory.mkdir(parents=True, exist_ok=True)
       self._check_room(items)
       args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-      with _checkpointer() as checkpointer:
-        checkpointer.save(draft, ocp.args.Composite(**args, metadata=ocp.args.JsonSave(metadata)))
+      with _checkpointer() as checkpointer, _plain(self.directory) as directory:
+        checkpointer.save(directory / draft.name, ocp.args.Composite(
+            **args, metadata=ocp.args.JsonSave(metadata)))
       if distributed.is_leader():
         write_atomically(draft / _MANIFEST, json.dumps(_hashes(draft), indent=1).encode())
         if os.path.lexists(path):
@@ -182,8 +184,8 @@ class Checkpoints:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), like)
     args = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
     try:
-      with _checkpointer() as checkpointer:
-        restored = checkpointer.restore(path, ocp.args.Composite(**args))
+      with _checkpointer() as checkpointer, _plain(self.directory) as directory:
+        restored = checkpointer.restore(directory / str(step), ocp.args.Composite(**args))
     except Exception as error:  # As in save.
       raise CheckpointError(f"could not read checkpoint {path}: {_first_line(error)}") from error
     return {name: restored[name] for name in like}
@@ -227,9 +229,22 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _checkpointer():
-  logging.getLogger("absl").setLevel(logging.ERROR)
+  # Orbax logs the traceback of every thread that fails; the caller gets the error itself.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
   with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as checkpointer:
     yield checkpointer
+
+
+@contextlib.contextmanager
+def _plain(directory: pathlib.Path):
+  """A directory under a name that Orbax won't take for a pattern and TensorStore can decode."""
+  if re.fullmatch(r"[\w./ -]*", str(directory), re.ASCII):
+    yield directory
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    link = pathlib.Path(folder) / "checkpoints"
+    link.symlink_to(directory, target_is_directory=True)
+    yield link
 
 
 def _hashes(path: pathlib.Path) -> dict[str, str]:

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import os
 import pathlib
-import shlex
 import shutil
 import signal
 import sys
@@ -14,9 +13,9 @@ import threading
 import time
 import warnings
 
-import rich.console
 import rich.table
 
+from palm_haiku import failures, terminal
 from palm_haiku.config import PaLMConfig, configs
 
 _SIZES = ("num_tokens", "dim", "depth", "heads", "dim_head", "ff_mult")
@@ -34,39 +33,42 @@ class _Parser(argparse.ArgumentParser):
     if unknown.startswith("-"):
       near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
       message += f"; did you mean {near[0]}?" if near else ""
-    self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+    self.exit(2, f"{self.prog}: error: {terminal.one_line(message)} (see {self.prog} --help)\n")
 
 
 def main(argv: list[str] | None = None) -> int:
   """Runs a command; returns the exit status. Errors of the user are one line on stderr."""
+  terminal.prepare()
   parser = _parser()
   args, unknown = parser.parse_known_args(argv)
   if unknown:
     args.parser.error("unrecognized arguments: " + " ".join(unknown))
   try:
-    return args.run(args)
-  except (ValueError, OSError, FloatingPointError, *_errors()) as error:
-    print(f"palm-haiku {args.command}: error: {error}", file=sys.stderr)
-    return 2 if isinstance(error, ValueError) else 1
+    with warnings.catch_warnings():
+      terminal.warn_in_lines(f"palm-haiku {args.command}")
+      status = args.run(args)
+    terminal.flush()
+    return status
+  except BrokenPipeError:
+    return terminal.abandon()
   except KeyboardInterrupt:
     return 130
+  except Exception as error:
+    message = failures.line(error, args.command)
+    if message is None:
+      raise
+    print(f"palm-haiku {args.command}: error: {message}", file=sys.stderr)
+    return 2 if isinstance(error, (ValueError, OverflowError)) else 1
 
 
-def typed(*command: str) -> str:
+def typed(*command: str | os.PathLike) -> str:
   """A command as it runs in a shell that starts where this process did."""
   program = pathlib.Path(sys.executable).with_name("palm-haiku")
   if shutil.which("palm-haiku") == str(program):
     program = "palm-haiku"
   elif program.is_relative_to(pathlib.Path.cwd()):
     program = program.relative_to(pathlib.Path.cwd())
-  return shlex.join([str(program), *command])
-
-
-def _errors():
-  from palm_haiku.checkpoint import CheckpointError
-  from palm_haiku.distributed import StartError
-  from palm_haiku.plan import PlanError
-  return CheckpointError, StartError, PlanError
+  return " ".join(map(terminal.quoted, (program, *command)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -275,7 +277,8 @@ def _train(args) -> int:
   from palm_haiku.train import train
 
   _join(args)
-  console = rich.console.Console(quiet=not distributed.is_leader())
+  distributed.start_backend()
+  console = terminal.Console(enduring=True, quiet=not distributed.is_leader())
   directory, before = RunDirectory(args.out), None
   if args.resume:
     before = distributed.from_leader(directory.settings, (ValueError, OSError, CheckpointError))
@@ -291,8 +294,8 @@ def _train(args) -> int:
   config = (dataclasses.replace(base, model=model, **given) if base
             else TrainConfig(model=model, **given))
   kernels.explain("parallel_attention_ffn", implementation=config.implementation)
-  console.print(f"{model.num_params:,} parameters, {config.steps} steps of "
-                f"{config.batch_size} x {config.seq_len} tokens of {config.data}", highlight=False)
+  terminal.say(console, f"{model.num_params:,} parameters, {config.steps} steps of "
+               f"{config.batch_size} x {config.seq_len} tokens of {config.data}")
   try:
     result = train(config, args.out, resume=args.resume, console=console)
   except (CheckpointError, OSError) as error:  # Of this process, perhaps: the others wait for it.
@@ -304,20 +307,28 @@ def _train(args) -> int:
         "one ends; nothing is lost before the last checkpoint: start the job again with --resume, "
         f"on as many hosts as there are: {str(error).splitlines()[0][:200]}")
     raise
-  console.print()
+  resume = typed("train", "--resume", "--out", args.out)
+  if console.lost:
+    print(f"palm-haiku train: its output can't be written ({console.lost}): stopped "
+          f"{_progress(result)}; go on with: {resume}", file=sys.stderr)
+    return terminal.BROKEN_PIPE
+  terminal.say(console)
   for name, score in (("train loss", result.train), ("held-out loss", result.held_out)):
     if score is not None:
-      console.print(f"{name:16}{score.nats_per_token:.4f} nats per token, "
-                    f"{score.bits_per_byte:.4f} bits per byte", highlight=False)
-  console.print(f"{'loss curve':16}{args.out / 'loss.png'}", highlight=False, soft_wrap=True)
+      terminal.say(console, f"{name:16}{score.nats_per_token:.4f} nats per token, "
+                   f"{score.bits_per_byte:.4f} bits per byte")
+  terminal.say(console, f"{'loss curve':16}{terminal.quoted(args.out / 'loss.png')}")
   if result.interrupted_by is not None:
-    console.print(f"stopped by {result.interrupted_by.name} at step {result.step}, which is saved; "
-                  f"go on with: {typed('train', '--resume', '--out', str(args.out))}",
-                  soft_wrap=True, highlight=False)
+    terminal.say(console, f"stopped by {result.interrupted_by.name} {_progress(result)}; go on "
+                 f"with: {resume}")
     return 128 + result.interrupted_by
-  command = typed("generate", str(args.out), "--prompt", "The ")
-  console.print(f"{'sample':16}{command}", highlight=False, soft_wrap=True)
+  terminal.say(console, f"{'sample':16}{typed('generate', args.out, '--prompt', 'The ')}")
   return 0
+
+
+def _progress(result) -> str:
+  return (f"at step {result.step}, which is saved" if result.step
+          else "before the first step was over")
 
 
 def _join(args):
@@ -349,9 +360,12 @@ def _load_run(path: pathlib.Path):
 def _generate(args) -> int:
   import jax
 
-  from palm_haiku import kernels
+  from palm_haiku import distributed, kernels
   from palm_haiku.generate import generate
 
+  distributed.start_backend()
+  if not 0 <= args.seed < 2**32:
+    raise ValueError(f"--seed must be from 0 to 2^32 - 1; got {args.seed}")
   if args.implementation is not None:
     kernels.explain("parallel_attention_ffn", implementation=args.implementation)
   directory, metadata, config, params = _load_run(args.checkpoint)
@@ -364,7 +378,12 @@ def _generate(args) -> int:
       raise ValueError(f"the draft must have the tokenizer of the model, {tokenizer.name}; "
                        f"{args.draft} has {drafts.name}")
     draft = draft_params, draft_config.model
-  prompt = tokenizer.encode(args.prompt) if args.prompt else [tokenizer.eod]
+  prompt = tokenizer.encode(args.prompt)
+  if not len(prompt):
+    if args.prompt:
+      warnings.warn(f"the tokenizer leaves nothing of the prompt {args.prompt!r}: a new document "
+                    "begins", stacklevel=2)
+    prompt = [tokenizer.eod]
   read = len(prompt) + args.length - 1  # The last token is not read again.
   if (read > config.seq_len and config.model.position == "rotary"
       and metadata["data_fingerprint"] is not None):  # Nothing says at what others were trained.
@@ -377,7 +396,8 @@ def _generate(args) -> int:
   def show(token):
     times.append(time.perf_counter())
     if token != tokenizer.eod:
-      print(decoder.feed(int(token)), end="", flush=True)
+      with _ending_at_errors():
+        print(decoder.feed(int(token)), end="", flush=True)
 
   with _as_a_filter():
     print(args.prompt, end="", flush=True)
@@ -413,6 +433,17 @@ def _as_a_filter():
       signal.signal(one, handler)
 
 
+@contextlib.contextmanager
+def _ending_at_errors():
+  """Ends the process with a line when output fails where XLA would make a traceback of it."""
+  try:
+    yield
+  except OSError as error:
+    print(f"palm-haiku generate: error: standard output: {error.strerror}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def _plan(args) -> int:
   from palm_haiku.plan import command
 
@@ -420,17 +451,18 @@ def _plan(args) -> int:
 
 
 def _convert(args) -> int:
-  from palm_haiku import data, interop
+  from palm_haiku import data, distributed, interop
   from palm_haiku.recipe import TrainConfig
   from palm_haiku.rundir import RunDirectory
 
   if args.out.exists():
     raise ValueError(f"{args.out} exists already; choose another --out")
   interop.layout_of(args.from_peer or args.to_peer)
+  distributed.start_backend()
   if args.to_peer:
     *_, config, params = _load_run(args.source)
     interop.write_arrays(args.out, interop.dump(args.to_peer, config.model, params))
-    print(f"{args.out}: {config.model.num_params:,} parameters for {args.to_peer}")
+    print(f"{terminal.quoted(args.out)}: {config.model.num_params:,} parameters for {args.to_peer}")
     return 0
   model, params = interop.load(args.from_peer, interop.read_arrays(args.source), args.heads)
   tokenizer = data.load_tokenizer(args.tokenizer)
@@ -439,13 +471,13 @@ def _convert(args) -> int:
   directory = RunDirectory(args.out)
   directory.checkpoints.save(0, {"params": params}, metadata)
   directory.keep(tokenizer)
-  print(f"{args.out}: {model.num_params:,} parameters from {args.from_peer}; "
-        f"sample: {typed('generate', str(args.out))}")
+  print(f"{terminal.quoted(args.out)}: {model.num_params:,} parameters from {args.from_peer}; "
+        f"sample: {typed('generate', args.out)}")
   return 0
 
 
 def _info(args) -> int:
-  console = rich.console.Console()
+  console = terminal.Console()
   model = _model(args)
   if model is None:
     table = rich.table.Table("model", "parameters", "dim", "depth", "heads", "dim_head",
@@ -474,7 +506,7 @@ def _info(args) -> int:
   for name, count in layer.items():
     table.add_row(name, f"{count:,}", f"{count * c.depth:,}")
   table.add_row("final norm", "", f"{c.dim:,}")
-  table.add_row("[bold]total", f"{sum(layer.values()):,}", f"[bold]{c.num_params:,}")
+  table.add_row("total", f"{sum(layer.values()):,}", f"{c.num_params:,}", style="bold")
   console.print(table)
   attention = 12 * c.depth * inner * args.seq_len
   total = c.train_flops_per_token(args.seq_len)
@@ -482,16 +514,12 @@ def _info(args) -> int:
   table.columns[1].justify = "right"
   table.add_row("matrix products (6 N)", f"{total - attention:.4g}")
   table.add_row("attention (12 L H Q T)", f"{attention:.4g}")
-  table.add_row("[bold]total", f"[bold]{total:.4g}")
+  table.add_row("total", f"{total:.4g}", style="bold")
   console.print()
   console.print(table)
-  console.print(f"\nmemory: parameters {_gib(4 * c.num_params)} in float32, with gradients and "
-                f"AdamW's moments {_gib(16 * c.num_params)}", highlight=False, soft_wrap=True)
+  terminal.say(console, f"\nmemory: parameters {terminal.size(4 * c.num_params)} in float32, with "
+               f"gradients and AdamW's moments {terminal.size(16 * c.num_params)}")
   return 0
-
-
-def _gib(size: float) -> str:
-  return f"{size / 2**30:,.2f} GiB"
 
 
 if __name__ == "__main__":

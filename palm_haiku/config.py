@@ -42,6 +42,8 @@ class PaLMConfig:
         size = 0
       if size < 1:
         raise ValueError(f"{name} must be a positive integer; got {value!r}")
+      if size >= 2**31:
+        raise ValueError(f"{name} must be less than 2^31; got {value!r}")
       object.__setattr__(self, name, size)  # of NumPy's integers, which JSON cannot hold
     for name, allowed in (("position", ("rotary", "alibi")), ("norm", ("layer", "rms"))):
       if getattr(self, name) not in allowed:

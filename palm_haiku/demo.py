@@ -4,9 +4,7 @@ import argparse
 import pathlib
 import sys
 
-import rich.console
-
-from palm_haiku import cli
+from palm_haiku import cli, terminal
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,14 +14,14 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--steps", type=int, default=400)
   args = parser.parse_args(argv)
   out = _fresh(args.out / "demo")
-  console = rich.console.Console()
+  console = terminal.Console()
 
   def run(*command: str) -> int:
-    console.print(f"\n[bold]$ {cli.typed(*command)}", highlight=False, soft_wrap=True)
+    terminal.say(console, f"\n$ {cli.typed(*command)}", style="bold")
     return cli.main(list(command))
 
-  console.print("A PaLM of a million parameters learns to write like Python's documentation, byte "
-                "by byte.", highlight=False, soft_wrap=True)
+  terminal.say(console, "A PaLM of a million parameters learns to write like Python's "
+               "documentation, byte by byte.")
   status = run("train", "--model", "palm-tiny", "--data", "pydoc", "--steps", str(args.steps),
                "--batch-size", "4", "--seq-len", "256", "--eval-every", "100", "--out", str(out))
   if status:
@@ -33,11 +31,11 @@ def main(argv: list[str] | None = None) -> int:
                "--temperature", "0.7")
   if status:
     return status
-  console.print("\n[bold]What to type next")
+  terminal.say(console, "\nWhat to type next", style="bold")
   for command in _next(args.out, out, args.steps):
-    console.print("  " + cli.typed(*command), highlight=False, soft_wrap=True)
-  console.print(f"Your own text goes where docs/*.md is. The loss curve is in {out / 'loss.png'}.",
-                highlight=False, soft_wrap=True)
+    terminal.say(console, "  " + cli.typed(*command))
+  terminal.say(console, "Your own text goes where docs/*.md is. The loss curve is in "
+               f"{terminal.quoted(out / 'loss.png')}.")
   return 0
 
 

@@ -6,6 +6,7 @@ The engine is `jax.distributed`; SLURM, Kubernetes or Cloud TPU start the proces
 
 import json
 import os
+import shlex
 import sys
 import threading
 from typing import Any, Callable
@@ -56,6 +57,23 @@ def start(coordinator: str | None = None, num_processes: int | None = None,
     raise StartError(f"the job did not start: {str(error).splitlines()[0]}") from error
   finally:
     alarm.cancel()
+
+
+def start_backend() -> None:
+  """Starts JAX's backend, so that one that can't start is a line before anything is computed.
+
+  Raises:
+    StartError: it does not start.
+  """
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:  # The latter: a plugin that failed to load.
+    wanted = os.environ.get("JAX_PLATFORMS")
+    why = f": {str(error).splitlines()[0][:200]}" if str(error) else ""
+    raise StartError(
+        (f"JAX_PLATFORMS={shlex.quote(wanted)} asks for a backend that does not start here{why}; "
+         "unset it, or " if wanted else f"JAX's backend does not start{why}; ")
+        + "JAX_PLATFORMS=cpu runs on the CPU") from error
 
 
 def leave(message: str, status: int = 1) -> None:

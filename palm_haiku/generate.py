@@ -68,6 +68,9 @@ def generate(params, config: PaLMConfig, prompt, length: int, *, prompt_lengths=
     if token is not None and not 0 <= token < config.num_tokens:
       raise ValueError(f"{name} {token} is outside the vocabulary of {config.num_tokens} tokens")
   length = _count("length", length)
+  if prompt.shape[-1] + length >= 2**31:
+    raise ValueError(f"prompt and length must make fewer than 2^31 positions; got "
+                     f"{prompt.shape[-1]} and {length}")
   top_k = None if top_k is None else _count("top_k", top_k)
   if not temperature >= 0:
     raise ValueError(f"temperature must not be negative; got {temperature}")

@@ -54,9 +54,13 @@ class TrainConfig:
                  "checkpoint_every"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+      if getattr(self, name) >= 2**31:
+        raise ValueError(f"{name} must be less than 2^31; got {getattr(self, name)}")
     for size in self.batch_sizes.values():
       if size % self.accumulate:
         raise ValueError(f"accumulate must divide batch_size; got {self.accumulate} and {size}")
+    if not 0 <= self.seed < 2**32:
+      raise ValueError(f"seed must be from 0 to 2^32 - 1; got {self.seed}")
     if self.optimizer not in ("adamw", "palm"):
       raise ValueError(f"optimizer must be adamw or palm; got {self.optimizer!r}")
     if self.learning_rate is not None and not self.learning_rate > 0:
@@ -210,6 +214,6 @@ def load_config(metadata: dict[str, Any]) -> TrainConfig:
 
 def _pairs(text: str, name: str, form: str) -> list[tuple[int, int]]:
   pairs = [entry.split(":") for entry in text.split(",") if entry]
-  if any(len(pair) != 2 or not all(x.strip().isdigit() for x in pair) for pair in pairs):
+  if any(len(pair) != 2 or not all(x.strip().isdecimal() for x in pair) for pair in pairs):
     raise ValueError(f"{name} must be written {form}; got {text!r}")
   return [(int(a), int(b)) for a, b in pairs]

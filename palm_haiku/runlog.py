@@ -11,6 +11,7 @@ import rich.progress
 import tensorboardX
 from matplotlib.figure import Figure
 
+from palm_haiku import terminal
 
 METRICS = "metrics.jsonl"
 
@@ -42,7 +43,7 @@ class RunLog:
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
-        rich.progress.TextColumn("{task.fields[status]}"),
+        rich.progress.TextColumn("{task.fields[status]}", markup=False),
         rich.progress.TimeRemainingColumn(),
         console=console, disable=not console.is_terminal)
     self._task = self._progress.add_task("compiling", total=steps, completed=start, status="")
@@ -91,7 +92,7 @@ class RunLog:
     status = _status(row)
     self._progress.update(self._task, status=status)
     if not self._console.is_terminal:
-      self._console.print(f"step {row['step']}/{self._steps}  {status}", highlight=False)
+      terminal.say(self._console, f"step {row['step']}/{self._steps}  {status}")
 
   def rewind(self, step: int) -> None:
     """Forgets what was recorded after a step that the run goes back to."""
@@ -101,7 +102,7 @@ class RunLog:
 
   def say(self, message: str) -> None:
     """Prints a line above the progress bar."""
-    self._console.print(message, highlight=False, soft_wrap=True)
+    terminal.say(self._console, message)
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:

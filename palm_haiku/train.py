@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import rich.console
 
-from palm_haiku import data, distributed, runlog, sharding
+from palm_haiku import data, distributed, runlog, sharding, terminal
 from palm_haiku.checkpoint import CheckpointError
 from palm_haiku.config import PaLMConfig
 from palm_haiku.recipe import TrainConfig, change_of_rate, load_config, resumed
@@ -84,10 +84,10 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
     CheckpointError: a checkpoint could not be written or read.
     FloatingPointError: the loss is not finite any more.
   """
-  console = console or rich.console.Console()
+  console = console or terminal.Console(enduring=True)
   if not distributed.is_leader():
     console = rich.console.Console(quiet=True)
-  warn = lambda line: console.print(f"[yellow]warning:[/] {line}", soft_wrap=True)
+  warn = lambda line: terminal.say(console, f"warning: {line}", style="yellow")
   mesh = _mesh(config)
   with sharding.in_context(mesh), RunDirectory(out, warn) as directory:
     before = distributed.from_leader(lambda: directory.open(resume), _ERRORS)
@@ -123,18 +123,17 @@ class _Run:
         lambda: self.directory.begin(dataclasses.asdict(config), self.tokenizer), _ERRORS)
     if start:
       self.state = self._restore(start)
-      self.console.print(f"resuming from step {start}", highlight=False)
+      terminal.say(self.console, f"resuming from step {start}")
     else:
       if resume:
-        self.console.print(f"no checkpoint in {self.out}: beginning anew", highlight=False,
-                           soft_wrap=True)
+        terminal.say(self.console, f"no checkpoint in {self.out}: beginning anew")
       self.state = self.program.init()
     recent = self._recent(start)
     any_process = distributed.AnyProcess()
     with _Interrupts() as interrupts, self._log(start) as log:
       saved = step = start
       clock, tokens = None, 0
-      while step < config.steps and not any_process(interrupts.received is not None):
+      while step < config.steps and not any_process(self._stopped_by(interrupts) is not None):
         batch = self._batch(step)
         self.state, metrics = self.program.step(self.state, batch)
         step += 1
@@ -170,7 +169,7 @@ class _Run:
           saved = step
       if step > saved:
         self._save(step, metrics, saved)
-      stopped = interrupts.received
+      stopped = self._stopped_by(interrupts)
     distributed.barrier("the log is written")
     rows = runlog.read_metrics(self.out / runlog.METRICS)
     end = rows[-1] if rows else {}
@@ -179,6 +178,11 @@ class _Run:
         step, _score(end.get("loss", math.nan), self.corpus.train_bytes_per_token),
         None if eval_loss is None else _score(eval_loss, self.corpus.eval_bytes_per_token),
         stopped or (signal.SIGTERM if step < config.steps else None))
+
+  def _stopped_by(self, interrupts) -> signal.Signals | None:
+    if interrupts.received is None and getattr(self.console, "lost", None):
+      return signal.SIGPIPE
+    return interrupts.received
 
   def _batch(self, step):
     """The batch of a step; on a mesh, this process reads the sequences of its own devices."""

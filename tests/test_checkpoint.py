@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import chex
@@ -29,6 +30,15 @@ def test_round_trip(tmp_path):
   assert checkpoints.metadata(0) == {"step": 0, "config": {"dim": [1, 2]}}
   only = checkpoints.restore(0, {"params": items(0)["params"]})
   chex.assert_trees_all_equal(only, {"params": items(0)["params"]})
+
+
+@pytest.mark.parametrize("name", ["[lr=3e-3] a", "[!b]*?", "é%20", os.fsdecode(b"\xff")])
+def test_any_name_of_a_directory(tmp_path, name):
+  # Orbax looks for its files by patterns; TensorStore decodes names.
+  checkpoints, _ = saved(tmp_path / name, [1])
+  chex.assert_trees_all_equal(checkpoints.restore(1, items(0)), items(1))
+  (checkpoints.directory / "\u00b2").mkdir()  # a digit, but no number
+  assert checkpoints.steps() == [1]
 
 
 def test_an_existing_step_is_refused_and_kept(tmp_path):

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from palm_haiku import PaLMConfig, checkpoint, cli, configs, interop, runlog, train
+from palm_haiku import (
+    PaLMConfig, checkpoint, cli, configs, data, distributed, interop, runlog, train)
 from tests import numpy_peers
 from tests.short_runs import TEXT
 
@@ -184,6 +187,64 @@ def test_a_sample_ends_when_nobody_wants_more(trained, end):
       process.kill()
 
 
+def test_a_backend_that_does_not_start_is_one_line(trained, tmp_path, capsys, monkeypatch):
+  def fail():
+    raise problem
+
+  monkeypatch.setattr(distributed.jax, "devices", fail)
+  for problem in (RuntimeError("Unable to initialize backend 'nope': it is not\nthere"),
+                  AssertionError()):  # of a plugin that could not be loaded
+    for command in (["train", *TINY, "--out", tmp_path / "new"], ["generate", trained],
+                    ["convert", "--to", "palm-jax", trained, "--out", tmp_path / "new"]):
+      for wanted in ("nope", None):
+        if wanted:
+          monkeypatch.setenv("JAX_PLATFORMS", wanted)
+        else:
+          monkeypatch.delenv("JAX_PLATFORMS")
+        status, _, err = call(capsys, *command)
+        assert status == 1 and err.count("\n") == 1
+        assert "JAX_PLATFORMS=cpu runs on the CPU" in err
+        assert ("JAX_PLATFORMS=nope asks for" in err) == bool(wanted)
+  assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.full
+def test_printed_commands_can_be_pasted(text, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  names = ["[lr=3e-3] it's :car:", "-out"]
+  for name in names:
+    argument = [f"--out={name}"]
+    status, out, err = call(capsys, "train", *TINY, "--steps", 1, "--data", text, *argument)
+    assert status == 0, err
+    command = shlex.split(next(line for line in out.splitlines() if line.startswith("sample")))
+    assert command[1:3] == ["palm-haiku", "generate"]
+    status, out, err = call(capsys, *command[2:-1], "To", "--length", 2)
+    assert status == 0 and out.startswith("To"), err
+
+
+@pytest.mark.full
+def test_training_whose_output_nobody_reads_is_saved(text, tmp_path, capsys, monkeypatch):
+  reader, writer = os.pipe()
+  os.close(reader)
+  with open(writer, "w") as stream:
+    monkeypatch.setattr(sys, "stdout", stream)
+    out = tmp_path / "[x] y"
+    status = cli.main(["train", *TINY, "--data", text, "--out", str(out), "--log-every", "1"])
+  err = capsys.readouterr().err
+  assert status == 141 and err.count("\n") == 1
+  assert "(Broken pipe): stopped before the first step" in err
+  assert f"palm-haiku train --resume --out {shlex.quote(str(out))}\n" in err
+
+
+@pytest.mark.full
+def test_a_prompt_of_which_nothing_is_left_begins_a_document(trained, capsys, monkeypatch):
+  monkeypatch.setattr(data.ByteTokenizer, "encode", lambda self, text: np.zeros(0, np.uint8))
+  status, out, err = call(capsys, "generate", trained, "--prompt", "  ", "--length", 1)
+  assert status == 0 and out.startswith("  ")
+  assert "warning: the tokenizer leaves nothing of the prompt '  '" in err
+  assert "warning" not in call(capsys, "generate", trained, "--length", 1)[2]
+
+
 TRAIN = ["train", *TINY]
 
 
@@ -204,6 +265,14 @@ TRAIN = ["train", *TINY]
     ([*TRAIN, "--eval-fraction", "1"], "eval_fraction must be in [0, 1); got 1.0"),
     (["generate", "RUN", "--prompt", "a\udcff"], "cannot be encoded as UTF-8"),
     (["generate", "RUN", "--length", "0"], "length must be at least 1; got 0"),
+    (["generate", "RUN", "--length", str(2 * 10**10)], "fewer than 2^31 positions; got 1 and 2000"),
+    (["generate", "RUN", "--length", "2e10"], "invalid int value: '2e10'"),
+    (["generate", "RUN", "--seed", str(2**64)], "--seed must be from 0 to 2^32 - 1; got 1844"),
+    (["generate", "RUN", "--seed", "-1"], "--seed must be from 0 to 2^32 - 1; got -1"),
+    ([*TRAIN, "--seed", str(2**64)], "seed must be from 0 to 2^32 - 1; got 1844"),
+    ([*TRAIN, "--num-tokens", str(10**20)], "num_tokens must be less than 2^31"),
+    ([*TRAIN, "--batch-ramp", "\u00b2:4"], "batch_ramp must be written"),
+    ([*TRAIN, "--option\nof two lines"], "unrecognized arguments"),
     (["generate", "RUN", "--temperature", "-1"], "temperature must not be negative"),
     (["generate", "RUN", "--top-p", "2"], "top_p must be in (0, 1]"),
     (["generate", "/absent"], "/absent holds no checkpoint"),

@@ -50,6 +50,12 @@ def test_skipped_batches():
     (dict(skip_batches="a:b"), "skip_batches must be written FIRST:END"),
     (dict(z_loss=-1e-4), "z_loss must be at least 0 and finite; got -0.0001"),
     (dict(z_loss=float("nan")), "z_loss must be at least 0 and finite; got nan"),
+    (dict(batch_ramp="\u00b2:4"), "batch_ramp must be written"),
+    (dict(skip_batches="1:\u2461"), "skip_batches must be written"),
+    (dict(seed=-1), r"seed must be from 0 to 2\^32 - 1; got -1"),
+    (dict(seed=2**64), r"seed must be from 0 to 2\^32 - 1; got 18446744073709551616"),
+    (dict(steps=2**31), r"steps must be less than 2\^31; got 2147483648"),
+    (dict(seq_len=10**20), r"seq_len must be less than 2\^31"),
     (dict(spike=-1.0), "spike must not be negative; got -1"),
 ])
 def test_bad_settings_are_named(change, message):

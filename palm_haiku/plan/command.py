@@ -6,11 +6,10 @@ import json
 import pathlib
 import time
 
-import rich.console
 import rich.progress
 import rich.table
 
-from palm_haiku import plan
+from palm_haiku import plan, terminal
 from palm_haiku.config import PaLMConfig
 from palm_haiku.plan.sweep import REMATS
 from palm_haiku.recipe import TrainConfig
@@ -72,19 +71,19 @@ def _one(args, config, machine, title):
   if args.json:
     print(json.dumps(found))
   else:
-    _show(rich.console.Console(), found, machine)
+    _show(terminal.Console(), found, machine)
   return 0
 
 
 def _show(console, found, machine):
-  console.print(f"{found['params']:,} parameters on {found['chips']:,} {machine.chip}, "
-                f"compiled in {found['compile_seconds']:.0f} s", highlight=False)
+  terminal.say(console, f"{found['params']:,} parameters on {found['chips']:,} {machine.chip}, "
+               f"compiled in {found['compile_seconds']:.0f} s")
   room = found["hbm_limit_bytes"] - found["hbm_per_chip_bytes"]
   table = rich.table.Table("memory of a chip", "GiB", box=None)
   for name, size in (("parameters, optimizer, batch", found["state_bytes"]),
                      ("activations, temporaries", found["temporary_bytes"]),
                      ("program", found["code_bytes"]), ("all", found["hbm_per_chip_bytes"]),
-                     ("room" if found["fits"] else "[bold]too much", abs(room))):
+                     ("room" if found["fits"] else "too much", abs(room))):
     table.add_row(name, f"{size / 2**30:.2f}")
   console.print(table)
   table = rich.table.Table("op", "runs", "because", box=None)
@@ -103,9 +102,9 @@ def _show(console, found, machine):
                         ("step", found["least_seconds"])):
     table.add_row(name, f"{seconds:.3g}")
   console.print(table)
-  console.print(_forecast(found), highlight=False)
+  terminal.say(console, _forecast(found))
   if not found["loops_known"]:
-    console.print("the length of a loop is not known: transfers inside count once")
+    terminal.say(console, "the length of a loop is not known: transfers inside count once")
 
 
 def _forecast(found) -> str:
@@ -125,11 +124,12 @@ def _sweep(args, config, machine, title):
   if not tried:
     raise ValueError("no mesh of data, fsdp and model divides these chips, this batch and model")
   left = len(tried) - args.limit
-  console = rich.console.Console(stderr=args.json)
+  console = terminal.Console(stderr=args.json)
   start = time.perf_counter()
   with rich.progress.Progress(
       rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
-      rich.progress.MofNCompleteColumn(), rich.progress.TextColumn("{task.fields[status]}"),
+      rich.progress.MofNCompleteColumn(),
+      rich.progress.TextColumn("{task.fields[status]}", markup=False),
       rich.progress.TimeElapsedColumn(), console=console,
       disable=not console.is_terminal) as progress:
     task = progress.add_task("compiling", total=min(len(tried), args.limit), status="")
@@ -162,9 +162,9 @@ def _sweep(args, config, machine, title):
                   "" if row["fits"] else "does not fit")
   console.print(table)
   if left > 0:
-    console.print(f"{left} more were left out; --limit {len(tried)} tries all", highlight=False)
-  console.print(f"best: --mesh {best['mesh']} --remat {best['remat']}" if best
-                else "none of them fits", highlight=False)
+    terminal.say(console, f"{left} more were left out; --limit {len(tried)} tries all")
+  terminal.say(console, f"best: --mesh {best['mesh']} --remat {best['remat']}" if best
+               else "none of them fits")
   return 0 if best else 1
 
 
