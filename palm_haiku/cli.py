@@ -385,7 +385,7 @@ def _generate(args) -> int:
                     "begins", stacklevel=2)
     prompt = [tokenizer.eod]
   read = len(prompt) + args.length - 1  # The last token is not read again.
-  if (read > config.seq_len and config.model.position == "rotary"
+  if (config.seq_len < read < 2**31 and config.model.position == "rotary"
       and metadata["data_fingerprint"] is not None):  # Nothing says at what others were trained.
     warnings.warn(f"the model was trained at {config.seq_len} tokens and will read {read}: rotary "
                   "positions do not reach beyond what was trained, and the text gets worse there",
