@@ -384,12 +384,6 @@ def _generate(args) -> int:
       warnings.warn(f"the tokenizer leaves nothing of the prompt {args.prompt!r}: a new document "
                     "begins", stacklevel=2)
     prompt = [tokenizer.eod]
-  read = len(prompt) + args.length - 1  # The last token is not read again.
-  if (config.seq_len < read < 2**31 and config.model.position == "rotary"
-      and metadata["data_fingerprint"] is not None):  # Nothing says at what others were trained.
-    warnings.warn(f"the model was trained at {config.seq_len} tokens and will read {read}: rotary "
-                  "positions do not reach beyond what was trained, and the text gets worse there",
-                  stacklevel=2)
   decoder = tokenizer.stream_decoder(prompt)
   times = []
 
@@ -409,6 +403,12 @@ def _generate(args) -> int:
         on_token=show)
     jax.effects_barrier()
     print(decoder.flush(), flush=True)
+  read = len(prompt) + args.length - 1  # The last token is not read again.
+  if (read > config.seq_len and config.model.position == "rotary"
+      and metadata["data_fingerprint"] is not None):  # Nothing says at what others were trained.
+    warnings.warn(f"the model was trained at {config.seq_len} tokens and {read} are asked for: rotary "
+                  "positions do not reach beyond what was trained, and the text gets worse there",
+                  stacklevel=2)
   if len(times) > 1:
     print(f"{len(times)} tokens, {(len(times) - 1) / (times[-1] - times[0]):.0f} a second",
           file=sys.stderr)

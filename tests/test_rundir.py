@@ -157,7 +157,7 @@ def test_generating_beyond_the_trained_length_warns_once(place, capsys, generate
                                                          monkeypatch, length, warns):
   status, _, err = call(capsys, "generate", "bytes", "--prompt", "123456789", "--length", length)
   said = [str(w.message) for w in recwarn] + err.splitlines()
-  said = [line for line in said if "trained at 16 tokens and will read 17" in line]
+  said = [line for line in said if "trained at 16 tokens and 17 are asked for" in line]
   assert status == 0 and len(said) == warns
   # ALiBi has no such length, and of imported weights it is not known.
   for change in (dict(position="alibi"), {}):
