@@ -148,7 +148,6 @@ def test_sigterm_to_one_process_saves_and_ends_all(text, tmp_path):
   assert checkpoint.Checkpoints(out / "checkpoints").problem(saved) is None
 
 
-@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_a_missing_host_is_named_in_time(text, tmp_path):
   job = Job(text, tmp_path / "out", "--mesh=fsdp", processes=2, missing=1, timeout=3)
