@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 
@@ -18,6 +19,11 @@ ALL = PaLMConfig(11, 8, 2, 2, 4, qk_norm=True, xpos_scale_base=32, shared_kv=Tru
 DRAFT = PaLMConfig(11, 4, 1, 1, 4)
 
 
+# PaLM-lite alone in a quick run.
+LITE_FIRST = pytest.mark.parametrize("config", [
+    pytest.param(CONFIG, id="palm", marks=pytest.mark.full), pytest.param(LITE, id="palm-lite")])
+
+
 def sharper(params, factor=8):
   """Logits further apart than at the start, so that greedy choice has no ties."""
   return params | {"palm": params["palm"] | {"norm": factor * params["palm"]["norm"]}}
@@ -29,7 +35,7 @@ def make(config):
   return model, jax.jit(model.init)(jax.random.key(3), jnp.zeros(4, int))
 
 
-@pytest.mark.parametrize("config", [CONFIG, LITE], ids=["palm", "palm-lite"])
+@LITE_FIRST
 def test_greedy_takes_the_argmax_of_the_full_forward(config):
   model, params = make(config)
   params = sharper(params)
@@ -41,12 +47,12 @@ def test_greedy_takes_the_argmax_of_the_full_forward(config):
   np.testing.assert_array_equal(tokens[:, 3:], want[:, 2:-1])
 
 
-@pytest.mark.parametrize("config", [CONFIG, LITE], ids=["palm", "palm-lite"])
+@LITE_FIRST
 def test_prompts_of_different_lengths_are_continued_as_each_alone(config):
   _, params = make(config)
   params = sharper(params)
   prompt = np.random.default_rng(0).integers(0, 11, (2, 2, 6))
-  lengths = np.array([[1, 6], [3, 5]])
+  lengths = np.array([[1, 6], [6, 1]])
   seen = []
   tokens = generate(params, config, prompt, 9, prompt_lengths=lengths, temperature=0,
                     on_token=lambda token: seen.append(np.asarray(token)))
@@ -60,6 +66,7 @@ def test_prompts_of_different_lengths_are_continued_as_each_alone(config):
     assert not np.any(tokens[index][n + 9 :])
 
 
+@pytest.mark.full
 def test_padding_behind_prompts_may_be_anything():
   _, params = make(CONFIG)
   draw = lambda padding, **more: np.asarray(generate(
@@ -69,6 +76,7 @@ def test_padding_behind_prompts_may_be_anything():
     np.testing.assert_array_equal(draw(padding), draw(0))
 
 
+@pytest.mark.full
 def test_equal_prompt_lengths_draw_what_none_draw():
   _, params = make(CONFIG)
   prompt = np.array([[1, 2, 3], [7, 7, 0]])
@@ -252,13 +260,14 @@ def check_the_distribution_of_texts(draft, eod=None, **options):
 
 @pytest.mark.parametrize("draft", [False, True], ids=["alone", "with a draft"])
 @pytest.mark.parametrize("options", [
-    dict(), dict(temperature=0.4, top_k=2), dict(temperature=1.3, top_p=0.6, eod=1)], ids=str)
+    dict(temperature=0.4, top_k=2), *(pytest.param(options, marks=pytest.mark.full) for options in (
+        dict(), dict(temperature=1.3, top_p=0.6, eod=1)))], ids=str)
 def test_texts_have_the_probability_that_the_model_gives_them(options, draft):
   """Exactly: no number is drawn, and acceptance that is wrong by 0.1% fails; see `Script`."""
   check_the_distribution_of_texts(draft, **options)
 
 
-@pytest.mark.parametrize("config", [CONFIG, LITE], ids=["palm", "palm-lite"])
+@LITE_FIRST
 def test_greedy_with_a_draft_is_greedy(config):
   params = sharper(make(config)[1])
   prompt = np.random.default_rng(1).integers(0, 11, (2, 3, 6))
@@ -282,6 +291,7 @@ def test_tokens_with_a_draft_are_streamed_in_order():
   np.testing.assert_array_equal(seen, tokens[2:])
 
 
+@pytest.mark.full
 def test_64_bit_mode_changes_no_token():
   draw = lambda: np.asarray(generate(
       sharper(make(CONFIG)[1]), CONFIG, np.array([1, 2, 3]), 9, temperature=0, eod=0,
@@ -292,10 +302,12 @@ def test_64_bit_mode_changes_no_token():
 
 
 @pytest.mark.parametrize("config, dtype, cache_dtype, weights, tolerance", [
-    (CONFIG, "float32", "float32", None, 1e-5), (LITE, "float32", "float32", None, 1e-5),
-    (ALL, "float32", "float32", None, 1e-5), (CONFIG, "bfloat16", "bfloat16", None, 0.03),
-    (LITE, "bfloat16", "bfloat16", None, 0.03), (LITE, "float32", "int8", None, 0.03),
-    (CONFIG, "float32", "float32", "int8", 0.03), (ALL, "bfloat16", "int8", "int8", 0.05)])
+    (CONFIG, "float32", "float32", None, 1e-5), (ALL, "bfloat16", "int8", "int8", 0.05),
+    *(pytest.param(*case, marks=pytest.mark.full) for case in (
+        (LITE, "float32", "float32", None, 1e-5), (ALL, "float32", "float32", None, 1e-5),
+        (dataclasses.replace(LITE, qk_norm=True), "float32", "float32", None, 1e-5),
+        (CONFIG, "bfloat16", "bfloat16", None, 0.03), (LITE, "bfloat16", "bfloat16", None, 0.03),
+        (LITE, "float32", "int8", None, 0.03), (CONFIG, "float32", "float32", "int8", 0.03)))])
 def test_decoding_is_the_full_forward_at_every_position(config, dtype, cache_dtype, weights,
                                                         tolerance):
   model, params = make(config)
@@ -321,6 +333,19 @@ def test_decoding_is_the_full_forward_at_every_position(config, dtype, cache_dty
                                atol=tolerance * np.abs(want).max(), rtol=0)
 
 
+def test_rows_of_an_int8_cache_are_rounded_to_127_steps():
+  rows = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+  rows[0, 1] = 0
+  stored = decoder._write(
+      decoder.Int8Rows(jnp.zeros((2, 8, 4), jnp.int8), jnp.zeros((2, 8))), rows, jnp.int32(2))
+  largest = np.abs(rows).max(-1)
+  np.testing.assert_allclose(stored.scales[:, 2:5], largest / 127, rtol=1e-6)
+  want = np.round(127 * rows / np.where(largest, largest, 1)[..., None])
+  np.testing.assert_array_equal(stored.values[:, 2:5], want)
+  assert not np.any(stored.values[:, :2]) and not np.any(stored.values[:, 5:])
+
+
+@pytest.mark.full
 def test_int8_weights_generate_much_the_same():
   model, params = make(CONFIG)
   prompt = np.array([[1, 2, 3], [7, 7, 0]])
@@ -330,6 +355,7 @@ def test_int8_weights_generate_much_the_same():
   assert np.all(logits.max(-1) - taken < 0.1 * np.ptp(logits, -1))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("weights", [None, "int8"])
 def test_many_devices_generate_what_one_does(weights):
   config = PaLMConfig(12, 8, 2, 4, 4)
@@ -343,6 +369,7 @@ def test_many_devices_generate_what_one_does(weights):
     np.testing.assert_array_equal(generate(params, config, prompt, 6, **options), want)
 
 
+@pytest.mark.full
 def test_prepared_weights_are_as_good_as_parameters():
   _, params = make(CONFIG)
   draw = lambda params: generate(params, CONFIG, np.array([1, 2]), 9, key=jax.random.key(1))
@@ -357,6 +384,7 @@ def test_a_seed_fixes_the_sample():
   assert np.any(draw(0) != draw(1))
 
 
+@pytest.mark.full
 def test_tokens_are_streamed_in_order():
   _, params = make(CONFIG)
   seen = []
@@ -384,6 +412,7 @@ def test_generation_ends_with_the_document():
   assert len(seen) == longest
 
 
+@pytest.mark.full
 def test_bfloat16():
   _, params = make(CONFIG)
   assert generate(params, CONFIG, np.array([1]), 3, temperature=0, dtype="bfloat16").shape == (4,)

@@ -32,11 +32,13 @@ def random_tokens(*shape):
   return np.random.default_rng(1).integers(0, 13, shape)
 
 
-@pytest.mark.parametrize("peer, change", [(peer, {}) for peer in interop.PEERS] + [
+@pytest.mark.parametrize("peer, change", [
     ("palm-jax-lite", dict(heads=5, dim_head=7, ff_mult=3)),  # no power of two, odd
-    ("palm-pytorch-lite", dict(heads=6, depth=1)),
-    ("palm-jax", dict(heads=1, dim_head=10)),
-    ("palm-rlhf-pytorch", dict(qk=True)),
+    ("palm-rlhf-pytorch", dict(qk=True)), *(
+        pytest.param(*case, marks=pytest.mark.full) for case in (
+            *((peer, {}) for peer in interop.PEERS),
+            ("palm-pytorch-lite", dict(heads=6, depth=1)),
+            ("palm-jax", dict(heads=1, dim_head=10)))),
 ])
 def test_logits_are_the_peers(peer, change):
   check_logits(peer, change)
@@ -55,6 +57,7 @@ def check_logits(peer, change):
   np.testing.assert_allclose(apply(config)(params, tokens), want, atol=2e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("file", FILES)
 def test_the_running_peers_are_matched(file):
   path = CASES / f"{file}.npz"
@@ -99,10 +102,13 @@ def test_round_trip(peer):
 
 
 @pytest.mark.parametrize("peer, architecture", [
-    ("palm-jax", {}), ("palm-flax", {}), ("palm-pytorch", dict(norm_eps=1e-3)),
-    ("palm-rlhf-pytorch", dict(xpos_scale_base=512, qk_norm=True)),
-    ("palm-jax-lite", dict(position="alibi", norm="rms", shared_kv=True)),
-    ("palm-pytorch-lite", dict(position="alibi", norm="rms", shared_kv=True, norm_eps=1e-16)),
+    ("palm-pytorch", dict(norm_eps=1e-3)), *(
+        pytest.param(*case, marks=pytest.mark.full) for case in (
+            ("palm-jax", {}), ("palm-flax", {}),
+            ("palm-rlhf-pytorch", dict(xpos_scale_base=512, qk_norm=True)),
+            ("palm-jax-lite", dict(position="alibi", norm="rms", shared_kv=True)),
+            ("palm-pytorch-lite", dict(position="alibi", norm="rms", shared_kv=True,
+                                       norm_eps=1e-16)))),
 ])
 def test_models_of_this_project_become_the_peers(peer, architecture):
   config = PaLMConfig(**SIZES, **architecture)

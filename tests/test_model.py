@@ -12,6 +12,9 @@ from tests import numpy_palm
 
 LITE = dict(position="alibi", norm="rms", shared_kv=True)
 ARCHITECTURES = pytest.mark.parametrize("architecture", [{}, LITE], ids=["palm", "palm-lite"])
+# PaLM-lite alone in a quick run.
+LITE_FIRST = pytest.mark.parametrize("architecture", [
+    pytest.param({}, id="palm", marks=pytest.mark.full), pytest.param(LITE, id="palm-lite")])
 
 
 def transform(config, **options):
@@ -37,10 +40,20 @@ def make(config, length=9, lead=(), **options):
 
 
 @ARCHITECTURES
-@settings(max_examples=8)
+def test_matches_numpy_in_float64(architecture):
+  check_against_numpy(architecture, heads=3, depth=2, length=17, half=3, ff_mult=2)
+
+
+@pytest.mark.full
+@ARCHITECTURES
+@settings(max_examples=7)
 @given(heads=st.integers(1, 6), depth=st.integers(1, 3), length=st.integers(1, 40),
        half=st.integers(1, 4), ff_mult=st.integers(1, 4))
-def test_matches_numpy_in_float64(architecture, heads, depth, length, half, ff_mult):
+def test_any_shape_matches_numpy_in_float64(architecture, heads, depth, length, half, ff_mult):
+  check_against_numpy(architecture, heads, depth, length, half, ff_mult)
+
+
+def check_against_numpy(architecture, heads, depth, length, half, ff_mult):
   config = PaLMConfig(11, 12, depth, heads, 2 * half, ff_mult, **architecture)
   with jax.enable_x64(True):
     model, params, tokens = make(config, length, dtype=jnp.float64)
@@ -69,6 +82,7 @@ def test_parameter_counts_of_other_architectures(config):
   assert sum(x.size for x in jax.tree.leaves(params)) == config.num_params
 
 
+@pytest.mark.full
 def test_any_leading_dimensions():
   config = PaLMConfig(11, 8, 2, 2, 4)
   model, params, tokens = make(config, length=5, lead=(2, 3))
@@ -78,7 +92,7 @@ def test_any_leading_dimensions():
   np.testing.assert_allclose(model.apply(params, tokens[1]), logits[1], atol=1e-5)
 
 
-@ARCHITECTURES
+@LITE_FIRST
 def test_no_gradient_flows_from_the_future(architecture):
   config = PaLMConfig(11, 8, 2, 3, 4, **architecture)
   model, params, tokens = make(config, length=7)
@@ -111,7 +125,7 @@ def test_layers_start_apart_and_well_scaled():
   assert np.std(params["palm"]["embedding"]) == pytest.approx(1, abs=0.05)
 
 
-@ARCHITECTURES
+@LITE_FIRST
 def test_cache_gives_what_the_whole_sequence_gives(architecture):
   config = PaLMConfig(11, 8, 2, 3, 4, **architecture)
   model, params, tokens = make(config, length=9, lead=(2,))
@@ -133,6 +147,7 @@ def test_cache_gives_what_the_whole_sequence_gives(architecture):
     np.testing.assert_allclose(logits, want[:, 5:], atol=1e-5)
 
 
+@pytest.mark.full
 def test_packed_documents_equal_separate_ones():
   config = PaLMConfig(11, 8, 2, 3, 4)
   model, params, tokens = make(config, length=9)
@@ -141,6 +156,7 @@ def test_packed_documents_equal_separate_ones():
   np.testing.assert_allclose(packed[4:], model.apply(params, tokens[4:]), atol=1e-5)
 
 
+@pytest.mark.full
 def test_rematerialisation_changes_memory_not_results():
   config = PaLMConfig(11, 32, 24, 2, 16)  # so deep that what layers keep is most of it
 
@@ -162,6 +178,7 @@ def test_rematerialisation_changes_memory_not_results():
     assert 0.7 * want < memory[more] - memory[less] < 1.3 * want, (memory, want)
 
 
+@pytest.mark.full
 def test_bfloat16_keeps_float32_parameters_and_logits():
   config = PaLMConfig(11, 32, 2, 2, 16)
   model, params, tokens = make(config, dtype=jnp.bfloat16)
@@ -172,6 +189,7 @@ def test_bfloat16_keeps_float32_parameters_and_logits():
   assert 0 < np.abs(logits - full).max() < 0.1
 
 
+@pytest.mark.full
 def test_the_program_does_not_grow_with_depth():
   def size(depth):
     model, params, tokens = make(PaLMConfig(11, 8, depth, 2, 4))
@@ -219,11 +237,11 @@ def test_the_seeds_example():
   model = hk.without_apply_rng(hk.transform(lambda tokens: PaLM(
       num_tokens=200, dim=32, depth=2, heads=8, dim_head=8)(tokens)))
   tokens = jnp.zeros((1, 16), jnp.int32)
-  params = model.init(jax.random.key(0), tokens)
-  assert model.apply(params, tokens).shape == (1, 16, 200)
+  params = jax.jit(model.init)(jax.random.key(0), tokens)
+  assert jax.jit(model.apply)(params, tokens).shape == (1, 16, 200)
 
 
-@ARCHITECTURES
+@LITE_FIRST
 def test_the_loss_is_that_of_the_logits(architecture):
   config = PaLMConfig(11, 8, 2, 3, 4, **architecture)
   model, params, tokens = make(config, 30, (2,))
@@ -231,16 +249,15 @@ def test_the_loss_is_that_of_the_logits(architecture):
   segment_ids = np.arange(30) // 7 + np.zeros((2, 1), int)
   loss_of = hk.without_apply_rng(hk.transform(lambda: PaLM.from_config(config).loss(
       tokens, targets, z_loss=1e-2, weights=jnp.asarray(weights), segment_ids=segment_ids))).apply
-  nll, log_z = loss_of(params)
-  logits = model.apply(params, tokens, segment_ids=segment_ids)
+  nll, log_z = jax.jit(loss_of)(params)
+  logits = jax.jit(model.apply)(params, tokens, segment_ids=segment_ids)
   np.testing.assert_allclose(log_z, jax.nn.logsumexp(logits, -1), rtol=1e-5)
   want = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
   np.testing.assert_allclose(nll, weights * (want + 1e-2 * jnp.square(log_z)), rtol=1e-4)
 
 
 def test_a_norms_epsilon_and_the_scale_of_logits_are_the_configs():
-  for architecture in ({}, LITE):
-    config = PaLMConfig(11, 12, 1, 2, 6, norm_eps=0.5, logits_scale=0.7, **architecture)
-    model, params, tokens = make(config)
-    want = numpy_palm.palm(params, tokens, config) * 12**0.5 * 0.7
-    np.testing.assert_allclose(model.apply(params, tokens), want, atol=1e-4)
+  config = PaLMConfig(11, 12, 1, 2, 6, norm_eps=0.5, logits_scale=0.7)
+  model, params, tokens = make(config)
+  want = numpy_palm.palm(params, tokens, config) * 12**0.5 * 0.7
+  np.testing.assert_allclose(jax.jit(model.apply)(params, tokens), want, atol=1e-4)

@@ -42,6 +42,34 @@ def test_skipped_batches():
   assert c.skipping("2:3,20:30").skip_batches == "2:6,9:12,20:30"
 
 
+def test_the_model_and_the_optimizer_get_the_runs_settings(monkeypatch):
+  calls = []
+
+  class Model:
+
+    @classmethod
+    def from_config(cls, config, **options):
+      calls.append((config, options))
+      return cls()
+
+    def loss(self, *inputs, **options):
+      calls.append((inputs, options))
+
+  monkeypatch.setattr(recipe, "PaLM", Model)
+  c = TrainConfig(model=MODEL, dtype="bfloat16", remat="full", implementation="xla",
+                  shard_residual=True, steps=77)
+  c.build_model().apply({}, 1, 2, 3)
+  assert calls == [
+      (MODEL, dict(dtype=np.dtype("bfloat16"), remat="full", implementation="xla",
+                   rules=recipe.sharding.SHARDED_RESIDUAL)), ((1, 2), dict(segment_ids=3))]
+  for name in ("adamw", "palm"):
+    monkeypatch.setattr(recipe.optim, name, lambda name=name, **options: (name, options))
+  change = lambda **fields: dataclasses.replace(c, **fields).build_optimizer()
+  assert change() == ("adamw", {"steps": 77}) and change(optimizer="palm") == ("palm", {})
+  assert change(learning_rate=0.5) == ("adamw", {"steps": 77, "learning_rate": 0.5})
+  assert change(learning_rate=0.5, optimizer="palm") == ("palm", {"learning_rate": 0.5})
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(batch_ramp="50000"), "batch_ramp must be written BATCH:SIZE, such as .*got '50000'"),
     (dict(batch_ramp="9:8,5:16"), "growing batches"),
@@ -71,6 +99,7 @@ def test_settings_of_a_newer_version_are_named():
       recipe.load_config({"config": newer})
 
 
+@pytest.mark.full
 def test_a_ramp_survives_an_interruption(config, tmp_path):
   config = dataclasses.replace(config, steps=8, batch_ramp="3:8")
   run(config, tmp_path / "whole")
@@ -130,6 +159,7 @@ def test_a_spike_goes_back_and_leaves_batches_out(config, tmp_path, spiking):
   jax.tree.map(np.testing.assert_array_equal, params(out, 24), params(by_hand, 24))
 
 
+@pytest.mark.full
 def test_a_run_that_died_around_a_spike_goes_back_as_well(config, tmp_path, spiking):
   _, deadly = spiking
   config = dataclasses.replace(config, spike=0.6)
@@ -146,6 +176,7 @@ def test_a_run_that_died_around_a_spike_goes_back_as_well(config, tmp_path, spik
   jax.tree.map(np.testing.assert_array_equal, params(out, 24), params(tmp_path / "whole", 24))
 
 
+@pytest.mark.full
 def test_what_is_not_finite_is_gone_back_from_before_it_is_saved(config, tmp_path, monkeypatch):
   monkeypatch.setattr(train, "GO_BACK", 3)
   monkeypatch.setattr(train, "SKIP", 5)
@@ -168,6 +199,7 @@ def test_what_is_not_finite_is_gone_back_from_before_it_is_saved(config, tmp_pat
   assert result.step == 24 and "at step 8 is a spike: going back to step 4" in text
 
 
+@pytest.mark.full
 def test_batches_that_were_trained_on_cannot_be_skipped(config, tmp_path):
   run(dataclasses.replace(config, steps=8), tmp_path / "out")
   more = dataclasses.replace(config, steps=12)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import math
 import types
 
@@ -12,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from palm_haiku import PaLM, PaLMConfig, data, optim, recipe, runlog, train, train_step
+from palm_haiku import (
+    PaLM, PaLMConfig, checkpoint, data, optim, runlog, train, train_step)
 from palm_haiku.loss import next_token_loss
 from palm_haiku.recipe import TrainConfig
 
@@ -66,7 +68,7 @@ def restated(config, train_tokens, eval_tokens, batches):
 
 
 @pytest.mark.full
-def test_a_run_is_its_restatement(tmp_path):
+def test_a_run_is_its_restatement(tmp_path, monkeypatch):
   """With a ramp, a skipped batch, parts of a batch, documents, and evaluation on held-out text."""
   for n in range(60):
     (tmp_path / f"{n:02}.txt").write_text(f"{n} times {n % 7} is {n * (n % 7)}.\n"[: 7 + n % 13])
@@ -74,6 +76,9 @@ def test_a_run_is_its_restatement(tmp_path):
       model=MODEL, data=str(tmp_path / "*.txt"), mask_documents=True, steps=5, batch_size=4,
       batch_ramp="2:8", skip_batches="1:2", accumulate=2, seq_len=16, learning_rate=1e-2,
       z_loss=1e-2, seed=5, log_every=1, eval_every=2)
+  # A second passes between two looks at the clock, and so in each step.
+  clock = types.SimpleNamespace(perf_counter=itertools.count().__next__)
+  monkeypatch.setattr(train, "time", clock)
   result, _ = run(config, tmp_path / "out")
   text = b"\0".join(path.read_bytes() for path in sorted(tmp_path.glob("*.txt")))
   corpus = data.load_corpus(config.data, data.ByteTokenizer(), 0.1)
@@ -82,6 +87,10 @@ def test_a_run_is_its_restatement(tmp_path):
   batches = [range(4), *(range(8 * n, 8 * n + 8) for n in range(1, 5))]
   rows = runlog.read_metrics(tmp_path / "out" / runlog.METRICS)
   assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+  assert [row.get("tokens_per_second") for row in rows] == [None] + [8 * 16] * 4
+  metadata = checkpoint.Checkpoints(tmp_path / "out" / "checkpoints").metadata(5)
+  assert metadata == {"config": dataclasses.asdict(config), "step": 5,
+                      "data_fingerprint": corpus.fingerprint}
   for row, want in zip(rows, restated(config, corpus.train, corpus.eval, batches), strict=True):
     assert ("eval_loss" in row) == (row["step"] in (2, 4, 5))
     for name, x in want.items():
@@ -264,4 +273,4 @@ def test_the_papers_numbers():
   """Section 5: the z-loss; section 5.1: back about 100 steps, 200 to 500 batches left out."""
   assert TrainConfig(model=MODEL).z_loss == 1e-4
   assert (train.GO_BACK, train.SKIP) == (100, 200)
-  assert recipe.TrainConfig(model=MODEL).eval_fraction == 0.1
+  assert TrainConfig(model=MODEL).eval_fraction == 0.1
