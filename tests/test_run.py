@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from palm_haiku import (
-    PaLM, PaLMConfig, checkpoint, data, optim, runlog, train, train_step)
+    PaLM, PaLMConfig, checkpoint, data, optim, recipe, runlog, train, train_step)
 from palm_haiku.loss import next_token_loss
 from palm_haiku.recipe import TrainConfig
 
