@@ -130,8 +130,8 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
       acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))
       plgpu.barrier_arrive(turn)
       if not shared:
-        plgpu.barrier_wait(v_ready.at[slot])
-      plgpu.barrier_wait(turn)
+        plgpu.barrier_wait(v_ready.at[slot])  # mutant: wait for values
+      plgpu.barrier_wait(turn)  # mutant: wait for the turn
       acc = tiles.product_onto(acc, weights, v_smem.at[slot])
       plgpu.barrier_arrive((k_free if shared else v_free).at[slot])
       return acc, new_top, total
@@ -164,7 +164,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
     q_tile[...] = acc.astype(q_smem.dtype)
     lse_tile = lse_smem.at[pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)]
     lse_tile[...] = jnp.where(empty, -jnp.inf, (top + jnp.log2(total)) / LOG2E)
-    plgpu.commit_smem()
+    plgpu.commit_smem()  # mutant: commit of the result
     plgpu.copy_smem_to_gmem(q_tile, out_ref.at[rows(row0, WARPGROUP_ROWS)])
     plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[b, kv, pl.ds(row0, WARPGROUP_ROWS)])
     plgpu.wait_smem_to_gmem(0)

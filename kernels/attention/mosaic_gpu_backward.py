@@ -276,7 +276,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
     plgpu.barrier_wait(dout_ready.at[slot])
 
     def weights():
-      plgpu.barrier_wait(weights_ready)
+      plgpu.barrier_wait(weights_ready)  # mutant: wait for the weights
       return plgpu.load(weights_smem, layout=tiles.TILE)
 
     dscores = dscores_of(slot, weights)

@@ -88,7 +88,7 @@ def unpack_rows(x, shape):
 def reach(is_causal, window):
   """(left, right): how far from its own position a query sees."""
   left, right = (min(w, FAR) for w in window or (FAR, FAR))
-  return left, 0 if is_causal else right
+  return left, 0 if is_causal else right  # mutant: right edge
 
 
 def key_blocks(query, key, block, segment_ids, query_offset, *, is_causal, window):
@@ -111,7 +111,7 @@ def key_blocks(query, key, block, segment_ids, query_offset, *, is_causal, windo
     some_hi, all_hi = (jnp.minimum(num_keys, x + (right + 1)) for x in (last, first))
   if left < FAR:
     some_lo, all_lo = (jnp.maximum(0, x - left) for x in (first, last))
-  bounds = _round(some_lo, all_lo, all_hi, some_hi, block, num_blocks)
+  bounds = _round(some_lo, all_lo, all_hi, some_hi, block, num_blocks)  # mutant: key blocks
   return _narrow(
       bounds, offset, segment_ids, group, (num_tiles, ROWS), (num_blocks, block), False)
 
@@ -133,7 +133,7 @@ def row_blocks(query, key, block, block_q, segment_ids, query_offset, *, is_caus
     some_hi, all_hi = row(last + (left + 1)), row(first + (left + 1))
   # The rows that pad the last block are inert: whoever sees all rows sees them too.
   all_hi = jnp.where(all_hi == length * group, num_tiles * block_q, all_hi)
-  bounds = _round(some_lo, all_lo, all_hi, some_hi, block_q, num_tiles)
+  bounds = _round(some_lo, all_lo, all_hi, some_hi, block_q, num_tiles)  # mutant: row blocks
   return _narrow(
       bounds, offset, segment_ids, group, (num_tiles, block_q), (num_blocks, block), True)
 
@@ -177,7 +177,7 @@ def _pad_segments(ids, padded):
 
 def row_slopes(alibi_slopes, kv_heads):
   """float32[kv_heads, group + 64]: from any row on, the slopes of the next 64 rows."""
-  slopes = jnp.asarray(alibi_slopes, jnp.float32).reshape(kv_heads, -1)
+  slopes = jnp.asarray(alibi_slopes, jnp.float32).reshape(kv_heads, -1)  # mutant: slopes
   size = slopes.shape[1] + WARPGROUP_ROWS
   return jnp.tile(slopes, (1, pl.cdiv(size, slopes.shape[1])))[:, :size]
 
@@ -204,7 +204,7 @@ def feed(steps, streams):
 
       @pl.when(i >= stages)
       def _():
-        plgpu.barrier_wait(free.at[slot])
+        plgpu.barrier_wait(free.at[slot])  # mutant: wait for a free slot
 
       for source, target in copies(i, slot):
         plgpu.copy_gmem_to_smem(source, target, ready.at[slot])

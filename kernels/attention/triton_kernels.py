@@ -51,6 +51,7 @@ def _segment_hull(ranges, count, low, high, lo, hi, BLOCK: tl.constexpr):
     largest = tl.load(ranges + count + block, mask=block < count, other=-2147483648)
     meets = (smallest <= high) & (largest >= low) & (block * BLOCK < hi)
     first = tl.minimum(first, tl.min(tl.where(meets, block * BLOCK, hi)))
+    # mutant: segment's end
     last = tl.maximum(last, tl.max(tl.where(meets, block * BLOCK + BLOCK, lo)))
   return tl.maximum(lo, first), tl.minimum(hi, last)
 
@@ -63,11 +64,11 @@ def _key_range(p_first, p_last, S, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOC
   hi = S
   end = S
   if LEFT is not None:
-    lo = tl.maximum(p_first - LEFT, 0) // BLOCK * BLOCK
-    mid = (tl.maximum(p_last - LEFT, 0) + BLOCK - 1) // BLOCK * BLOCK
+    lo = tl.maximum(p_first - LEFT, 0) // BLOCK * BLOCK  # mutant: first key
+    mid = (tl.maximum(p_last - LEFT, 0) + BLOCK - 1) // BLOCK * BLOCK  # mutant: first whole block
   if RIGHT is not None:
-    hi = tl.minimum(S, p_last + RIGHT + 1)
-    end = tl.minimum(S, tl.maximum(p_first + RIGHT + 1, 0))
+    hi = tl.minimum(S, p_last + RIGHT + 1)  # mutant: last key
+    end = tl.minimum(S, tl.maximum(p_first + RIGHT + 1, 0))  # mutant: last whole block
   mid = tl.maximum(lo, tl.minimum(mid, hi))
   end = tl.maximum(mid, end // BLOCK * BLOCK)
   return lo, mid, end, hi
@@ -79,11 +80,11 @@ def _sees(p, j, q_segment, k_segment, LEFT: tl.constexpr, RIGHT: tl.constexpr,
   """Whether positions p may look at keys j; the operands broadcast against each other."""
   visible = (p == p) & (j == j)
   if RIGHT is not None:
-    visible &= j <= p + RIGHT
+    visible &= j <= p + RIGHT  # mutant: right edge
   if LEFT is not None:
-    visible &= j >= p - LEFT
+    visible &= j >= p - LEFT  # mutant: left edge
   if SEGMENTS:
-    visible &= q_segment == k_segment
+    visible &= q_segment == k_segment  # mutant: segments
   return visible
 
 
@@ -113,7 +114,7 @@ def _forward_blocks(acc, top, total, q, k_ptr, v_ptr, segment_ptr, slope, p, q_s
       if SEGMENTS:
         k_segment = tl.load(segment_ptr + j, mask=j < S, other=0)
       visible = _sees(p[:, None], j[None, :], q_segment[:, None], k_segment[None, :],
-                      LEFT, RIGHT, SEGMENTS) & (j < S)[None, :]
+                      LEFT, RIGHT, SEGMENTS) & (j < S)[None, :]  # mutant: end of the keys
       scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * SCALE2)
     shift = new_top
@@ -164,7 +165,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, offset_ptr, slope_ptr, q_segment_ptr, k_
 
   slope = tl.zeros([BLOCK_Q], tl.float32)
   if ALIBI:
-    slope = tl.load(slope_ptr + batch * HEADS + head * GROUP + g) * (1 / SCALE)
+    slope = tl.load(slope_ptr + batch * HEADS + head * GROUP + g) * (1 / SCALE)  # mutant: slopes
   q_segment = t
   if SEGMENTS:
     q_segment = tl.load(q_segment_ptr + tl.cast(batch, tl.int64) * T + t_first + t)
@@ -198,7 +199,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, offset_ptr, slope_ptr, q_segment_ptr, k_
   tl.store(out_ptr + q_start + tile, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
   lse = (top + tl.log2(tl.where(empty, 1.0, total))) * LN2
   if ALIBI:
-    lse -= slope * SCALE * t.to(tl.float32)
+    lse -= slope * SCALE * t.to(tl.float32)  # mutant: lse
   lse_row = (tl.cast(batch, tl.int64) * HEADS + head * GROUP + g) * T + t_first + t
   tl.store(lse_ptr + lse_row, tl.where(empty, float("-inf"), lse), mask=inside)
 
@@ -234,7 +235,7 @@ def _dq_blocks(dq, q, dout, lse2, delta, k_ptr, v_ptr, segment_ptr, slope, p, q_
       if SEGMENTS:
         k_segment = tl.load(segment_ptr + j, mask=j < S, other=0)
       visible = _sees(p[:, None], j[None, :], q_segment[:, None], k_segment[None, :],
-                      LEFT, RIGHT, SEGMENTS) & (j < S)[None, :]
+                      LEFT, RIGHT, SEGMENTS) & (j < S)[None, :]  # mutant: end of the keys
       weights = tl.where(visible, weights, 0.0)
     dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     dscores = weights * (dweights - delta[:, None])
@@ -277,7 +278,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, dout_ptr, offset_ptr, slop
   lse2 = tl.load(lse2_ptr + lse_row)
   slope = tl.zeros([BLOCK_Q], tl.float32)
   if ALIBI:
-    slope = tl.load(slope_ptr + batch * HEADS + head * GROUP + g) * (1 / SCALE)
+    slope = tl.load(slope_ptr + batch * HEADS + head * GROUP + g) * (1 / SCALE)  # mutant: slopes
     lse2 += slope * (SCALE * LOG2E) * t.to(tl.float32)
   q_segment = t
   if SEGMENTS:
@@ -315,6 +316,7 @@ def _dkv_blocks(dk, dv, k, v, q_ptr, dout_ptr, lse2_ptr, delta_ptr, slope_ptr, s
   jj = tl.arange(0, BLOCK_K).to(tl.float32)
   d = tl.arange(0, DIM)
   tile = lo // BLOCK_Q
+  # mutant: split
   skip = (split - tile % SPLITS + SPLITS) % SPLITS  # tiles are dealt out to the splits in turn
   for first in range(lo + skip * BLOCK_Q, hi, BLOCK_Q * SPLITS):
     t_first, t, g, inside = _rows(first, T, GROUP, BLOCK_Q, MASKED)
@@ -329,7 +331,7 @@ def _dkv_blocks(dk, dv, k, v, q_ptr, dout_ptr, lse2_ptr, delta_ptr, slope_ptr, s
     lse2 = tl.load(lse2_ptr + t_first + g * T + t)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [keys, rows]
     if ALIBI:
-      slope2 = tl.load(slope_ptr + g) * LOG2E
+      slope2 = tl.load(slope_ptr + g) * LOG2E  # mutant: slopes of dkv
       lse2 = tl.fma(slope2, (offset + t_first - n + t).to(tl.float32), lse2)
       shift = tl.fma(jj[:, None], slope2[None, :], -lse2[None, :])
     else:
@@ -341,7 +343,7 @@ def _dkv_blocks(dk, dv, k, v, q_ptr, dout_ptr, lse2_ptr, delta_ptr, slope_ptr, s
         q_segment = tl.load(segment_ptr + t_first + t)
       p = offset + t_first + t
       visible = _sees(p[None, :], j[:, None], q_segment[None, :], k_segment[:, None],
-                      LEFT, RIGHT, SEGMENTS) & inside[None, :]
+                      LEFT, RIGHT, SEGMENTS) & inside[None, :]  # mutant: end of the rows
       weights = tl.where(visible, weights, 0.0)
     if DV:
       dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
@@ -396,11 +398,12 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, offset_ptr, s
   hi = T * GROUP
   end = T * GROUP
   if RIGHT is not None:
+    # mutant: first row
     lo = tl.minimum(tl.maximum(n - RIGHT - offset, 0), T) * GROUP // BLOCK_Q * BLOCK_Q
-    mid = tl.minimum(tl.maximum(n_last - RIGHT - offset, 0), T) * GROUP
+    mid = tl.minimum(tl.maximum(n_last - RIGHT - offset, 0), T) * GROUP  # mutant: first whole tile
     mid = (mid + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q
   if LEFT is not None:
-    hi = tl.minimum(tl.maximum(n_last + LEFT - offset + 1, 0), T) * GROUP
+    hi = tl.minimum(tl.maximum(n_last + LEFT - offset + 1, 0), T) * GROUP  # mutant: last row
     end = tl.minimum(tl.maximum(n + LEFT - offset + 1, 0), T) * GROUP
   mid = tl.maximum(lo, tl.minimum(mid, hi + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q)
   end = tl.maximum(mid, end // BLOCK_Q * BLOCK_Q)

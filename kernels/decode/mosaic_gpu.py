@@ -62,7 +62,7 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
     for ref, smem in streams:
       if ref is not None:
         for piece in range(0, BLOCK, PIECE):
-          first = jnp.where(start + piece < end, start + piece, ref.shape[1])
+          first = jnp.where(start + piece < end, start + piece, ref.shape[1])  # mutant: pieces
           plgpu.copy_gmem_to_smem(
               ref.at[b, pl.ds(first, PIECE), kv], smem.at[at, pl.ds(piece, PIECE)], ready.at[at])
     for ref, smem in scale_streams:
@@ -72,17 +72,17 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
   @pl.when(b >= 0)
   def attend():
     steps = pl.cdiv(end - lo, BLOCK)
-    rows = tiles.rows_at(q_ref, b, kv, kv_heads, row0, ROWS)
+    rows = tiles.rows_at(q_ref, b, kv, kv_heads, row0, ROWS)  # mutant: rows
     plgpu.copy_gmem_to_smem(q_ref.at[rows], q_smem, q_ready)
     lax.fori_loop(0, jnp.minimum(steps, stages), lambda i, _: copy(i), None)
 
     row = row0 + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
     length = lengths_ref[b]
     position = length - num_queries + lax.div(row, group)
-    hi = jnp.minimum(end, position + 1)
+    hi = jnp.minimum(end, position + 1)  # mutant: mask
     slope = None
     if slopes_ref is not None:
-      slope = plgpu.load(
+      slope = plgpu.load(  # mutant: slopes
           slopes_ref.at[kv, pl.ds(lax.rem(row0, group), ROWS)], layout=ROW, optimized=False)
     # Scores are multiplied by `factor` as they enter exp2, which is one fused multiply-add; that
     # needs factor > 0, so that it commutes with the maximum.
@@ -101,7 +101,7 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
     def step(i, carry, masked):
       acc, top, total = carry
       at = lax.rem(i, stages)
-      plgpu.barrier_wait(ready.at[at])
+      plgpu.barrier_wait(ready.at[at])  # mutant: wait for a tile
       k_tile = operand(k_smem, k_wide, at)
 
       def scores_of(acc_ref):
@@ -112,7 +112,7 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
       k_scale = None
       if k_scale_ref is not None:
         k_scale = plgpu.load(k_scale_smem.at[at], layout=COL, optimized=False)
-        scores *= down(k_scale, shape)
+        scores *= down(k_scale, shape)  # mutant: key scales
       if scale <= 0:
         scores *= scale * LOG2E
       if slope is not None:
@@ -125,25 +125,25 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
         new_top = jnp.maximum(top, high.max(axis=1) * factor)
         shift = across(-new_top, shape)
       else:
-        top -= slope * (LOG2E * BLOCK)  # into this tile's frame
+        top -= slope * (LOG2E * BLOCK)  # into this tile's frame  # mutant: frame of a tile
         high = high * factor + across(slope * LOG2E, high.shape) * down(lane[:QUAD], high.shape)
         new_top = jnp.maximum(top, high.max(axis=1))
         shift = across(slope * LOG2E, shape) * down(lane, shape) - across(new_top, shape)
       decay = jnp.exp2(top - new_top)
       weights = jnp.exp2(scores * factor + shift)
-      total = total * across(decay, total.shape) + fold(weights, jnp.add)
-      acc *= across(decay, acc.shape)
+      total = total * across(decay, total.shape) + fold(weights, jnp.add)  # mutant: sum
+      acc *= across(decay, acc.shape)  # mutant: fade of the accumulator
       if k_scale is not None:
-        if v_scale_ref is not None:
+        if v_scale_ref is not None:  # mutant: values' scales
           k_scale = plgpu.load(v_scale_smem.at[at], layout=COL, optimized=False)
-        weights *= down(k_scale, shape)
+        weights *= down(k_scale, shape)  # mutant: value scales
       weights = weights.astype(q_smem.dtype)
       acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))
       v_tile = k_tile if v_ref is None else operand(v_smem, v_wide, at)
-      acc = tiles.product_onto(acc, weights, v_tile)
+      acc = tiles.product_onto(acc, weights, v_tile)  # mutant: product
 
-      plgpu.commit_smem()  # every warp has read these tiles
-      pl.when(i + stages < steps)(lambda: copy(i + stages))
+      plgpu.commit_smem()  # every warp has read these tiles  # mutant: commit before a refill
+      pl.when(i + stages < steps)(lambda: copy(i + stages))  # mutant: refill
       return acc, new_top, total
 
     cast = plgpu.layout_cast
@@ -152,20 +152,23 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
         cast(jnp.full((ROWS,), LOWEST, jnp.float32), ROW),
         cast(jnp.zeros((ROWS, QUAD), jnp.float32), TILE),
     )
-    plgpu.barrier_wait(q_ready)
+    plgpu.barrier_wait(q_ready)  # mutant: wait for the queries
     # Every row sees the positions up to that of the first query: these tiles need no mask.
+    # mutant: plain end
     plain = jnp.minimum(end, jnp.maximum(length - num_queries + 1, 0)) - lo
     plain = lax.div(jnp.maximum(plain, 0), BLOCK)
+    # mutant: plain tiles
     carry = lax.fori_loop(0, plain, functools.partial(step, masked=False), carry)
     acc, top, total = lax.fori_loop(plain, steps, functools.partial(step, masked=True), carry)
 
     if slope is not None:  # out of the last tile's frame, into one for all parts of a row
+      # mutant: frame of a row
       top += slope * LOG2E * (lo + (steps - 1) * BLOCK - position).astype(jnp.float32)
     total = total.sum(axis=1)
     empty = total == 0
     acc *= across(1 / jnp.where(empty, 1.0, total), acc.shape)
     q_smem[...] = acc.astype(q_smem.dtype)
-    plgpu.commit_smem()
+    plgpu.commit_smem()  # mutant: commit of the result
     if lse_ref is None:
       to = out_ref.at[rows]
     else:

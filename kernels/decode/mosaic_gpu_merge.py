@@ -53,28 +53,28 @@ def _kernel(starts_ref, parts_ref, lse_ref, out_ref, parts_smem, out_smem, ready
       acc, top, total = carry
       first = lo + i * PARTS
       lse2 = plgpu.load(lse_ref.at[kv, row, pl.ds(first, PARTS)], layout=COL, optimized=False)
-      scores = tiles.mask_scores(down(lse2, shape), (None, end), first, None)
+      scores = tiles.mask_scores(down(lse2, shape), (None, end), first, None)  # mutant: last part
       new_top = jnp.maximum(top, fold(scores, jnp.maximum).max(axis=1))
       decay = jnp.exp2(top - new_top)
       weights = jnp.exp2(scores - across(new_top, shape))
-      total = total * across(decay, total.shape) + fold(weights, jnp.add)
-      acc *= across(decay, acc.shape)
+      total = total * across(decay, total.shape) + fold(weights, jnp.add)  # mutant: sum
+      acc *= across(decay, acc.shape)  # mutant: fade of the accumulator
       high = weights.astype(parts_smem.dtype)
       low = (weights - high.astype(jnp.float32)).astype(parts_smem.dtype)
       acc, new_top, total, high, low = lax.optimization_barrier((acc, new_top, total, high, low))
-      plgpu.barrier_wait(ready.at[i])
+      plgpu.barrier_wait(ready.at[i])  # mutant: wait for a part
       acc = tiles.product_onto(acc, high, parts_smem.at[i])
       return tiles.product_onto(acc, low, parts_smem.at[i]), new_top, total
 
     cast = plgpu.layout_cast
-    acc, _, total = lax.fori_loop(0, steps, step, (
+    acc, _, total = lax.fori_loop(0, steps, step, (  # mutant: tiles
         cast(jnp.zeros((shape[0], dim), jnp.float32), TILE),
         cast(jnp.full(shape[:1], LOWEST, jnp.float32), ROW),
         cast(jnp.zeros((shape[0], QUAD), jnp.float32), TILE)))
     total = total.sum(axis=1)
     acc *= across(1 / jnp.where(total == 0, 1.0, total), acc.shape)
     out_smem.at[:, pl.ds(0, dim)][...] = acc.astype(out_smem.dtype)
-    plgpu.commit_smem()
+    plgpu.commit_smem()  # mutant: commit of the result
 
   plgpu.copy_smem_to_gmem(out_smem.at[0, pl.ds(0, dim)], out_ref.at[b, row, kv])
   plgpu.wait_smem_to_gmem(0)

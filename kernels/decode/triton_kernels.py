@@ -26,22 +26,24 @@ def _blocks(acc, top, total, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slope, p
             PRECISION: tl.constexpr, MASKED: tl.constexpr):
   cols = tl.arange(0, BLOCK)
   tile = cols[:, None] * (KV_HEADS * DIM) + tl.arange(0, DIM)[None, :]
-  for n in range(lo, hi, BLOCK):
+  for n in range(lo, hi, BLOCK):  # mutant: walk
     j = n + cols
     start = tl.cast(n, tl.int64) * (KV_HEADS * DIM)
     if MASKED:
-      k = tl.load(k_ptr + start + tile, mask=(j < end)[:, None], other=0)
+      k = tl.load(k_ptr + start + tile, mask=(j < end)[:, None], other=0)  # mutant: loads
     else:
       k = tl.load(k_ptr + start + tile)
     k = k.to(q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if INT8:
+      # mutant: loads of scales
       k_scale = tl.load(k_scale_ptr + j * KV_HEADS, mask=j < end, other=0.0)
-      scores *= k_scale[None, :]
+      scores *= k_scale[None, :]  # mutant: key scales
     if ALIBI:
       distance = cols.to(tl.float32) + tl.cast(n - origin, tl.float32)
       scores = tl.fma(slope[:, None], distance[None, :], scores)
     if MASKED:
+      # mutant: mask
       scores = tl.where((j[None, :] <= p[:, None]) & (j < end)[None, :], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * SCALE2)
     shift = new_top
@@ -49,20 +51,21 @@ def _blocks(acc, top, total, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slope, p
       shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen so far
     weights = tl.exp2(tl.fma(scores, SCALE2, -shift[:, None]))
     fade = tl.exp2(top - shift)
-    total = total * fade + tl.sum(weights, 1)
-    acc = acc * fade[:, None]
+    total = total * fade + tl.sum(weights, 1)  # mutant: sum
+    acc = acc * fade[:, None]  # mutant: fade of the accumulator
     v = k
     if not SHARED:
       if MASKED:
-        v = tl.load(v_ptr + start + tile, mask=(j < end)[:, None], other=0)
+        v = tl.load(v_ptr + start + tile, mask=(j < end)[:, None], other=0)  # mutant: loads
       else:
         v = tl.load(v_ptr + start + tile)
       v = v.to(q.dtype)
     if INT8:
       v_scale = k_scale
       if not SHARED:
+        # mutant: loads of scales
         v_scale = tl.load(v_scale_ptr + j * KV_HEADS, mask=j < end, other=0.0)
-      weights *= v_scale[None, :]
+      weights *= v_scale[None, :]  # mutant: value scales
     acc = tl.dot(weights.to(q.dtype), v, acc, input_precision=PRECISION)
     top = new_top
   return acc, top, total
@@ -95,33 +98,34 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slope_ptr, leng
   row = first_row + tl.arange(0, ROWS)
   inside = row < T * GROUP
   t = row // GROUP
-  head_row = t * HEADS + head * GROUP + row % GROUP
+  head_row = t * HEADS + head * GROUP + row % GROUP  # mutant: rows
   tile = head_row[:, None] * DIM + tl.arange(0, DIM)[None, :]
   q = tl.load(q_ptr + tl.cast(b, tl.int64) * T * (HEADS * DIM) + tile, mask=inside[:, None],
               other=0.0)
   slope = tl.zeros([ROWS], tl.float32)
   if ALIBI:
-    slope = tl.load(slope_ptr + head * GROUP + row % GROUP) * (1 / SCALE)
+    slope = tl.load(slope_ptr + head * GROUP + row % GROUP) * (1 / SCALE)  # mutant: slopes
 
   # Every row sees the positions up to that of the first query: these blocks need no mask.
+  # mutant: first masked position
   mid = tl.minimum(end, tl.maximum(length - T + 1, 0)) // BLOCK * BLOCK
-  mid = tl.maximum(lo, mid)
+  mid = tl.maximum(lo, mid)  # mutant: masked part
   p = length - T + t
   acc = tl.zeros([ROWS, DIM], tl.float32)
   top = tl.full([ROWS], float("-inf"), tl.float32)
   total = tl.zeros([ROWS], tl.float32)
   position = tl.cast(b, tl.int64) * S * KV_HEADS + head
-  acc, top, total = _blocks(
+  acc, top, total = _blocks(  # mutant: origin
       acc, top, total, q, k_ptr + position * DIM, v_ptr + position * DIM, k_scale_ptr + position,
       v_scale_ptr + position, slope, p, length - 1, end, lo, mid, KV_HEADS, DIM, BLOCK,
       SCALE * LOG2E, ALIBI, INT8, SHARED, PRECISION, False)
-  acc, top, total = _blocks(
+  acc, top, total = _blocks(  # mutant: origin
       acc, top, total, q, k_ptr + position * DIM, v_ptr + position * DIM, k_scale_ptr + position,
       v_scale_ptr + position, slope, p, length - 1, end, mid, end, KV_HEADS, DIM, BLOCK,
       SCALE * LOG2E, ALIBI, INT8, SHARED, PRECISION, True)
 
   empty = total == 0
-  out = acc / tl.where(empty, 1.0, total)[:, None]
+  out = acc / tl.where(empty, 1.0, total)[:, None]  # mutant: empty rows
   to = b
   if PARTS:
     to = slot
@@ -141,8 +145,8 @@ def merge_kernel(part_ptr, lse2_ptr, start_ptr, count, out_ptr, DIM: tl.constexp
   pid = tl.program_id(0)
   b = pid // count
   row = pid % count
-  lo = tl.load(start_ptr + b)
-  hi = tl.load(start_ptr + b + 1)
+  lo = tl.load(start_ptr + b)  # mutant: first part
+  hi = tl.load(start_ptr + b + 1)  # mutant: last part
   acc = tl.zeros([DIM], tl.float32)
   top = tl.full([], float("-inf"), tl.float32)
   total = tl.zeros([], tl.float32)
@@ -154,7 +158,7 @@ def merge_kernel(part_ptr, lse2_ptr, start_ptr, count, out_ptr, DIM: tl.constexp
                    mask=(slot < hi)[:, None], other=0.0).to(tl.float32)
     new_top = tl.maximum(top, tl.max(lse2, 0))
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(lse2 - shift)
+    weights = tl.exp2(lse2 - shift)  # mutant: weights of parts
     fade = tl.exp2(top - shift)
     total = total * fade + tl.sum(weights, 0)
     acc = acc * fade + tl.sum(part * weights[:, None], 0)

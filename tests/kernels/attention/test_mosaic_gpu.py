@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from palm_haiku.kernels import alibi_slopes, flash_attention
-from palm_haiku.kernels.attention import mosaic_gpu, mosaic_gpu_tiles as tiles
+from palm_haiku.kernels.attention import mosaic_gpu, mosaic_gpu_backward
+from palm_haiku.kernels.attention import mosaic_gpu_tiles as tiles
+from tests import mutants
 from tests.kernels import hopper
 from tests.kernels.attention import contract
 from tests.kernels.attention.contract import Case
+from tests.mutants import DROPPED, Mistake
 
 STATIC = ("is_causal", "scale", "window")
 
@@ -51,30 +51,20 @@ def verify(case, **keywords):
   contract.check(case, *run(case, **keywords))
 
 
-# A compilation in the interpreter takes seconds, a run of it tenths of one: for each program that
-# is drawn, four inputs are. 12 and 6 programs make 72 cases.
-small = dict(max_queries=40, max_keys=140, max_batch=1,
-             groups=((1, 1), (1, 3), (1, 5), (2, 2), (2, 1)))
-
-
-def verify_variants(case, data, gradients, variants=4):
+def verify_variants(case, data, variants):
+  """A compilation takes seconds, a run tenths of one: each program has several inputs."""
   for _ in range(variants):
-    verify(case, gradients=gradients)
+    verify(case)
     case = data.draw(contract.variants(case))
 
 
+@pytest.mark.full
 @pytest.mark.timeout(900)
-@settings(max_examples=12)
-@given(contract.cases(**small), st.data())
-def test_forward_of_drawn_cases(case, data):
-  verify_variants(case, data, gradients=False)
-
-
-@pytest.mark.timeout(900)
-@settings(max_examples=6)
-@given(contract.cases(**small), st.data())
-def test_gradients_of_drawn_cases(case, data):
-  verify_variants(case, data, gradients=True)
+@settings(max_examples=9)
+@given(contract.cases(max_queries=40, max_keys=140, max_batch=1,
+                      groups=((1, 1), (1, 3), (1, 5), (2, 2), (2, 1))), st.data())
+def test_drawn_cases(case, data):
+  verify_variants(case, data, variants=8)  # 72 in all
 
 
 @pytest.mark.slow
@@ -83,22 +73,30 @@ def test_gradients_of_drawn_cases(case, data):
 @given(contract.cases(), st.data())
 def test_fuzz(case, data):
   """100 programs of any size, 7 inputs for each: 700 cases."""
-  verify_variants(case, data, gradients=True, variants=7)
+  verify_variants(case, data, variants=7)
   jax.clear_caches()
 
 
+SMALL = Case(heads=4, kv_heads=2, scale=-0.1)
+
+
+def test_a_small_case():
+  verify(SMALL)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("case", [
     Case(num_queries=130, num_keys=260, heads=1, dim_head=256, query_offset=130),  # slots reused
     Case(num_queries=9, num_keys=500, heads=1, query_offset=491),
     Case(num_queries=1, num_keys=1, heads=1),
     Case(num_queries=4, num_keys=70, heads=71, query_offset=66),  # heads straddle tiles
-    Case(heads=4, kv_heads=2, scale=-0.1),
     Case(scale=0.0, is_causal=False, alibi=False),
 ], ids=str)
 def test_edges(case):
   verify(case)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dim_head", [64, 256])
 def test_a_query_that_sees_nothing_gets_zeros(dim_head):
   case = Case(num_queries=20, num_keys=20, query_offset=-10, dim_head=dim_head)
@@ -109,6 +107,7 @@ def test_a_query_that_sees_nothing_gets_zeros(dim_head):
   assert np.all(np.isneginf(results["lse"][:, :, :10]))
 
 
+@pytest.mark.full
 def test_causality_by_gradient():
   """d out[t] / d key[s] and / d value[s] are exactly 0 for every s > t."""
   arrays = contract.inputs(Case(num_queries=70, num_keys=70, heads=2))
@@ -125,6 +124,7 @@ def test_causality_by_gradient():
       assert not np.any(np.delete(np.asarray(dq, np.float32), t, axis=1))
 
 
+@pytest.mark.full
 def test_alibi_does_not_depend_on_where_position_zero_is():
   """Without a mask, an offset adds slope * offset to a whole row, which softmax ignores."""
   case = Case(num_queries=12, num_keys=90, heads=3, is_causal=False, traced_offset=True)
@@ -135,11 +135,11 @@ def test_alibi_does_not_depend_on_where_position_zero_is():
 
 
 def test_same_bits_every_time():
-  case = Case(num_queries=50, num_keys=50, heads=3)
-  first, second = run(case)[1], run(case)[1]
+  first, second = run(SMALL)[1], run(SMALL)[1]
   jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+@pytest.mark.full
 def test_under_vmap_and_grad_through_the_op():
   arrays = contract.inputs(Case(batch=2, num_queries=20, num_keys=20, heads=2))
   slopes = jnp.asarray([[0.5, 0.25], [0.1, 0.2]])
@@ -176,50 +176,36 @@ def test_gradients_are_typed_under_a_mesh():
   assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]
 
 
-# Mutants: each of these changes of the kernels must be noticed. ---------------------------------
-
-
-def _without(monkeypatch, name, which):
-  """Leaves out one traced call of plgpu.<name> by its number, or those in the function `which`."""
-  original, count = getattr(plgpu, name), itertools.count()
-
-  def maybe(*args, **kwargs):
-    if which not in (next(count), sys._getframe(1).f_code.co_name):
-      return original(*args, **kwargs)
-
-  monkeypatch.setattr(plgpu, name, maybe)
-
-
-def _mutant_fails(case, **keywords):
-  jax.clear_caches()
-  try:
-    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
-      verify(case, **keywords)
-  finally:
-    jax.clear_caches()
-
+# Planted mistakes: each must be noticed. --------------------------------------------------------
 
 LONG = Case(num_queries=16, num_keys=330, heads=2, dim_head=256, query_offset=310)
+FEW = Case(num_queries=16, num_keys=140, heads=2, query_offset=124)
+OFF_BY_ONE = Mistake("right edge", r"\b0\b", "1")
+MISTAKES = {  # the case that notices it, the module, the place in it, and what changes there
+    "no wait for a free slot": (LONG, tiles, "wait for a free slot", *DROPPED),
+    "no wait for the values": (LONG, mosaic_gpu, "wait for values", *DROPPED),
+    "no wait for the turn": (LONG, mosaic_gpu, "wait for the turn", *DROPPED),
+    "no commit of the result": (Case(), mosaic_gpu, "commit of the result", *DROPPED),
+    "no commit of a wide result": (
+        Case(dim_head=256), mosaic_gpu, "commit of the result", *DROPPED),
+    "sees the next key": (Case(), tiles, *OFF_BY_ONE),
+    "slopes of another head": (Case(num_queries=60, num_keys=60), tiles, "slopes",
+                               "alibi_slopes", "jnp.roll(alibi_slopes, 1)"),
+    "the last block of keys is skipped": (FEW, tiles, "key blocks", r"some_hi, (\w+)",
+                                          r"some_hi - \1, \1"),
+    "the last block of rows is skipped": (FEW, tiles, "row blocks", r"some_hi, (\w+)",
+                                          r"some_hi - \1, \1"),
+}
+USUAL = ("no wait for the values", "sees the next key")
 
 
-# The waits of the forward kernel in the order in which they are traced: a slot to be free, at the
-# end of the copies, Q, K, the turn, V, the turn again.
-@pytest.mark.parametrize("which", [0, 5, 6])
-def test_mutant_without_a_wait(which, monkeypatch):
-  _without(monkeypatch, "barrier_wait", which)
-  _mutant_fails(LONG, gradients=False)
-
-
-@pytest.mark.parametrize("dim_head", [64, 256])
-def test_mutant_without_a_commit(dim_head, monkeypatch):
-  _without(monkeypatch, "commit_smem", 0)
-  _mutant_fails(Case(dim_head=dim_head), gradients=False)
-
-
-def test_mutant_mask_off_by_one(monkeypatch):
-  original = tiles.reach
-  monkeypatch.setattr(tiles, "reach", lambda *a: (original(*a)[0], original(*a)[1] + 1))
-  _mutant_fails(Case(), gradients=False)
+@pytest.mark.parametrize("name", [
+    name if name in USUAL else pytest.param(name, marks=pytest.mark.full) for name in MISTAKES])
+def test_a_planted_mistake_is_noticed(name):
+  case, module, *mistake = MISTAKES[name]
+  with mutants.planted(module, Mistake(*mistake)):
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+      verify(case, gradients="rows" in name)
 
 
 def _backward_of(arrays, results):
@@ -230,39 +216,20 @@ def _backward_of(arrays, results):
     return jax.block_until_ready(dict(zip(("dquery", "dkey", "dvalue"), grads)))
 
 
-def test_mutant_mask_off_by_one_in_the_backward(monkeypatch):
+@pytest.mark.full
+def test_a_mask_off_by_one_in_the_backward_is_noticed():
   arrays, good = run(Case())
-  original = tiles.reach
-  monkeypatch.setattr(tiles, "reach", lambda *a: (original(*a)[0], original(*a)[1] + 1))
-  for name, grad in _backward_of(arrays, good).items():
-    with pytest.raises(AssertionError):
-      contract.check(Case(), arrays, {name: grad})
+  with mutants.planted(tiles, OFF_BY_ONE):
+    wrong = _backward_of(arrays, good)
+  assert contract.errors(Case(), arrays, wrong).keys() == {"dquery", "dkey", "dvalue"}
 
 
-def test_mutant_dk_without_waiting_for_the_weights(monkeypatch):
+@pytest.mark.full
+def test_dk_without_waiting_for_the_weights_is_noticed():
   arrays, good = run(Case(dim_head=256), gradients=False)
-  _without(monkeypatch, "barrier_wait", "weights")
-  with pytest.raises((hopper.Race, jax.errors.JaxRuntimeError)):
-    _backward_of(arrays, good)
-
-
-def test_mutant_slopes_of_the_wrong_head(monkeypatch):
-  original = tiles.row_slopes
-  monkeypatch.setattr(tiles, "row_slopes", lambda slopes, n: original(jnp.roll(slopes, 1), n))
-  _mutant_fails(Case(num_queries=60, num_keys=60), gradients=False)
-
-
-@pytest.mark.parametrize("bounds", ["key_blocks", "row_blocks"])
-def test_mutant_skips_a_block(bounds, monkeypatch):
-  original = getattr(tiles, bounds)
-
-  def one_less(*args, **kwargs):
-    table, rows, keys = original(*args, **kwargs)
-    hi = jnp.maximum(table[..., 0], table[..., 3] - 1)
-    return table.at[..., 1:4].min(hi[..., None]), rows, keys
-
-  monkeypatch.setattr(tiles, bounds, one_less)
-  _mutant_fails(Case(num_queries=16, num_keys=140, heads=2, query_offset=124))
+  with mutants.planted(mosaic_gpu_backward, Mistake("wait for the weights", *DROPPED)):
+    with pytest.raises((hopper.Race, jax.errors.JaxRuntimeError)):
+      _backward_of(arrays, good)
 
 
 # What is refused. -------------------------------------------------------------------------------
@@ -324,10 +291,12 @@ def _sound(report, kernels):
   assert not report.problems, report.problems
 
 
+@pytest.mark.full
 def test_compiles_without_spills_or_serialized_products():
   _sound(compiled(256, alibi=True, gradients=True), 3)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("length, num_keys, heads", [
     (129, 131, 1), (1, 1, 1), (1, 77, 3), pytest.param(45, 5, 3, marks=pytest.mark.slow)])
 def test_compiles_for_lengths_that_no_copy_divides(length, num_keys, heads):
@@ -360,6 +329,7 @@ def test_main_loop_is_short(dim_head, alibi, allowed):
   assert kernel.code.main_loop.instructions <= allowed * TOKAMAX[dim_head]
 
 
+@pytest.mark.full
 def test_memory_grows_with_the_length_alone():
   length, heads, dim_head = 65536, 16, 64
   report = compiled(dim_head, alibi=True, gradients=True, length=length, heads=heads)
