@@ -184,7 +184,7 @@ class RunDirectory:
                        "--out")
     return False
 
-  def _config(self) -> dict[str, Any]:
+  def _config(self) -> dict[str, Any] | None:
     path = self.path / CONFIG
     if not path.exists():
       return None
@@ -192,7 +192,8 @@ class RunDirectory:
       fields = json.loads(path.read_text())
       load_config({"config": fields})
     except (ValueError, TypeError, KeyError) as error:
-      raise ValueError(f"{path} does not hold the settings of a run ({error}); choose another "
+      detail = f" ({error})" if isinstance(error, ValueError) else ""
+      raise ValueError(f"{path} does not hold the settings of a run{detail}; choose another "
                        "--out") from error
     return fields
 

@@ -325,7 +325,9 @@ def _corpus(config, tokenizer, before) -> data.Corpus:
       raise
     raise ValueError(f"{error}; if the data have moved, name their place with --data") from error
   if before is not None and before["data_fingerprint"] != corpus.fingerprint:  # mutant: other data
-    raise ValueError(f"the run was trained on other data than {config.data} holds now")
+    raise ValueError(
+        f"the run was trained on other data than {config.data} holds now"
+        + ("" if "tokenizer_fingerprint" in before else ", or with another tokenizer"))
   return corpus
 
 
