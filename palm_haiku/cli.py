@@ -89,9 +89,10 @@ def _parser() -> argparse.ArgumentParser:
   _add_model_options(train)
   group = train.add_argument_group("data")
   group.add_argument("--data", metavar="SOURCE", help="text to train on: pydoc (Python's own "
-                     "documentation, the default), enwik8, or a path or quoted glob of text files")
+                     "documentation, the default), enwik8, or a path or quoted glob of text files; on "
+                     "--resume, where the run's data are now")
   group.add_argument("--tokenizer", metavar="NAME", help="bytes (the default) or a SentencePiece "
-                     "model file")
+                     "model file, of which the run keeps a copy")
   group.add_argument("--eval-fraction", type=float, metavar="F", help="how much of the end of the "
                      "data is held out (default 0.1)")
   group.add_argument("--mask-documents", action="store_true", default=None,

@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -346,3 +347,14 @@ def test_what_was_trained_is_never_begun_anew(place, capsys):
     status, _, err = call(capsys, *command, "bytes")
     assert status == 1 and "no checkpoint in" in err and err.count("\n") == 1
   assert contents(place) == before
+
+
+def test_the_table_says_of_each_setting_what_may_become_of_it():
+  rows = (pathlib.Path(__file__).parents[1] / "docs" / "training.md").read_text().splitlines()
+  kept, = (row for row in rows if "| refused:" in row)
+  free = "".join(row for row in rows if row.startswith("| `--") and row != kept)
+  options = {field.name: f"`--{field.name.replace('_', '-')}`"
+             for field in dataclasses.fields(TrainConfig) if field.name != "model"}
+  assert {name for name in options if options[name] in free} == recipe.FREE_ON_RESUME
+  assert {name for name in options if options[name] in kept} == (
+      options.keys() - recipe.FREE_ON_RESUME)
