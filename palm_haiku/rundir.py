@@ -191,7 +191,7 @@ class RunDirectory:
     try:
       fields = json.loads(path.read_text())
       load_config({"config": fields})
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
       detail = f" ({error})" if isinstance(error, ValueError) else ""
       raise ValueError(f"{path} does not hold the settings of a run{detail}; choose another "
                        "--out") from error

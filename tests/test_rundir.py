@@ -253,7 +253,8 @@ def test_where_there_are_no_locks_a_warning_is_all(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("path, content, message", [
-    ("config.json", b'{"mine": 1}', "does not hold the settings of a run .*choose another --out"),
+    ("config.json", b'{"mine": 1}', "does not hold the settings of a run; choose another --out"),
+    ("config.json", b'{"model": "gpt2", "steps": 5}', "config.json does not hold the settings of a run"),
     ("config.json", b'{"model": {"dim": 8}}', "config.json does not hold the settings of a run"),
     ("config.json", b'["a"]', "config.json does not hold the settings of a run"),
     ("config.json", b"{", "config.json does not hold the settings of a run"),
