@@ -35,6 +35,9 @@ def next_token_loss(logits, targets, *, weights=None, z_loss: float = 0.0) -> Lo
       raise ValueError(f"{name} must be {logits.shape[:-1]}, as the logits are; "
                        f"got {jnp.shape(array)}")
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  if weights is not None:  # 0 * NaN is NaN, in the loss and in its gradient
+    nothing = (weights == 0) & ~jnp.isfinite(logits).all(-1)
+    logits = jnp.where(nothing[..., None], 0, logits)
   log_z = jax.nn.logsumexp(logits, axis=-1)
   # Wide enough to be compared with the vocabulary: 256 is 0 among bytes.
   targets = jnp.asarray(targets, jnp.result_type(targets, jnp.int32))
@@ -57,6 +60,7 @@ def mean_loss(nll, log_z, *, weights=None, z_loss: float = 0.0) -> Loss:
   count = jnp.maximum(weights.sum(), jnp.finfo(nll.dtype).tiny)  # mutant: weighted tokens
 
   def mean(x):
+    x = jnp.where((weights == 0) & ~jnp.isfinite(x), 0, x)
     return (x * weights).sum() / count
 
   nll, log_z_squared = mean(nll), mean(jnp.square(log_z))

@@ -28,7 +28,9 @@ def flash_attention(
   """softmax(scale * q k^T + slope * (kv_pos - q_pos)) v, with no [T, S] array in memory.
 
   Query i stands at position `query_offset + i`, key j at position j. A query that may attend
-  to no key at all gives zeros.
+  to no key at all gives zeros. Masks hide finite numbers alone: a NaN or an infinity in a key or
+  value that no query sees (or in a query, for gradients) reaches the results of all that share a
+  tile with it, since weights of 0 multiply it; replace it before the call.
 
   Args:
     query: float[..., T, heads, dim_head].

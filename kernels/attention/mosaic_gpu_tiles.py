@@ -280,3 +280,17 @@ def mask_scores(scores, visible, base, segments):
   if segments is not None:
     seen &= across(segments[0], shape) == down(segments[1], shape)
   return jnp.where(seen, scores, -jnp.inf)
+
+
+def clear_rows(tile, count):
+  """Zeros in rows from `count` on of 64 rows of 16 bits in shared memory, for wgmma to read.
+
+  The weights there are 0, and 0 * NaN is not.
+  """
+  rows, dim = tile.shape
+  row = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=ROW)
+  for column in range(0, dim, 64):
+    part = tile.at[:, pl.ds(column, 64)]
+    x = plgpu.load(part, layout=TILE, optimized=False)
+    part[...] = jnp.where(across(row, x.shape) < count, x, jnp.zeros_like(x))
+  plgpu.commit_smem()

@@ -36,7 +36,7 @@ def linear_cross_entropy(
     z_loss: weight of the squared log of the softmax normaliser; the paper's is 1e-4.
     scale: of the logits, a number; PaLM's is 1/sqrt(D).
     weights: float[...], each token's loss is multiplied by; None for one. A token of weight 0
-      adds nothing whatever its target.
+      adds nothing, whatever its target and be its x NaN or infinite: then log Z is that of x = 0.
     implementation: "auto", or a backend by name.
 
   Returns:
@@ -77,6 +77,9 @@ def _loss(x, embedding, targets, weights, dynamic, *, static, name, chip):
     weights = jnp.asarray(weights, jnp.promote_types(x.dtype, jnp.float32))
     outside = (targets < 0) | (targets >= vocabulary)
     targets = jnp.where((weights == 0) & outside, 0, targets)
+    # 0 * NaN is NaN, in the loss and in the gradient of all that the token meets.
+    square = jnp.square(jax.lax.stop_gradient(x).astype(weights.dtype)).sum(-1)
+    x = jnp.where(((weights == 0) & ~jnp.isfinite(square))[..., None], 0, x)
   # [sequences, T, D]: either may be divided over mesh axes of its own, so they stay apart.
   rows = x.shape[-2] if x.ndim > 2 else 1
   x = x.reshape(-1, rows, x.shape[-1])

@@ -34,7 +34,7 @@ def decode_attention(
     key_cache: [..., max_len, kv_heads, dim_head], in the dtype of `query` or int8; kv_heads is 1
       (multi-query attention) or another divisor of heads. It has the axes of `flash_attention`'s
       key; a cache [..., max_len, dim_head] is one of `cache[..., None, :]`, which copies nothing.
-      What is not filled yet has no influence, but must be finite.
+      What is not filled yet has no influence, be it NaN; nor has it in the scales.
     value_cache: like `key_cache`. Where it is the same Python object, it is read once.
     lengths: int[...], positions filled, those of `query` included.
     alibi_slopes: float[heads]; None for no bias.

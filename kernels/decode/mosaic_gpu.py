@@ -102,6 +102,10 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
       acc, top, total = carry
       at = lax.rem(i, stages)
       plgpu.barrier_wait(ready.at[at])  # mutant: wait for a tile
+      left = end - (lo + i * BLOCK)
+      if masked and k_wide is None:
+        values = k_smem if v_ref is None else v_smem
+        pl.when(left < BLOCK)(lambda: tiles.clear_rows(values.at[at], left))
       k_tile = operand(k_smem, k_wide, at)
 
       def scores_of(acc_ref):
@@ -136,6 +140,8 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
       if k_scale is not None:
         if v_scale_ref is not None:  # mutant: values' scales
           k_scale = plgpu.load(v_scale_smem.at[at], layout=COL, optimized=False)
+        if masked:
+          k_scale = jnp.where(fixed + lane < left.astype(jnp.float32), k_scale, 0.0)
         weights *= down(k_scale, shape)  # mutant: value scales
       weights = weights.astype(q_smem.dtype)
       acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))

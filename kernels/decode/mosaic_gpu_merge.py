@@ -63,6 +63,7 @@ def _kernel(starts_ref, parts_ref, lse_ref, out_ref, parts_smem, out_smem, ready
       low = (weights - high.astype(jnp.float32)).astype(parts_smem.dtype)
       acc, new_top, total, high, low = lax.optimization_barrier((acc, new_top, total, high, low))
       plgpu.barrier_wait(ready.at[i])  # mutant: wait for a part
+      pl.when(first + PARTS > hi)(lambda: tiles.clear_rows(parts_smem.at[i], hi - first))
       acc = tiles.product_onto(acc, high, parts_smem.at[i])
       return tiles.product_onto(acc, low, parts_smem.at[i]), new_top, total
 

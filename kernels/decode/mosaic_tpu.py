@@ -134,9 +134,7 @@ def _kernel(refs, plan, streams, scale):
   def fetch(t, at):
     @pl.when(before_end(*at))
     def _():
-      slot, filled = jax.lax.rem(t, plan.slots), left(*at)
-      pl.when((t < plan.slots) & (filled < plan.size))(lambda: clear_stale(refs, slot))
-      copy_block(refs, plan, streams, *at, slot, filled, "start")
+      copy_block(refs, plan, streams, *at, jax.lax.rem(t, plan.slots), left(*at), "start")
     return following(*at, left(*at), plan.size)
 
   def written(i):
@@ -177,6 +175,7 @@ def _kernel(refs, plan, streams, scale):
     needed = jnp.maximum(jnp.where(t < 0, 0, left(*now)), jnp.where(more, filled, 0))
     part = functools.reduce(
         lambda smaller, n: jnp.where(needed <= n, n, smaller), reversed(plan.parts))
+    pl.when((t >= 0) & (left(*now) < part))(lambda: clear_behind(refs, slot, left(*now), part))
     for n in plan.parts:
       pl.when(part == n)(functools.partial(
           step, refs, plan, scale, n, slot, fresh, next_slot, then[0], filled))
@@ -231,11 +230,20 @@ def copy_block(refs, plan, streams, i, n, slot, left, act):
           source.at[pl.ds(plan.max_len - rest, rest)], target.at[pl.ds(most, rest)]))
 
 
-def clear_stale(refs, slot):
-  """Zeros where no copy will write: the weights there are 0, and 0 * NaN is not."""
-  for name in ("key_block", "value_block", "key_scales_block", "value_scales_block"):
-    if name in refs and refs[name].dtype != jnp.int8:
-      refs[name][slot] = jnp.zeros(refs[name].shape[1:], refs[name].dtype)
+def clear_behind(refs, slot, filled, end):
+  """Zeros for the values of positions [filled, end): the weights are 0, and 0 * NaN is not."""
+  values = "value" if "value_block" in refs else "key"
+  scaled = f"{values}_scales_block" in refs  # int8 is no NaN, but its scale may be
+  block = refs[f"{values}_scales_block" if scaled else f"{values}_block"]
+
+  def clear(i, _):
+    begin = pl.multiple_of(i * LANES, LANES)
+    at = (slot, slice(None), pl.ds(begin, LANES)) if scaled else (slot, pl.ds(begin, LANES))
+    old = block[at].astype(jnp.float32)
+    position = begin + jax.lax.broadcasted_iota(jnp.int32, old.shape, int(scaled))
+    block[at] = jnp.where(position < filled, old, 0).astype(block.dtype)
+
+  jax.lax.fori_loop(jax.lax.div(filled, LANES), jax.lax.div(end, LANES), clear, None)
 
 
 def step(refs, plan, scale, part, slot, fresh, next_slot, sequence, left):

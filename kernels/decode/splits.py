@@ -16,7 +16,7 @@ import jax.numpy as jnp
 # has them read. With 68 that is 2.2% more bytes than the cache's; where a copy of two parts takes
 # SPARE, 4.8% with the result, the most there is. (64 makes it 5.1%.)
 POSITIONS_PER_ROW = 68
-# Parts are copied by so many at least, and what is copied with a part must be finite.
+# Parts are copied by so many at least; the merge clears what is copied with a part.
 SPARE = 8
 
 

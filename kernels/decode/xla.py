@@ -37,6 +37,13 @@ def attend(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value
     scores += slopes * distance.astype(accum)[:, None, :, None, :]
   scores = jnp.where((distance <= 0)[:, None, :, None, :], scores, -jnp.inf)
 
+  # The weights beyond are 0, and 0 * NaN is not.
+  filled = (jnp.arange(max_len) < lengths[:, None])[:, :, None]
+  if value_scales is None:
+    value = jnp.where(filled[..., None], value, 0)
+  else:
+    value_scales = jnp.where(filled, value_scales, 0)
+
   top = scores.max(-1, keepdims=True)
   weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0))
   total = weights.sum(-1)[..., None]

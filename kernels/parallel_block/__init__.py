@@ -44,7 +44,7 @@ def parallel_attention_ffn(
       to different positions of their caches (then causal, without segments or window).
     kv_cache: (keys, values), or (keys,) where keys and values are the same array, each
       [..., S, Dh]: attention is to the cache, after the rows of x have been written to it at
-      `query_offset`.
+      `query_offset`. If causal, what lies behind them has no influence, be it NaN.
     implementation: "auto", or a backend by name.
 
   Returns:

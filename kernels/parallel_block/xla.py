@@ -155,7 +155,13 @@ def attend(query, key, value, params, *, rotary, query_offset, kv_cache, **optio
   if kv_cache is not None:
     kv_cache = tuple(write(old, rows[..., 0, :], query_offset)
                      for old, rows in zip(kv_cache, (key, value)))
-    key, value = (kv_cache[i].astype(query.dtype)[..., None, :] for i in (0, -1))
+    key, value = kv_cache[0], kv_cache[-1]
+    if options["is_causal"]:  # The weights behind the last row are 0, and 0 * NaN is not.
+      end = jnp.asarray(query_offset + query.shape[-3])
+      end = end.reshape(end.shape + (1,) * (key.ndim - end.ndim))
+      filled = jax.lax.broadcasted_iota(end.dtype, key.shape, key.ndim - 2) < end
+      key, value = jnp.where(filled, key, 0), jnp.where(filled, value, 0)
+    key, value = (x.astype(query.dtype)[..., None, :] for x in (key, value))
   if values_are_keys(params, rotary):
     value = key  # One object, so that a kernel can read it once.
   if jnp.ndim(query_offset):
