@@ -108,7 +108,7 @@ def one_core(merge):
 MUTANTS = {
     "mask": ("hide", off_by_one), "slopes": ("row_slopes", of_another_head),
     "missing wait": ("copy_block", without_waiting), "stale accumulator": ("carried", stale),
-    "skipped block": ("following", skipped), "stale cache": ("clear_stale", nothing),
+    "skipped block": ("following", skipped), "stale cache": ("clear_behind", nothing),
     "one core's part": ("merge", one_core)}
 
 
