@@ -29,7 +29,10 @@ def main(argv=None) -> float:
   parser.add_argument("--dtype", default="float32")
   parser.add_argument("--length", type=int, default=512)
   args = parser.parse_args(argv)
-  print(kernels.explain("parallel_attention_ffn", args.implementation))
+  query, key = (jax.ShapeDtypeStruct((2, args.length, heads, 64), args.dtype) for heads in (4, 1))
+  print(kernels.explain("flash_attention", query, key, implementation=args.implementation))
+  for chip in ("a100", "h100", "v5e"):
+    print(f"on {chip}:", kernels.explain("flash_attention", query, key, chip=chip).reason)
   tokens = jax.random.randint(jax.random.key(1), (2, args.length), 0, 256)
   want = gradients("xla", args.dtype, tokens)
   got = gradients(args.implementation, args.dtype, tokens)

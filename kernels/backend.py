@@ -68,6 +68,19 @@ def target(*arrays: jax.Array | None) -> Target:
   return Target(platform, chip)
 
 
+# What is compiled for a v4, the oldest TPU with the least memory, runs on all.
+ANY_TPU = Target("tpu", "v4")
+ANY_TPU_MESH = jax.sharding.AbstractMesh((1,), ("_",), abstract_device=jax.sharding.AbstractDevice(
+    device_kind="TPU v4", num_cores=1, platform="tpu"))
+
+
+def undecided(*arrays: jax.Array | None) -> bool:
+  """Whether a program is traced of which nothing says where it will run."""
+  arrays = [x for x in arrays if isinstance(x, jax.Array)]
+  return (not any(compat.is_known(x) for x in arrays) and placed.value is None
+          and mesh.current(*arrays).abstract_device is None)
+
+
 def kernel_module(op: str, implementation: str) -> types.ModuleType:
   """The module of an op's backend; imported when first needed."""
   return _module(op, implementation)
@@ -129,6 +142,8 @@ def choose(op: str, implementation: str, *arrays, on: Target, needs: str | None 
     if problem:
       return Choice("xla", f"{fitting} needs {problem}")
     reason = f"the fused kernel for {on.chip}"
+    if op == "flash_attention":
+      reason += " (xla where alibi_slopes are differentiated)"
     return Choice(fitting, reason if arrays else (
         f"{reason}, if shapes and dtypes fit it, with {tuning.LEAST[op]}; else xla"))
 

@@ -1,5 +1,7 @@
 """A rule for `vmap` of what works on rows of tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -31,3 +33,24 @@ def folding_vmap(function):
     return results, jax.tree.map(lambda _: True, results)
 
   return mapped
+
+
+def folding_batch(function):
+  """Attention's forward or backward pass, which `vmap` calls on a larger batch.
+
+  Its arrays and segment ids have one row for each sequence; mapped slopes or offsets are called
+  one after the other.
+  """
+  @functools.wraps(function)
+  def folded(*arrays, segment_ids, alibi_slopes, query_offset, **static):
+    is_static = isinstance(query_offset, int)
+
+    def call(sequences, others):
+      (arrays, ids), (slopes, offset) = sequences, others
+      return function(*arrays, segment_ids=ids, alibi_slopes=slopes,
+                      query_offset=query_offset if is_static else offset, **static)
+
+    return folding_vmap(call)(
+        (arrays, segment_ids), (alibi_slopes, None if is_static else query_offset))
+
+  return folded

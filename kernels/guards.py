@@ -79,6 +79,11 @@ ad.primitive_jvps[_no_derivative_p] = lambda primals, tangents, *, op: _refuse_a
 _PLATFORMS = {"mosaic_gpu": ("cuda",), "mosaic_tpu": ("tpu",), "triton": ("cuda", "rocm")}
 
 
+def platforms(implementation: str) -> tuple[str, ...]:
+  """JAX's names of the platforms that an implementation is for."""
+  return _PLATFORMS[implementation]
+
+
 def _check_platform(ctx, x, *, op, implementation, interpreted):
   allowed = _PLATFORMS[implementation]
   for platform in ctx.module_context.platforms:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from palm_haiku import kernels
 from palm_haiku.config import PaLMConfig
+from palm_haiku.kernels.integers import known
 from palm_haiku.kernels.parallel_block.xla import normalize
 from palm_haiku.sharding import Rules, constrain
 
@@ -210,14 +210,15 @@ class PaLM(hk.Module):
       raise ValueError(f"tokens must be integers; got {jnp.result_type(tokens)}")
     if jnp.ndim(tokens) < 1 or 0 in jnp.shape(tokens):
       raise ValueError(f"tokens must be [..., T] with at least one token; got {jnp.shape(tokens)}")
-    if not isinstance(tokens, jax.core.Tracer):
-      values = np.asarray(tokens)  # By jnp it would be traced, if this is inside another's jit.
+    values = known(tokens)
+    if values is not None:
       low, high = int(values.min()), int(values.max())
       if low < 0 or high >= self.config.num_tokens:
         raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of "
                          f"{self.config.num_tokens} tokens")
-    if cache is not None and not isinstance(cache.length, jax.core.Tracer):
-      room = cache.arrays[0].shape[-2] - int(np.asarray(cache.length).max())
+    length = None if cache is None else known(cache.length)
+    if length is not None:
+      room = cache.arrays[0].shape[-2] - int(length.max())
       if jnp.shape(tokens)[-1] > room:
         raise ValueError(f"the cache has room for {room} more positions; "
                          f"got {jnp.shape(tokens)[-1]} tokens")

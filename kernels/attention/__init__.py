@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import backend, compat, guards, integers
+from .. import backend, compat, guards, integers, platforms
 from . import fused, xla
 
 
@@ -94,19 +94,41 @@ def flash_attention(
   static = {name: dynamic.pop(name) for name in ("query_offset", "scale")
             if isinstance(dynamic[name], int | float)}
   out = _attention(query, key, value, dynamic, static=tuple(static.items()), is_causal=is_causal,
-                   window=window, name=name,
+                   window=window, name=name, auto=implementation == "auto",
+                   undecided=implementation == "auto" and backend.undecided(query, key, value),
                    chip=backend.chip_for(name, on))
   return out.reshape(*lead, num_queries, heads, dim_head)
 
 
 @compat.compiled_once
-def _attention(query, key, value, dynamic, *, static, is_causal, window, name, chip):
-  options = dict(dynamic, **dict(static), is_causal=is_causal, window=window)
+def _attention(query, key, value, dynamic, *, static, is_causal, window, name, chip, auto,
+               undecided):
+  static = dict(static, is_causal=is_causal, window=window)
+  if name == "xla" and undecided:
+    return platforms.by_platform(_plain, [(("tpu",), _on_any_tpu)], (query, key, value, dynamic),
+                                 tuple(static.items()), backend.ANY_TPU_MESH)
   if name == "xla":
-    return xla.attention_over_mesh(query, key, value, **options)
+    return xla.attention_over_mesh(query, key, value, **dynamic, **static)
+  if not undecided:
+    query = guards.only_on(query, "flash_attention", name)
   return fused.attention(
-      guards.only_on(query, "flash_attention", name), key, value, chip=chip,
-      backend=backend.kernel_module("flash_attention", name), **options)
+      query, key, value, chip=chip, backend=backend.kernel_module("flash_attention", name),
+      auto=auto, platforms=guards.platforms(name) if undecided else (), **dynamic, **static)
+
+
+def _plain(query, key, value, dynamic, static):
+  return xla.attention_over_mesh(query, key, value, **dynamic, **dict(static))
+
+
+@compat.promoting
+def _on_any_tpu(query, key, value, dynamic, static):
+  name = backend.choose("flash_attention", "auto", query, key, value,
+                        on=backend.ANY_TPU).implementation
+  if name == "xla" or "scale" in dynamic:
+    return _plain(query, key, value, dynamic, static)
+  return fused.attention(query, key, value, chip=None, auto=True, platforms=(),
+                         backend=backend.kernel_module("flash_attention", name),
+                         **dynamic, **dict(static))
 
 
 def default_scale(dim_head) -> float | jax.Array:

@@ -24,7 +24,8 @@ from jax.sharding import PartitionSpec as P
 from .. import mesh as meshes
 from ..compat import in_32_bits, promoting
 from ..guards import not_differentiable, reverse_only
-from . import ring as rings
+from ..platforms import here_or
+from . import ring as rings, xla
 
 _OP = "flash_attention"
 on_one_device = meshes.attention_on_one_device
@@ -40,6 +41,8 @@ class Options:
   scale: float
   window: tuple[int, int] | None
   query_offset: int | None  # None where it is an array
+  auto: bool = False  # nobody asked for a kernel: plain JAX does what it can't
+  platforms: tuple[str, ...] = ()  # that have the kernel; empty where the program is for them alone
 
   def keywords(self, segment_ids, alibi_slopes, query_offset):
     """The keyword arguments of a backend's functions."""
@@ -50,11 +53,11 @@ class Options:
 
 
 def attention(query, key, value, *, backend, chip, is_causal, alibi_slopes, scale, segment_ids,
-              window, query_offset):
+              window, query_offset, auto=False, platforms=()):
   """Attention by one backend's kernels; arguments as `xla.attention`, value None for the key."""
   static_offset = isinstance(query_offset, int)
   options = Options(backend, chip, is_causal, float(scale), window,
-                    query_offset if static_offset else None)
+                    query_offset if static_offset else None, auto, platforms)
   if segment_ids is not None:
     segment_ids = tuple(map(jnp.asarray, segment_ids))
   alibi_slopes = None if alibi_slopes is None else jnp.asarray(alibi_slopes, jnp.float32)
@@ -100,13 +103,37 @@ def _one_device(options, query, key, value, segment_ids, slopes, offset):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(options, query, key, value, segment_ids, slopes, offset):
-  return in_32_bits(options.backend.forward)(
-      query, key, value, **options.keywords(segment_ids, slopes, offset))[0]
+def _attention(options, *arrays):
+  return _out_and_lse(options, *arrays)[0]
+
+
+def _out_and_lse(options, *arrays):
+  def kernel(*arrays):
+    return in_32_bits(options.backend.forward)(*arrays[:3], **options.keywords(*arrays[3:]))
+
+  def plain(*arrays):
+    (batch, length, heads, _) = arrays[0].shape
+    lse = jnp.zeros((batch, heads, length), jnp.float32)  # its backward pass has no use for it
+    return _plain(options, arrays[3], arrays[5], *arrays[:3], arrays[4]), lse
+
+  run = here_or(promoting(plain), kernel, options.platforms) if options.platforms else kernel
+  return run(*arrays)
+
+
+def _plain(options, segment_ids, offset, query, key, value, slopes):
+  keywords = options.keywords(segment_ids, slopes, offset)
+  del keywords["chip"]
+  return xla.attention(query, key, key if value is None else value, **keywords)
 
 
 def _forward(options, *arrays):
   slopes = arrays[4]
+  if slopes is not None and slopes.perturbed and options.auto and isinstance(
+      options.backend, types.ModuleType):
+    query, key, value, segment_ids, slopes, offset = jax.tree.map(
+        lambda x: x.value, arrays, is_leaf=lambda x: hasattr(x, "perturbed"))
+    return jax.vjp(functools.partial(_plain, options, segment_ids, offset),
+                   query, key, value, slopes)
   if slopes is not None and slopes.perturbed:
     raise ValueError(f"{_OP}: the fused kernels have no derivative with respect to alibi_slopes; "
                      "pass implementation='xla' for that, or jax.lax.stop_gradient(alibi_slopes)")
@@ -115,21 +142,34 @@ def _forward(options, *arrays):
   # Only a second derivative differentiates these.
   query, key = not_differentiable(query, _OP), not_differentiable(key, _OP)
   value = None if value is None else not_differentiable(value, _OP)
-  out, lse = in_32_bits(options.backend.forward)(
-      query, key, value, **options.keywords(segment_ids, slopes, offset))
+  out, lse = _out_and_lse(options, query, key, value, segment_ids, slopes, offset)
   # Named here, where they are residuals: a policy that keeps both does not rerun the kernel.
   out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
   return out, (query, key, value, segment_ids, slopes, offset, out, lse)
 
 
 def _backward(options, residuals, dout):
+  if not isinstance(residuals, tuple):  # the derivative of plain JAX
+    if type(dout) is jax.custom_derivatives.SymbolicZero:
+      dout = jnp.zeros(dout.shape, dout.dtype)
+    *gradients, dslopes = residuals(dout)
+    return (*gradients, None, dslopes, None)
   query, key, value, segment_ids, slopes, offset, out, lse = residuals
   if type(dout) is jax.custom_derivatives.SymbolicZero:
     dout = jnp.zeros(out.shape, out.dtype)
   query, key, out, dout = (not_differentiable(x, _OP) for x in (query, key, out, dout))
   value = None if value is None else not_differentiable(value, _OP)
-  gradients = in_32_bits(options.backend.backward)(
-      query, key, value, out, lse, dout, **options.keywords(segment_ids, slopes, offset))
+
+  def kernel(query, key, value, out, lse, dout, *others):
+    return tuple(in_32_bits(options.backend.backward)(
+        query, key, value, out, lse, dout, **options.keywords(*others)))
+
+  def plain(query, key, value, out, lse, dout, segment_ids, slopes, offset):
+    attend = lambda *arrays: _plain(options, segment_ids, offset, *arrays, slopes)
+    return tuple(jax.vjp(attend, query, key, value)[1](dout))
+
+  run = here_or(promoting(plain), kernel, options.platforms) if options.platforms else kernel
+  gradients = run(query, key, value, out, lse, dout, segment_ids, slopes, offset)
   return (*gradients, None, None, None)
 
 

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import cost, mesh as meshes, tuning
+from ..batching import folding_batch
 from . import mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
 from .mosaic_tpu_backward import backward as backward
 from .mosaic_tpu_layout import LOG2E
@@ -50,6 +51,7 @@ def unsupported(query, key, value, *, chip) -> str | None:
   return None
 
 
+@folding_batch
 def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_causal, scale,
             window, chip, blocks=None):
   """Attention and its log-sum-exp; the contract of every backend.

@@ -15,10 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import cost, mesh as meshes, tuning
+from ..batching import folding_batch
 from . import mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
 from .mosaic_tpu_layout import LOG2E
 
 
+@folding_batch
 def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, query_offset,
              is_causal, scale, window, chip, blocks=None):
   """The gradients of attention; the contract of every backend.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from .. import backend, compat, guards, integers, mesh as meshes
+from .. import backend, compat, guards, integers, mesh as meshes, platforms
 from . import fused, xla
 
 
@@ -65,11 +65,12 @@ def linear_cross_entropy(
             if not isinstance(dynamic[name], jax.Array)}
   # A target that is beyond 32 bits is outside the vocabulary as well.
   return _loss(x, embedding, integers.clamped(targets, -1, 2**31 - 1), weights, dynamic,
-               static=tuple(static.items()), name=name, chip=backend.chip_for(name, on))
+               static=tuple(static.items()), name=name, chip=backend.chip_for(name, on),
+               undecided=implementation == "auto" and backend.undecided(x, embedding))
 
 
 @compat.compiled_once
-def _loss(x, embedding, targets, weights, dynamic, *, static, name, chip):
+def _loss(x, embedding, targets, weights, dynamic, *, static, name, chip, undecided):
   options = dynamic | dict(static)
   x, embedding, targets = map(jnp.asarray, (x, embedding, targets))
   vocabulary = embedding.shape[0]
@@ -83,22 +84,38 @@ def _loss(x, embedding, targets, weights, dynamic, *, static, name, chip):
   # [sequences, T, D]: either may be divided over mesh axes of its own, so they stay apart.
   rows = x.shape[-2] if x.ndim > 2 else 1
   x = x.reshape(-1, rows, x.shape[-1])
-  log_z, logit = _statistics(
-      x, embedding, targets.reshape(-1, rows), options["scale"], name, chip)
+  arrays, scale = (x, embedding, targets.reshape(-1, rows)), options["scale"]
+  if name == "xla" and undecided and isinstance(scale, float):
+    log_z, logit = platforms.by_platform(
+        _plain, [(("tpu",), _on_any_tpu)], arrays, scale, backend.ANY_TPU_MESH)
+  else:
+    log_z, logit = _statistics(*arrays, scale, name, chip,
+                               guards.platforms(name) if undecided and name != "xla" else ())
   log_z, logit = log_z.reshape(targets.shape), logit.reshape(targets.shape)
   logit = jnp.where((targets >= 0) & (targets < vocabulary), logit, jnp.nan)
   loss = log_z - logit + options["z_loss"] * jnp.square(log_z)
   return (loss if weights is None else weights * loss), log_z
 
 
-def _statistics(x, embedding, targets, scale, name, chip):
+def _plain(x, embedding, targets, scale):
+  return _statistics(x, embedding, targets, scale, "xla", None)
+
+
+@compat.promoting
+def _on_any_tpu(x, embedding, targets, scale):
+  choice = backend.choose(fused.OP, "auto", x, embedding, on=backend.ANY_TPU)
+  return _statistics(x, embedding, targets, scale, choice.implementation, None)
+
+
+def _statistics(x, embedding, targets, scale, name, chip, platforms=()):
   """`xla.statistics` or its kernels, over the mesh that the arrays live on."""
   if name == "xla":
     local = xla.statistics
   else:
     local = functools.partial(
-        fused.statistics, backend=backend.kernel_module(fused.OP, name), chip=chip)
-    x = guards.reverse_only(guards.only_on(x, fused.OP, name), fused.OP)
+        fused.statistics, backend=backend.kernel_module(fused.OP, name), chip=chip,
+        platforms=platforms)
+    x = guards.reverse_only(x if platforms else guards.only_on(x, fused.OP, name), fused.OP)
     embedding = guards.reverse_only(embedding, fused.OP)
   vocabulary = embedding.shape[0]
   static_scale, scale = (scale, None) if isinstance(scale, float) else (None, scale)

@@ -44,6 +44,8 @@ from .. import mesh as meshes
 from ..batching import folding_vmap
 from ..compat import promoting
 from ..guards import not_differentiable
+from ..platforms import here_or
+from . import xla
 
 OP = "linear_cross_entropy"
 BLOCK_BYTES = 2**28  # of g
@@ -98,6 +100,7 @@ class Options:
   chip: str | None
   scale: float
   num_valid: int | None  # None where it is an array
+  platforms: tuple[str, ...] = ()  # that have the kernels; empty where the program is for them alone
 
   def keywords(self, num_valid):
     """The keyword arguments of a backend's functions."""
@@ -107,7 +110,7 @@ class Options:
     return num_valid if self.num_valid is None else self.num_valid
 
 
-def statistics(x, embedding, targets, *, scale, num_valid, backend, chip):
+def statistics(x, embedding, targets, *, scale, num_valid, backend, chip, platforms=()):
   """`xla.logits_statistics` by one backend's kernels; arguments and results as there.
 
   It has a gradient for x and the embedding, and no other derivative. Its results are named
@@ -116,7 +119,7 @@ def statistics(x, embedding, targets, *, scale, num_valid, backend, chip):
   if scale <= 0:  # the kernels take the largest product, so the sign goes to x
     x, scale = np.sign(scale).astype(x.dtype) * x, abs(scale) or 1.0
   static = isinstance(num_valid, int)
-  options = Options(backend, chip, float(scale), num_valid if static else None)
+  options = Options(backend, chip, float(scale), num_valid if static else None, platforms)
   x, embedding, targets, num_valid = meshes.varying_together(
       x, embedding, targets, None if static else num_valid)
   return _statistics(options, x, embedding, targets, num_valid)
@@ -130,25 +133,10 @@ def _statistics(options, x, embedding, targets, num_valid):
 def _forward(options, x, embedding, targets, num_valid):
   # Only a second derivative differentiates this.
   x, embedding = not_differentiable(x, OP), not_differentiable(embedding, OP)
-  kernel = folding_vmap(lambda tokens, others: options.backend.forward(
-      tokens[0], others[0], tokens[1], **options.keywords(others[1])))
-  if embedding.dtype == x.dtype:
-    top, total, logit = kernel((x, targets), (embedding, num_valid))
-  else:
-    # Cast block by block, for a copy of the whole embedding may be the largest array of all.
-    valid = options.valid(num_valid)
-
-    def one_block(first, size, carry):
-      in_block = dataclasses.replace(options, num_valid=None)
-      rows = _slice(embedding, first, size, x.dtype)
-      kernel = folding_vmap(lambda tokens, others: options.backend.forward(
-          tokens[0], others[0], tokens[1] - others[2], **in_block.keywords(others[1])))
-      top, total, logit = kernel((x, targets), (rows, jnp.clip(valid - first, 0, size), first))
-      return *merged(*map(jnp.stack, zip(carry[:2], (top, total))), options.scale), carry[2] + logit
-
-    nothing = jnp.zeros(x.shape[:1], jnp.float32)
-    start = meshes.varying_together(nothing + LOWEST, nothing, nothing, x)[:3]
-    top, total, logit = _over_blocks(embedding.shape[0], _rows(x), one_block, start)
+  parts = functools.partial(_parts, options)
+  if options.platforms:
+    parts = here_or(functools.partial(_plain_parts, options), parts, options.platforms)
+  top, total, logit = parts(x, embedding, targets, num_valid)
   # Named here, where they are residuals: a policy that keeps them does not rerun the kernel.
   top, total = checkpoint_name(top, "loss_log_z"), checkpoint_name(total, "loss_log_z")
   logit = checkpoint_name(logit, "loss_logit")
@@ -156,9 +144,57 @@ def _forward(options, x, embedding, targets, num_valid):
   return (log_z, logit), (x, embedding, targets, num_valid, top, total)
 
 
+@promoting
+def _plain_parts(options, x, embedding, targets, num_valid):
+  log_z, logit = xla.statistics(
+      x, embedding, targets, scale=options.scale, num_valid=options.valid(num_valid))
+  some = jnp.isfinite(log_z)
+  return jnp.where(some, log_z / options.scale, 0), some.astype(jnp.float32), logit
+
+
+@promoting
+def _parts(options, x, embedding, targets, num_valid):
+  """The backend's (top, total, logit) of all rows of the embedding."""
+  kernel = folding_vmap(lambda tokens, others: options.backend.forward(
+      tokens[0], others[0], tokens[1], **options.keywords(others[1])))
+  if embedding.dtype == x.dtype:
+    return kernel((x, targets), (embedding, num_valid))
+  # Cast block by block, for a copy of the whole embedding may be the largest array of all.
+  valid = options.valid(num_valid)
+
+  def one_block(first, size, carry):
+    in_block = dataclasses.replace(options, num_valid=None)
+    rows = _slice(embedding, first, size, x.dtype)
+    kernel = folding_vmap(lambda tokens, others: options.backend.forward(
+        tokens[0], others[0], tokens[1] - others[2], **in_block.keywords(others[1])))
+    top, total, logit = kernel((x, targets), (rows, jnp.clip(valid - first, 0, size), first))
+    return *merged(*map(jnp.stack, zip(carry[:2], (top, total))), options.scale), carry[2] + logit
+
+  nothing = jnp.zeros(x.shape[:1], jnp.float32)
+  start = meshes.varying_together(nothing + LOWEST, nothing, nothing, x)[:3]
+  return _over_blocks(embedding.shape[0], _rows(x), one_block, start)
+
+
 def _backward(options, residuals, cotangents):
   x, embedding, targets, num_valid, top, total = residuals
   dlog_z, dlogit = (not_differentiable(a, OP) for a in cotangents)
+  arrays = x, embedding, targets, num_valid, top, total, dlog_z, dlogit
+  gradients = functools.partial(_gradients, options)
+  if options.platforms:
+    gradients = here_or(functools.partial(_plain_gradients, options), gradients, options.platforms)
+  return (*gradients(*arrays), None, None)
+
+
+@promoting
+def _plain_gradients(options, x, embedding, targets, num_valid, top, total, *cotangents):
+  statistics = lambda x, embedding: xla.statistics(
+      x, embedding, targets, scale=options.scale, num_valid=options.valid(num_valid))
+  return jax.vjp(statistics, x, embedding)[1](cotangents)
+
+
+@promoting
+def _gradients(options, x, embedding, targets, num_valid, top, total, dlog_z, dlogit):
+  """The cotangents of x and the embedding, by the backend's kernel and XLA's products."""
   spread = jnp.where(total == 0, 0, options.scale * dlog_z)
   has_target = (targets >= 0) & (targets < options.valid(num_valid))
   peak = jnp.where(has_target, options.scale * dlogit, 0)
@@ -202,7 +238,7 @@ def _backward(options, residuals, cotangents):
        zeros(embedding.shape, embedding.dtype)))
   target_rows = embedding.at[jnp.where(has_target, targets, 0)].get(mode="clip").astype(x.dtype)
   dx = _with_known_sum(dx, sums, spread, peak, target_rows.astype(jnp.float32)) / unit
-  return dx.astype(x.dtype), dembedding, None, None
+  return dx.astype(x.dtype), dembedding
 
 
 def _unit(size, dtype):

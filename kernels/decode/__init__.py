@@ -1,5 +1,6 @@
 """Attention of the last few positions of each sequence to a key/value cache."""
 
+import functools
 import math
 from typing import Literal
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import backend, compat, guards, integers, mesh as meshes
+from .. import backend, compat, guards, integers, mesh as meshes, platforms
 from ..attention import default_scale
 from . import fused, xla
 
@@ -77,18 +78,22 @@ def decode_attention(
   traced_scale = scale if name == "xla" and isinstance(scale, jax.Array) else None
   out = _decode(
       arrays, alibi_slopes, traced_scale, name=name, chip=backend.chip_for(name, on),
+      undecided=implementation == "auto" and backend.undecided(query, key_cache, value_cache),
       scale=None if traced_scale is not None else float(
           jax.device_get(scale) if compat.is_known(scale) else scale))
   return out.reshape(*lead, num_queries, heads, dim_head)
 
 
 @compat.compiled_once
-def _decode(arrays, slopes, traced_scale, *, scale, name, chip):
+def _decode(arrays, slopes, traced_scale, *, scale, name, chip, undecided):
   undifferentiated = lambda tree: jax.tree.map(
       lambda x: guards.no_derivative(jnp.asarray(x), fused.OP), tree)
   arrays = undifferentiated({name: x for name, x in arrays.items() if name != "lengths"}) | {
       "lengths": jnp.asarray(arrays["lengths"])}
   slopes = undifferentiated(slopes)
+  if name == "xla" and undecided and traced_scale is None:
+    return platforms.by_platform(
+        _plain, [(("tpu",), _on_any_tpu)], (arrays, slopes), scale, backend.ANY_TPU_MESH)
   if name == "xla":
     traced_scale = undifferentiated(traced_scale)
     return meshes.partitioned(
@@ -96,8 +101,26 @@ def _decode(arrays, slopes, traced_scale, *, scale, name, chip):
             query, **arrays, alibi_slopes=slopes,
             scale=scale if traced_scale is None else traced_scale),
         arrays.pop("query"), arrays, slopes, traced_scale)
+  kernel = functools.partial(fused.attention, scale=scale, chip=chip,
+                             backend=backend.kernel_module(fused.OP, name))
+  if undecided:
+    plain = functools.partial(_plain, scale=scale)
+    return platforms.here_or(plain, kernel, guards.platforms(name))(arrays, slopes)
   arrays["query"] = guards.only_on(arrays["query"], fused.OP, name)
-  return fused.attention(arrays, slopes, scale=scale, chip=chip,
+  return kernel(arrays, slopes)
+
+
+def _plain(arrays, slopes, scale):
+  return xla.attend(**arrays, alibi_slopes=slopes, scale=scale)
+
+
+@compat.promoting
+def _on_any_tpu(arrays, slopes, scale):
+  name = backend.choose(fused.OP, "auto", arrays["query"], arrays["key"], arrays["value"],
+                        on=backend.ANY_TPU).implementation
+  if name == "xla":
+    return _plain(arrays, slopes, scale)
+  return fused.attention(arrays, slopes, scale=scale, chip=None,
                          backend=backend.kernel_module(fused.OP, name))
 
 

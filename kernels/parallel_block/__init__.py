@@ -90,6 +90,8 @@ def parallel_attention_ffn(
       is_causal=is_causal, local_window_size=attention.window_of(local_window_size),
       implementation=implementation)
   (static if isinstance(query_offset, int) else dynamic)["query_offset"] = query_offset
+  if name == "xla" and implementation == "auto" and backend.undecided(x, *params.values()):
+    on = None  # nor is it decided of the attention in it
   return _block(x, dict(params), kv_cache, dynamic, static=tuple(static.items()), name=name, on=on)
 
 

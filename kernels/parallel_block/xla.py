@@ -10,10 +10,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
 from .. import mesh as meshes
+from ..compat import promoting
 from ..attention import flash_attention
 from ..decode import decode_attention
 
 
+@promoting
 def normalize(x, gain, *, kind, eps):
   """LayerNorm without bias ("layer") or RMSNorm ("rms") over the last axis.
 
@@ -26,6 +28,7 @@ def normalize(x, gain, *, kind, eps):
   return (wide * gain).astype(x.dtype)
 
 
+@promoting
 def l2_normalize(x, scale):
   """x divided by its l2 norm over the last axis, times a scale per channel (QK-norm)."""
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -33,6 +36,7 @@ def l2_normalize(x, scale):
   return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24)) * scale).astype(x.dtype)
 
 
+@promoting
 def rotate(x, positions, *, xpos_scale_base=None, xpos_sign=1):
   """Rotary positions, the two halves of the channels paired (arXiv:2104.09864).
 
@@ -54,6 +58,7 @@ def rotate(x, positions, *, xpos_scale_base=None, xpos_sign=1):
   return rotate_by(x, (cos, sin))
 
 
+@promoting
 def rotation_at(positions, half, dtype=jnp.float32):
   """Cosines and sines that positions [...] rotate channels by, two arrays [..., half]."""
   frequency = jnp.asarray(10_000.0 ** (-np.arange(half) / half), dtype)
@@ -61,6 +66,7 @@ def rotation_at(positions, half, dtype=jnp.float32):
   return jnp.cos(angle), jnp.sin(angle)
 
 
+@promoting
 def rotate_by(x, rotation):
   """x [..., heads, dim_head] rotated by a pair of cosines and sines, each [..., dim_head / 2]."""
   cos, sin = (a[..., None, :] for a in rotation)

@@ -1,0 +1,36 @@
+"""The TPU's attention under `vmap`, by what of it is mapped."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from palm_haiku.kernels import flash_attention
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mapped", ["", "ids", "offset", "slopes"])
+def test_gradients_where_ids_offset_and_slopes_are_mapped_or_not(mapped):
+  query, key, value = (jax.random.normal(jax.random.key(i), (2, 1, 24, n, 64))
+                       for i, n in enumerate((2, 1, 1)))
+  others = dict(ids=jnp.arange(24)[None] // 10, offset=jnp.int32(2), slopes=jnp.array([0.5, 0.1]))
+  axes = dict.fromkeys(others)
+  if mapped:
+    others[mapped] = jnp.stack([others[mapped], others[mapped] * 2])
+    axes[mapped] = 0
+
+  def gradients(implementation):
+    def loss(query, key, value, others):
+      out = flash_attention(
+          query, key, value, segment_ids=others["ids"], query_offset=others["offset"],
+          alibi_slopes=others["slopes"], implementation=implementation)
+      return jnp.square(out).sum()
+
+    per_example = jax.vmap(jax.value_and_grad(loss, (0, 1, 2)), (0, 0, 0, axes))
+    return jax.jit(per_example)(query, key, value, others)
+
+  with pltpu.force_tpu_interpret_mode():
+    got = gradients("mosaic_tpu")
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradients("xla"))):
+    np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)

@@ -1,0 +1,95 @@
+"""What `auto` decides when a program is lowered, and what it leaves to plain JAX."""
+
+import types
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from palm_haiku import kernels
+from palm_haiku.kernels import platforms
+
+SLOPES = jnp.array([0.5, 0.1])
+
+
+def array(*shape, dtype="bfloat16"):
+  return jax.random.normal(jax.random.key(len(shape)), shape, dtype)
+
+
+def ops():
+  """Values, and gradients by all arguments where there are any."""
+  attend = lambda q, slopes: kernels.flash_attention(q, q, q, alibi_slopes=slopes)
+  loss = lambda x, e: kernels.linear_cross_entropy(x, e, jnp.arange(256)[None] % 300)[0]
+  decode = lambda q, k: kernels.decode_attention(q, k, k, jnp.array([3, 100]))
+  gradients = lambda f: jax.value_and_grad(
+      lambda *arrays: f(*arrays).astype(jnp.float32).sum(), argnums=(0, 1))
+  query = array(1, 128, 2, 64)
+  return dict(
+      attention=(attend, gradients(attend), (query, SLOPES)),
+      loss=(loss, gradients(loss), (array(1, 256, 128), array(300, 128, dtype="float32"))),
+      decode=(decode, decode, (array(2, 1, 2, 64), array(2, 128, 1, 64))))
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+  """A machine whose default device is an H100; programs run on its CPU."""
+  devices, gpu = jax.devices, types.SimpleNamespace(
+      platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+  monkeypatch.setattr(jax, "devices", lambda *a: devices(*a) if a else [gpu])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ops())
+def test_one_program_has_the_kernels_of_each_platform(name):
+  value, _, arrays = ops()[name]
+  program = export.export(jax.jit(value), platforms=("cpu", "cuda", "tpu"))(*arrays)
+  assert "tpu_custom_call" in program.mlir_module()
+  assert jnp.array_equal(program.call(*arrays), jax.jit(value)(*arrays))
+  alone = export.export(jax.jit(value), platforms=("cpu",))(*arrays)
+  assert "tpu_custom_call" not in alone.mlir_module() and "case" not in alone.mlir_module()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ops())
+def test_a_program_for_the_cpu_of_a_machine_with_a_gpu(name, hopper):
+  _, f, arrays = ops()[name]
+  program = jax.jit(f)
+  cuda = program.trace(arrays[0], *arrays[1:]).lower(lowering_platforms=("cuda",)).as_text()
+  # Slopes that are differentiated are plain JAX's everywhere.
+  assert ("mosaic_gpu" in cuda) == (name != "attention")
+  got = program(*arrays)
+  with jax.default_device("cpu"):
+    want = jax.jit(lambda *arrays: f(*arrays))(*arrays)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+    np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (a, b)), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.full
+def test_a_gradient_by_slopes_is_plain_jax_unless_a_kernel_was_asked_for(hopper):
+  query = array(1, 128, 2, 64)
+  total = lambda q, slopes, **options: kernels.flash_attention(
+      q, q, q, alibi_slopes=slopes, **options).astype(jnp.float32).sum()
+  by_query = jax.jit(jax.grad(total)).trace(query, SLOPES)
+  assert "mosaic_gpu" in by_query.lower(lowering_platforms=("cuda",)).as_text()
+  with pytest.raises(ValueError, match="no derivative with respect to alibi_slopes"):
+    jax.eval_shape(jax.grad(lambda q, s: total(q, s, implementation="mosaic_gpu"), 1), query, SLOPES)
+  assert "alibi_slopes" in kernels.explain("flash_attention", query, query).reason
+
+
+def test_derivatives_and_maps_are_those_of_plain_jax():
+  plain = lambda x, y, c: {"a": jnp.sin(x) * y + c}
+  f = lambda x, y: platforms.by_platform(plain, [(("tpu",), plain)], (x, y), 3.0)["a"]
+  want = lambda x, y: plain(x, y, 3.0)["a"]
+  x = jnp.arange(3.0)
+
+  def results(f):
+    total = lambda x, y: f(x, y).sum()
+    return (f(x, x), jax.grad(total, (0, 1))(x, x), jax.hessian(total)(x, x),
+            jax.vmap(f, (None, 1), 1)(x, jnp.ones((3, 2))), jax.jvp(f, (x, x), (x, x)))
+
+  for got, wanted in zip(jax.tree.leaves(jax.jit(results, static_argnums=0)(f)),
+                         jax.tree.leaves(results(want))):
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
