@@ -77,7 +77,7 @@ class Checkpoints:
         there are untouched.
     """
     path = self.directory / str(step)
-    if distributed.from_leader(lambda: self._is_finished(step), ()):
+    if not distributed.from_leader(lambda: self._make_way(step), ()):
       raise CheckpointError(f"checkpoint {path} exists already")
     draft = path.with_suffix(_DRAFT)
     try:
@@ -206,6 +206,11 @@ class Checkpoints:
       raise CheckpointError(
           f"no checkpoint in {self.directory} is usable ({'; '.join(problems)}); restore one of "
           "them, or choose another directory for a new run")
+
+  def _make_way(self, step):
+    """Whether a step can be saved; what is left of an attempt is removed."""
+    self._remove_drafts(f"{step}{_DRAFT}*")
+    return not self._is_finished(step)
 
   def _is_finished(self, step):
     return (self.directory / str(step) / _MANIFEST).exists()

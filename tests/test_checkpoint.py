@@ -106,6 +106,8 @@ def test_a_half_written_checkpoint_is_refused(tmp_path, monkeypatch):
     checkpoints.save(2, items(2), {})
   assert checkpoints.latest() == 1 and checkpoints.steps() == [1]
   assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.unfinished"]
+  with pytest.raises(Killed):  # again, and the first attempt is not in the way
+    checkpoints.save(2, items(2), {})
   assert checkpoints.latest(repair=True) == 1 and [tmp_path / "1"] == list(tmp_path.iterdir())
 
 

@@ -13,11 +13,12 @@ import pytest
 import rich.console
 import sentencepiece
 
-from palm_haiku import PaLMConfig, cli, data, generate, recipe, rundir, runlog, train
+from palm_haiku import PaLMConfig, cli, data, generate, interop, recipe, rundir, runlog, train
 from palm_haiku.checkpoint import CheckpointError
 from palm_haiku.recipe import TrainConfig
 from palm_haiku.rundir import RunDirectory
 
+from tests import numpy_peers
 from tests.short_runs import TEXT, run
 
 CONFIG = TrainConfig(model=PaLMConfig(300, 16, 1, 2, 8), data="t.txt", eval_fraction=0.0, steps=4,
@@ -153,6 +154,17 @@ def test_generation_goes_with_the_run(place, capsys, generated):
   assert call(capsys, *command, "--draft", "twin")[0] == 0
 
 
+def test_imported_weights_keep_their_tokenizer(place, capsys, generated):
+  interop.write_arrays(place / "in.npz", numpy_peers.random_arrays(
+      "palm-jax", num_tokens=64, dim=12, depth=1, heads=1, dim_head=6, ff_mult=2))
+  command = ["convert", "--from", "palm-jax", "in.npz", "--heads", 1, "--tokenizer", "a.model"]
+  assert call(capsys, *command, "--out", "imported")[0] == 0
+  tokens = list(data.load_tokenizer("a.model").encode("7 times"))
+  (place / "a.model").unlink()
+  assert call(capsys, "generate", "imported", "--prompt", "7 times", "--length", 1)[0] == 0
+  assert generated == [(tokens, 1)]
+
+
 @pytest.mark.parametrize("length, warns", [(8, False), (9, True)])
 def test_generating_beyond_the_trained_length_warns_once(place, capsys, generated, recwarn,
                                                          monkeypatch, length, warns):
@@ -254,7 +266,7 @@ def test_where_there_are_no_locks_a_warning_is_all(tmp_path, monkeypatch):
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("path, content, message", [
     ("config.json", b'{"mine": 1}', "does not hold the settings of a run; choose another --out"),
-    ("config.json", b'{"model": "gpt2", "steps": 5}', "config.json does not hold the settings of a run"),
+    ("config.json", b'{"model": "gpt2"}', "config.json does not hold the settings of a run"),
     ("config.json", b'{"model": {"dim": 8}}', "config.json does not hold the settings of a run"),
     ("config.json", b'["a"]', "config.json does not hold the settings of a run"),
     ("config.json", b"{", "config.json does not hold the settings of a run"),
