@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import json
 
 import jax
@@ -63,11 +64,14 @@ def test_the_model_and_the_optimizer_get_the_runs_settings(monkeypatch):
       (MODEL, dict(dtype=np.dtype("bfloat16"), remat="full", implementation="xla",
                    rules=recipe.sharding.SHARDED_RESIDUAL)), ((1, 2), dict(segment_ids=3))]
   for name in ("adamw", "palm"):
-    monkeypatch.setattr(recipe.optim, name, lambda name=name, **options: (name, options))
+    real = inspect.signature(getattr(recipe.optim, name))
+    monkeypatch.setattr(recipe.optim, name, lambda *values, name=name, real=real, **options: (
+        name, real.bind(*values, **options).arguments))
   change = lambda **fields: dataclasses.replace(c, **fields).build_optimizer()
-  assert change() == ("adamw", {"steps": 77}) and change(optimizer="palm") == ("palm", {})
-  assert change(learning_rate=0.5) == ("adamw", {"steps": 77, "learning_rate": 0.5})
+  assert change(learning_rate=0.5) == ("adamw", {"learning_rate": 0.5, "steps": 77})
   assert change(learning_rate=0.5, optimizer="palm") == ("palm", {"learning_rate": 0.5})
+  for optimizer, rate in (("adamw", 3e-3), ("palm", 1e-2)):
+    assert change(optimizer=optimizer)[1].get("learning_rate", rate) == rate
 
 
 @pytest.mark.parametrize("change, message", [
@@ -141,6 +145,7 @@ def spiking(monkeypatch):
   return seen, deadly
 
 
+@pytest.mark.full
 def test_a_spike_goes_back_and_leaves_batches_out(config, tmp_path, spiking):
   seen, _ = spiking
   config = dataclasses.replace(config, spike=0.6)
