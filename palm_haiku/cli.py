@@ -155,7 +155,8 @@ def _parser() -> argparse.ArgumentParser:
   generate.set_defaults(run=_generate, parser=generate)
   generate.add_argument("checkpoint", type=_path, metavar="DIR", help="directory of a run")
   generate.add_argument("--prompt", default="", help="text to continue (default: a new document)")
-  generate.add_argument("--length", type=int, default=256, help="tokens to add (default 256)")
+  generate.add_argument("--length", type=int, help="tokens to add (default 256, or what is left of "
+                        "the length that the model was trained at)")
   generate.add_argument("--temperature", type=float, default=0.8, help="0 always takes the "
                         "likeliest token (default 0.8)")
   generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
@@ -385,6 +386,13 @@ def _generate(args) -> int:
       warnings.warn(f"the tokenizer leaves nothing of the prompt {args.prompt!r}: a new document "
                     "begins", stacklevel=2)
     prompt = [tokenizer.eod]
+  rotary = config.model.position == "rotary"
+  imported = metadata["data_fingerprint"] is None  # Nothing says at what length it was trained.
+  trained = config.seq_len if rotary and not imported else None
+  length = args.length
+  if length is None:
+    room = 256 if trained is None else trained + 1 - len(prompt)
+    length = min(room, 256) if room > 0 else 256
   decoder = tokenizer.stream_decoder(prompt)
   times = []
 
@@ -397,17 +405,16 @@ def _generate(args) -> int:
   with _as_a_filter():
     print(args.prompt, end="", flush=True)
     generate(
-        params, config.model, prompt, args.length, key=jax.random.key(args.seed),
+        params, config.model, prompt, length, key=jax.random.key(args.seed),
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, eod=tokenizer.eod,
         dtype=args.dtype, weights=args.weights, cache_dtype=args.cache_dtype, draft=draft,
         draft_length=args.draft_length, implementation=args.implementation or "auto",
         on_token=show)
     jax.effects_barrier()
     print(decoder.flush(), flush=True)
-  read = len(prompt) + args.length - 1  # The last token is not read again.
-  if (read > config.seq_len and config.model.position == "rotary"
-      and metadata["data_fingerprint"] is not None):  # Nothing says at what others were trained.
-    warnings.warn(f"the model was trained at {config.seq_len} tokens and {read} are asked for: rotary "
+  read = len(prompt) + length - 1  # The last token is not read again.
+  if trained is not None and read > trained:
+    warnings.warn(f"the model was trained at {trained} tokens and {read} are asked for: rotary "
                   "positions do not reach beyond what was trained, and the text gets worse there",
                   stacklevel=2)
   if len(times) > 1:

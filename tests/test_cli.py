@@ -154,6 +154,9 @@ def test_sampling_from_a_directory_alone(trained, capsys):
 
 @pytest.mark.full
 def test_options_of_sampling(trained, capsys):
+  # No longer than what the model was trained at: five tokens, and one that is not read again.
+  _, _, err = call(capsys, "generate", trained, "--prompt", "To be")
+  assert err.startswith("12 tokens, ")
   greedy = call(capsys, "generate", trained, "--prompt", "To be", "--length", 20,
                 "--temperature", 0)[1]
   assert greedy == call(capsys, "generate", trained, "--prompt", "To be", "--length", 20,

@@ -6,7 +6,7 @@ import pytest
 from palm_haiku import cli, demo, platforms
 from tests import short_runs
 
-NOISE = ("ERROR", "WARNING", "Traceback")
+NOISE = ("ERROR", "WARNING", "warning:", "Warning:", "Traceback")
 needs_no_chip = pytest.mark.skipif(
     platforms._chip_possible(), reason="JAX looks for the chip of this machine")
 
