@@ -210,7 +210,13 @@ def _parser() -> argparse.ArgumentParser:
                        "directory (--from) or file (--to)")
   convert.add_argument("--tokenizer", metavar="NAME", default="bytes", help="that the model was "
                        "trained with: bytes (the default) or a SentencePiece model file")
-  convert.add_argument("--heads", type=int, help="query heads, where the arrays leave it open")
+  convert.add_argument("--heads", type=int, metavar="N", help="query heads, to check: PaLM-jax's two "
+                       "models have arrays of the same names")
+  convert.add_argument("--gain-offset", type=int, choices=(0, 1), help="of palm-rlhf-pytorch: 1 "
+                       "where gains are stored minus 1 (from 0.2.4 on), else 0 (default: told by "
+                       "their means; 1 for --to)")
+  convert.add_argument("--xpos-scale-base", type=int, metavar="N", help="of palm-rlhf-pytorch "
+                       "(default 512)")
 
   info = commands.add_parser(
       "info", help="parameters and FLOPs of a model", description="Parameters and FLOPs of a "
@@ -459,7 +465,7 @@ def _plan(args) -> int:
 
 
 def _convert(args) -> int:
-  from palm_haiku import data, distributed, interop
+  from palm_haiku import array_files, data, distributed, interop
   from palm_haiku.recipe import TrainConfig
   from palm_haiku.rundir import RunDirectory
 
@@ -469,19 +475,28 @@ def _convert(args) -> int:
   distributed.start_backend()
   if args.to_peer:
     *_, config, params = _load_run(args.source)
-    interop.write_arrays(args.out, interop.dump(args.to_peer, config.model, params))
-    print(f"{terminal.quoted(args.out)}: {config.model.num_params:,} parameters for {args.to_peer}")
+    array_files.write_arrays(args.out, interop.dump(
+        args.to_peer, config.model, params, gain_offset=args.gain_offset))
+    print(f"{terminal.quoted(args.out)}: {config.model.num_params:,} parameters for {args.to_peer}, "
+          f"{_sizes(config.model)}")
     return 0
-  model, params = interop.load(args.from_peer, interop.read_arrays(args.source), args.heads)
+  model, params = interop.load(args.from_peer, array_files.read_arrays(args.source), args.heads,
+                               gain_offset=args.gain_offset, xpos_scale_base=args.xpos_scale_base)
   tokenizer = data.load_tokenizer(args.tokenizer)
   metadata = {"config": dataclasses.asdict(TrainConfig(model=model, tokenizer=args.tokenizer)),
               "data_fingerprint": None, "tokenizer_fingerprint": tokenizer.fingerprint, "step": 0}
   directory = RunDirectory(args.out)
   directory.checkpoints.save(0, {"params": params}, metadata)
   directory.keep(tokenizer)
-  print(f"{terminal.quoted(args.out)}: {model.num_params:,} parameters from {args.from_peer}; "
-        f"sample: {typed('generate', args.out)}")
+  print(f"{terminal.quoted(args.out)}: {model.num_params:,} parameters from {args.from_peer}, "
+        f"{_sizes(model)}; sample: {typed('generate', args.out)}")
   return 0
+
+
+def _sizes(c: PaLMConfig) -> str:
+  return (f"{c.depth} layers of dim {c.dim}, {c.heads} heads of {c.dim_head}, feed-forward "
+          f"{c.dim_ff}, {c.num_tokens:,} tokens, {c.position}"
+          + (f", xPos {c.xpos_scale_base}" if c.xpos_scale_base else ""))
 
 
 def _info(args) -> int:

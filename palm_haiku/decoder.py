@@ -16,6 +16,7 @@ from palm_haiku.config import PaLMConfig
 from palm_haiku.kernels import mesh as meshes
 from palm_haiku.kernels.int8 import Int8, product, quantize
 from palm_haiku.kernels.parallel_block.xla import normalize, positioned, write
+from palm_haiku.model import palm_params
 
 
 class Layer(NamedTuple):
@@ -49,18 +50,20 @@ class Cache(NamedTuple):
   length: jax.Array  # int32[], positions filled; or int32[...], by sequence
 
 
-def prepare(params, config: PaLMConfig, dtype=jnp.float32, weights: str | None = None) -> Weights:
+def prepare(params, config: PaLMConfig, dtype=jnp.float32, weights: str | None = None,
+            prefix: str | None = None) -> Weights:
   """Weights for generation.
 
   Args:
-    params: of `PaLM.from_config(config)`.
+    params: of `PaLM.from_config(config)`, alone or within other modules.
     dtype: of products.
     weights: None for matrices of that dtype; "int8" for a quarter or half of their bytes, with one
       scale for each column (and each token of the vocabulary).
+    prefix: the module's name in params; None where they hold one PaLM.
 
   Over a mesh the matrices stay apart, so that each can be divided by its own columns.
   """
-  model, stack = params["palm"], params["palm/layers/parallel_block"]
+  model, stack = palm_params(params, prefix)
   apart = meshes.to_take_over(meshes.current(model["embedding"]))
   cast = quantize if weights == "int8" else lambda matrix: matrix.astype(dtype)
 

@@ -10,20 +10,22 @@ import numpy as np
 
 from palm_haiku import decoder, speculative
 from palm_haiku.config import PaLMConfig
+from palm_haiku.model import palm_params
 from palm_haiku.sampling import log_probabilities, sample
 
 
 def generate(params, config: PaLMConfig, prompt, length: int, *, prompt_lengths=None, key=None,
              temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
              eod: int | None = None, dtype=jnp.float32, weights: str | None = None,
-             cache_dtype=None, draft: tuple | None = None, draft_length: int = 4,
+             cache_dtype=None, prefix: str | None = None, draft: tuple | None = None,
+             draft_length: int = 4,
              implementation: str = "auto",
              on_token: Callable[[np.ndarray], None] | None = None):
   """Continues prompts by up to `length` tokens.
 
   Args:
-    params: parameters of `PaLM.from_config(config)`, or what `decoder.prepare` makes of them, which
-      saves making it again in each call.
+    params: parameters of `PaLM.from_config(config)`, alone or within other modules, or what
+      `decoder.prepare` makes of them, which saves making it again in each call.
     prompt: int[..., T], T >= 1.
     length: tokens to add, at least 1.
     prompt_lengths: int[...], tokens of each prompt, where they are not all T; what stands behind
@@ -36,6 +38,7 @@ def generate(params, config: PaLMConfig, prompt, length: int, *, prompt_lengths=
     dtype: of products and activations.
     weights: None, or "int8": of matrices, with a scale for each column; activations stay in dtype.
     cache_dtype: of keys and values; "int8" keeps a scale for each position. None means dtype.
+    prefix: the module's name in params; None where they hold one PaLM.
     draft: (params, config) of a smaller model with the same vocabulary, which guesses
       `draft_length` tokens at a time for this one to check (`speculative`): the same distribution
       sooner, where its guesses are good.
@@ -92,6 +95,9 @@ def generate(params, config: PaLMConfig, prompt, length: int, *, prompt_lengths=
       raise ValueError("sampling needs a key; pass one, or temperature=0 for the likeliest tokens")
     key = jax.random.key(0)
   models = [(params, config)] if draft is None else [(params, config), draft]
+  for number, (one, _) in enumerate(models):
+    if not isinstance(one, decoder.Weights):
+      palm_params(one, None if number else prefix)  # so that a mistake is told here
   dtype = jnp.dtype(dtype)
   cache_dtype = dtype if cache_dtype is None else jnp.dtype(cache_dtype)
   if cache_dtype != jnp.int8 and not jnp.issubdtype(cache_dtype, jnp.floating):
@@ -100,7 +106,7 @@ def generate(params, config: PaLMConfig, prompt, length: int, *, prompt_lengths=
       tuple(p for p, _ in models), jnp.asarray(prompt, jnp.int32), prompt_lengths, key,
       None if greedy else float(temperature), top_p, configs=tuple(c for _, c in models),
       length=length, top_k=top_k, eod=eod, dtype=dtype, weights=weights,
-      cache_dtype=cache_dtype, draft_length=draft_length, implementation=implementation,
+      cache_dtype=cache_dtype, prefix=prefix, draft_length=draft_length, implementation=implementation,
       on_token=on_token)
 
 
@@ -115,16 +121,16 @@ def _count(name: str, value) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=(
-    "configs", "length", "top_k", "eod", "dtype", "weights", "cache_dtype", "draft_length",
+    "configs", "length", "top_k", "eod", "dtype", "weights", "cache_dtype", "prefix", "draft_length",
     "implementation", "on_token"))
 def _generate(params, prompt, lengths, key, temperature, top_p, *, configs, length, top_k, eod,
-              dtype, weights, cache_dtype, draft_length, implementation, on_token):
+              dtype, weights, cache_dtype, prefix, draft_length, implementation, on_token):
   lead, start = prompt.shape[:-1], prompt.shape[-1]
   room = start + length + (draft_length + 1 if len(params) > 1 else 0)
   models, caches = [], []
   for one, config in zip(params, configs):
     if not isinstance(one, decoder.Weights):
-      one = decoder.prepare(one, config, dtype, weights)
+      one = decoder.prepare(one, config, dtype, weights, None if models else prefix)
     models.append(speculative.Model(
         functools.partial(decoder.run, one, config, dtype=dtype, implementation=implementation),
         functools.partial(decoder.logits, one, config)))

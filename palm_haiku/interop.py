@@ -5,19 +5,19 @@ All of them fuse the in-projection into one matrix, query | key | value | up | g
 permutation or offset of weights happens here; what is arithmetic is a field of `PaLMConfig`.
 """
 
+import collections
 import dataclasses
 import difflib
-import os
-import pathlib
+import re
+import statistics
 import warnings
-import zipfile
-import zlib
 from typing import Any, Mapping
 
 import jax.numpy as jnp
 import numpy as np
 
 from palm_haiku.config import PaLMConfig
+from palm_haiku.model import palm_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,8 @@ class _Peer:
   norm: str = "layer"
   transposed: bool = False  # matrices are (out, in)
   pairs: bool = False  # rotary turns channels (2i, 2i + 1), not (i, i + dim_head/2)
-  gain_offset: float = 0.0  # what is added to a stored gain
+  # What may have to be added to a stored gain; where that is not one number, the newest first.
+  gain_offsets: tuple[int, ...] = (0,)
   xpos_scale_base: int | None = None
   qk_scale: str | None = None  # {which} is q or k
   # What a state dict holds besides: the embedding again, and constants.
@@ -88,7 +89,7 @@ PEERS: dict[str, _Peer] = {
         embedding="token_emb.weight", gain="layers.{i}.fn.norm.gamma",
         fused="layers.{i}.fn.fused_attn_ff_proj.weight",
         attn_out="layers.{i}.fn.attn_out.weight", ff_out="layers.{i}.fn.ff_out.2.weight",
-        final_gain="norm.gamma", transposed=True, gain_offset=1.0, xpos_scale_base=512,
+        final_gain="norm.gamma", transposed=True, gain_offsets=(1, 0), xpos_scale_base=512,
         qk_scale="layers.{i}.fn.{which}_scale", tied="to_logits.weight",
         zero=("layers.{i}.fn.norm.beta", "norm.beta"),
         constant=("layers.{i}.fn.rotary_emb.inv_freq", "layers.{i}.fn.rotary_emb.scale")),
@@ -104,8 +105,9 @@ def layout_of(peer: str) -> _Peer:
   return PEERS[peer]
 
 
-def load(peer: str, arrays: Mapping[str, Any],
-         heads: int | None = None) -> tuple[PaLMConfig, dict[str, Any]]:
+def load(peer: str, arrays: Mapping[str, Any], heads: int | None = None, *,
+         gain_offset: int | None = None,
+         xpos_scale_base: int | None = None) -> tuple[PaLMConfig, dict[str, Any]]:
   """The architecture and parameters that another PaLM's arrays describe.
 
   Args:
@@ -113,23 +115,35 @@ def load(peer: str, arrays: Mapping[str, Any],
       palm-rlhf-pytorch.
     arrays: the peer's parameters by their own names. A PyTorch state dict may hold its buffers
       and the embedding's second name as well.
-    heads: query heads; the arrays tell them, so this is only checked.
+      Prefixes of wrappers (module., _orig_mod.) are dropped, with a warning.
+    heads: query heads; the arrays tell them, so this is only checked. PaLM-jax's two models have
+      the same names, and heads tell them apart.
+    gain_offset: what is added to stored gains. palm-rlhf-pytorch stores them minus 1 from 0.2.4
+      on (1), and as they are before (0); None tells by their means.
+    xpos_scale_base: of palm-rlhf-pytorch (`rotary_xpos_scale_base`, in no array); None for its
+      default of 512.
 
   Returns:
-    The config, and float32 parameters of `PaLM.from_config(config)`. palm-rlhf-pytorch's
-    `rotary_xpos_scale_base` is in no array: if it was not 512, replace the config's
-    `xpos_scale_base`.
+    The config, and float32 parameters of `PaLM.from_config(config)`.
 
   Raises:
-    ValueError: an unknown peer; arrays that are missing, unknown, or do not fit together.
+    ValueError: an unknown peer; arrays that are missing, unknown, or do not fit together; gains
+      that are near neither 0 nor 1.
   """
   layout = layout_of(peer)
+  if xpos_scale_base is not None and layout.xpos_scale_base is None:
+    raise ValueError(f"{peer} does not have xPos; got xpos_scale_base = {xpos_scale_base}")
+  arrays = _unwrapped(layout, arrays)
   depth = 0
   while _name(layout.fused, depth) in arrays:
     depth += 1
-  if not depth:
-    raise ValueError(f"these are not the parameters of {peer}: there is no "
-                     f"{_name(layout.fused, 0)!r}")
+  absent = [name for name in (_name(layout.fused, 0), _name(layout.gain, 0)) if name not in arrays]
+  if absent:
+    fits = [name for name, other in PEERS.items()
+            if _name(other.fused, 0) in arrays and _name(other.gain, 0) in arrays]
+    raise ValueError(f"these are not the parameters of {peer}: there is no {absent[0]!r}"
+                     + (f"; their names are those of {' and '.join(fits)}" if fits else ""))
+  offset = np.float32(_gain_offset(layout, peer, arrays, depth, gain_offset))
   left = {name: np.asarray(array) for name, array in arrays.items()}
 
   def take(name, shape=None, axes=None):
@@ -164,12 +178,15 @@ def load(peer: str, arrays: Mapping[str, Any],
     fused = take_matrix(_name(layout.fused, i), dim)
     kv = 1 if layout.shared_kv else 2
     dim_head, rest = divmod(fused.shape[1] - inner - 2 * hidden, kv)
-    if dim_head < 1 or rest or inner % dim_head:
+    if dim_head < 1 or rest or inner % dim_head or (
+        layout.position == "rotary" and dim_head % 2) or (
+        layers and dim_head != layers[0]["key"].shape[1]):
       raise ValueError(f"{_name(layout.fused, i)!r} of width {fused.shape[1]} does not fit "
-                       f"{inner} channels of attention and {hidden} of feed-forward")
+                       f"{inner} channels of attention and {hidden} of feed-forward in {peer}"
+                       + _other_model(peer, fused.shape[1] - inner - 2 * hidden, inner))
     parts = np.split(fused, np.cumsum([inner] + [dim_head] * kv + [hidden]), axis=1)
     layer = {  # mutant: a peer's layer
-        "norm": take(_name(layout.gain, i), (dim,)) + np.float32(layout.gain_offset),
+        "norm": take(_name(layout.gain, i), (dim,)) + offset,
         "query": parts[0].reshape(dim, -1, dim_head), "key": parts[1],
         "up": parts[-2], "gate": parts[-1],
         "attn_out": attn_out.reshape(-1, dim_head, dim), "ff_out": ff_out,
@@ -183,20 +200,21 @@ def load(peer: str, arrays: Mapping[str, Any],
       for which, name in (("q", "query_scale"), ("k", "key_scale")):
         layer[name] = take(layout.qk_scale.format(i=i, which=which), (dim_head,))
     layers.append(layer)
-  final_gain = take(_name(layout.final_gain, 0, depth), (dim,)) + np.float32(layout.gain_offset)
+  final_gain = take(_name(layout.final_gain, 0, depth), (dim,)) + offset
 
   for name, array in left.items():
     _check_rest(layout, peer, name, array, depth, embedding)
   found = inner // dim_head
   if heads is not None and heads != found:
-    raise ValueError(f"these parameters have {found} heads of {dim_head}; got heads = {heads}")
+    raise ValueError(f"these parameters have {found} heads of {dim_head}; got heads = {heads}"
+                     + _other_model(peer, kv * dim_head, inner))
   if hidden % dim:
     raise ValueError(f"a feed-forward width of {hidden} is no multiple of dim = {dim}")
   config = PaLMConfig(
       num_tokens=num_tokens, dim=dim, depth=depth, heads=found, dim_head=dim_head,
       ff_mult=hidden // dim, position=layout.position, norm=layout.norm,
       shared_kv=layout.shared_kv, norm_eps=layout.norm_eps(dim), logits_scale=1.0,
-      qk_norm=qk_norm, xpos_scale_base=layout.xpos_scale_base)
+      qk_norm=qk_norm, xpos_scale_base=xpos_scale_base or layout.xpos_scale_base)
   stacked = {name: jnp.asarray(np.stack([layer[name] for layer in layers])) for name in layers[0]}
   return config, {
       "palm": {"embedding": jnp.asarray(embedding), "norm": jnp.asarray(final_gain)},
@@ -204,7 +222,8 @@ def load(peer: str, arrays: Mapping[str, Any],
   }
 
 
-def dump(peer: str, config: PaLMConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def dump(peer: str, config: PaLMConfig, params: Mapping[str, Any], *, prefix: str | None = None,
+         gain_offset: int | None = None) -> dict[str, np.ndarray]:
   """The inverse of `load`: parameters under another PaLM's names.
 
   A scale of the logits goes into the last gain, and another epsilon than the peer's into the
@@ -214,7 +233,9 @@ def dump(peer: str, config: PaLMConfig, params: Mapping[str, Any]) -> dict[str, 
   Args:
     peer: see `load`.
     config: of the model.
-    params: of `PaLM.from_config(config)`.
+    params: of `PaLM.from_config(config)`, alone or within other modules.
+    prefix: the module's name in params; None where they hold one PaLM.
+    gain_offset: as for `load`; None for that of the peer's newest version.
 
   Returns:
     float32 arrays. For PyTorch use `load_state_dict(..., strict=False)`: buffers and the
@@ -245,10 +266,9 @@ def dump(peer: str, config: PaLMConfig, params: Mapping[str, Any]) -> dict[str, 
       raise ValueError(f"{peer} adds an epsilon to its norms; this model does not")
     stream = np.float32((eps / config.norm_eps) ** 0.5)
   logits_scale = config.dim**-0.5 if config.logits_scale is None else config.logits_scale
-  palm = {name: np.asarray(x, np.float32) for name, x in params["palm"].items()}
-  layers = {name: np.asarray(x, np.float32)
-            for name, x in params["palm/layers/parallel_block"].items()}
-  offset = np.float32(layout.gain_offset)
+  palm, layers = ({name: np.asarray(x, np.float32) for name, x in part.items()}
+                  for part in palm_params(params, prefix))
+  offset = np.float32(_allowed(layout, peer, gain_offset))
   orient = np.transpose if layout.transposed else np.asarray
   arrays = {layout.embedding: palm["embedding"] * stream}
   for i in range(config.depth):
@@ -273,32 +293,71 @@ def dump(peer: str, config: PaLMConfig, params: Mapping[str, Any]) -> dict[str, 
   return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """Arrays by name from an .npz file; raises ValueError for any other file."""
-  if not pathlib.Path(path).is_file():
-    raise ValueError(f"there is no file {path}")
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      return {name: file[name] for name in file.files}
-  except (ValueError, OSError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error,
-          RuntimeError, TypeError) as error:
-    # TypeError: an .npy file, which is an array and no context manager; RuntimeError: a password.
+def _unwrapped(layout, arrays) -> dict[str, Any]:
+  """The arrays under the names that they had before they were wrapped."""
+  wrapper = r"(^|\.)((module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+  bare = {name: re.sub(wrapper, r"\1", name) for name in arrays}
+  embedding, fused = layout.embedding, _name(layout.fused, 0)
+  prefixes = [name.removesuffix(embedding) for name in bare.values()
+              if name.endswith(embedding) and name.removesuffix(embedding)[-1:] in ("", ".", "/")]
+  prefixes = [prefix for prefix in prefixes if prefix + fused in bare.values()]
+  if len(set(prefixes)) > 1 and "" not in prefixes:
+    raise ValueError(f"there are several models: {', '.join(sorted(set(prefixes)))}; pass the "
+                     "arrays of one")
+  prefix = prefixes[0] if len(set(prefixes)) == 1 else ""
+  new = {name: short.removeprefix(prefix) for name, short in bare.items()}
+  twice = [name for name, count in collections.Counter(new.values()).items() if count > 1]
+  if twice:
+    raise ValueError(f"{twice[0]!r} is there twice, with and without a prefix")
+  changed = [name for name in new if name != new[name]]
+  if changed:
+    warnings.warn(f"prefixes of names are dropped: {changed[0]!r} is taken for "
+                  f"{new[changed[0]]!r}, and so on", stacklevel=3)
+  return {new[name]: array for name, array in arrays.items()}
+
+
+def _allowed(layout, peer, gain_offset) -> int:
+  """The given offset of gains, or the newest."""
+  if gain_offset is None:
+    return layout.gain_offsets[0]
+  if gain_offset not in layout.gain_offsets:
+    raise ValueError(f"gain_offset of {peer} is {' or '.join(map(str, layout.gain_offsets))}; "
+                     f"got {gain_offset}")
+  return gain_offset
+
+
+def _gain_offset(layout, peer, arrays, depth, given) -> int:
+  """What to add to the stored gains: given, or told by the mean of each."""
+  if given is not None or len(layout.gain_offsets) == 1:
+    return _allowed(layout, peer, given)
+  names = [_name(layout.gain, i) for i in range(depth)] + [_name(layout.final_gain, 0, depth)]
+  means = [float(np.mean(np.asarray(arrays[name]), dtype=np.float64))
+           for name in names if name in arrays]
+  middle = statistics.median(means)
+  near = {0: [abs(mean) < 0.35 for mean in means], 1: [abs(mean - 1) < 0.35 for mean in means]}
+  stored = 0 if abs(middle) < 0.35 else 1 if abs(middle - 1) < 0.35 else None
+  if stored is None or any(near[1 - stored]):
     raise ValueError(
-        f"{path} is not an .npz file of arrays; write one with numpy.savez(path, **arrays), for "
-        "PyTorch with arrays = {k: v.numpy() for k, v in model.state_dict().items()}") from error
+        f"the gains of {peer} are near 0 (stored minus 1, from 0.2.4 on) or near 1 (before); the "
+        f"means of these are {min(means):.3g} to {max(means):.3g}: say which with gain_offset, 1 "
+        "or 0")
+  return 1 - stored
 
 
-def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-  """Writes arrays as an .npz file, under its name only when it is whole."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  draft = path.with_name(path.name + ".draft")
-  try:
-    with open(draft, "wb") as file:
-      np.savez(file, **arrays)
-    draft.rename(path)
-  finally:
-    draft.unlink(missing_ok=True)
+def _other_model(peer, rest, inner) -> str:
+  """The heads that the arrays have if they are of the other of two models with the same names.
+
+  Args:
+    rest: columns of the in-projection that are keys and values.
+    inner: channels of the queries.
+  """
+  other = {"palm-jax": "palm-jax-lite", "palm-jax-lite": "palm-jax"}.get(peer)
+  if other is None:
+    return ""
+  dim_head, odd = divmod(rest, 1 if PEERS[other].shared_kv else 2)
+  if dim_head < 1 or odd or inner % dim_head:
+    return ""
+  return f"; as {other} they have {inner // dim_head} heads of {dim_head}"
 
 
 def _name(template: str, i: int, depth: int = 0) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, Mapping, NamedTuple
 
 import haiku as hk
 import jax
@@ -21,6 +21,30 @@ REMAT_POLICIES = {
     "attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def palm_params(params: Mapping[str, Any], prefix: str | None = None) -> tuple[Any, Any]:
+  """The parameters of a PaLM, alone or within other modules: its own, and those of its layers.
+
+  Args:
+    params: of `hk.transform`, by module.
+    prefix: the name of the PaLM there; None finds it where there is one.
+
+  Raises:
+    ValueError: there is none, or several and no prefix.
+  """
+  layers = "/layers/parallel_block"
+  names = [name.removesuffix(layers) for name in params if name.endswith(layers)]
+  names = [name for name in names if "embedding" in params.get(name, ())]
+  if prefix is None and len(names) == 1:
+    prefix = names[0]
+  if prefix not in names:
+    there = ", ".join(map(repr, names or params))
+    raise ValueError(f"the parameters hold no PaLM; there is {there}" if not names else
+                     f"the parameters hold several PaLMs; pass prefix, one of {there}"
+                     if prefix is None else
+                     f"the parameters hold no PaLM called {prefix!r}; there is {there}")
+  return params[prefix], params[prefix + layers]
 
 
 class KVCache(NamedTuple):

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 
 from palm_haiku import (
-    PaLMConfig, checkpoint, cli, configs, data, distributed, interop, runlog, train)
+    PaLMConfig, array_files, checkpoint, cli, configs, data, distributed, interop, runlog, train)
 from tests import numpy_peers
 from tests.short_runs import TEXT
 
@@ -321,14 +321,14 @@ def test_another_runs_directory_is_left_alone(trained, text, capsys):
 def test_converting_to_and_fro(peer, tmp_path, capsys):
   arrays = numpy_peers.random_arrays(
       peer, num_tokens=256, dim=12, depth=2, heads=3, dim_head=6, ff_mult=2)
-  interop.write_arrays(tmp_path / "in.npz", arrays)
+  array_files.write_arrays(tmp_path / "in.npz", arrays)
   status, out, _ = call(capsys, "convert", "--from", peer, tmp_path / "in.npz", "--out",
                         tmp_path / "run", "--heads", 3)
   assert status == 0 and "palm-haiku generate" in out
   status, _, _ = call(capsys, "convert", "--to", peer, tmp_path / "run", "--out",
                       tmp_path / "out.npz")
   assert status == 0
-  back = interop.read_arrays(tmp_path / "out.npz")
+  back = array_files.read_arrays(tmp_path / "out.npz")
   assert back.keys() == arrays.keys()
   for name, array in arrays.items():
     np.testing.assert_array_equal(back[name], array)

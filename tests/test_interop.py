@@ -1,14 +1,18 @@
 import io
 import json
 import pathlib
+import re
+import zipfile
 
 import chex
 import haiku as hk
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
-from palm_haiku import PaLM, PaLMConfig, interop
+from palm_haiku import PaLM, PaLMConfig, array_files, decoder, interop
+from palm_haiku.generate import generate
 from palm_haiku.loss import next_token_loss
 from tests import numpy_peers
 
@@ -196,14 +200,197 @@ def test_an_epsilon_that_is_left_out_is_said():
 def test_files(tmp_path):
   arrays = {"a.b": np.arange(3.0), "1.weight": np.ones((2, 2), np.float32)}
   path = tmp_path / "new" / "weights.bin"
-  interop.write_arrays(path, arrays)
-  chex.assert_trees_all_equal(interop.read_arrays(path), arrays)
+  array_files.write_arrays(path, arrays)
+  chex.assert_trees_all_equal(array_files.read_arrays(path), arrays)
   assert [p.name for p in path.parent.iterdir()] == ["weights.bin"]
-  array = io.BytesIO()
-  np.save(array, np.arange(3.0))
-  for content in (b"", b"PK\x03\x04 cut", b"something else", array.getvalue()):
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="is not an .npz file"):
-      interop.read_arrays(path)
   with pytest.raises(ValueError, match="there is no file"):
-    interop.read_arrays(tmp_path / "absent")
+    array_files.read_arrays(tmp_path / "absent")
+  with pytest.raises(ValueError, match="is a directory"):
+    array_files.read_arrays(tmp_path)
+
+
+def old(arrays):
+  """The arrays as PaLM-rlhf-pytorch up to 0.2.3 stores them."""
+  return {name: x + 1 if name.endswith("gamma") else x for name, x in arrays.items()}
+
+
+def test_gains_are_told_apart_by_their_means():
+  peer = "palm-rlhf-pytorch"
+  arrays = numpy_peers.random_arrays(peer, **SIZES)
+  want = interop.load(peer, arrays)
+  for one, offset in ((arrays, None), (arrays, 1), (old(arrays), None), (old(arrays), 0)):
+    config, params = interop.load(peer, one, gain_offset=offset)
+    assert config == want[0]
+    chex.assert_trees_all_close(params, want[1], atol=1e-6)
+  back = interop.dump(peer, *want, gain_offset=0)
+  np.testing.assert_allclose(back["norm.gamma"], old(arrays)["norm.gamma"], atol=1e-6)
+  last = {"norm.gamma": 1 + arrays["norm.gamma"]}
+  for bad in (old(old(arrays)), old(arrays) | {"norm.gamma": np.zeros(12)}, arrays | last,
+              {k: 0.5 * x if k.endswith("gamma") else x for k, x in old(arrays).items()}):
+    with pytest.raises(ValueError, match="near 0 .* or near 1 .* say which with gain_offset"):
+      interop.load(peer, bad)
+    assert interop.load(peer, bad, gain_offset=0)[0] == want[0]
+  # A final gain that training has moved far away decides nothing.
+  assert interop.load(peer, old(arrays) | {"norm.gamma": np.full(12, 3.0)})[0] == want[0]
+  with pytest.raises(ValueError, match="gain_offset of palm-jax is 0; got 1"):
+    interop.load("palm-jax", numpy_peers.random_arrays("palm-jax", **SIZES), gain_offset=1)
+
+
+def test_scale_bases_of_xpos():
+  arrays = numpy_peers.random_arrays("palm-rlhf-pytorch", **SIZES)
+  assert interop.load("palm-rlhf-pytorch", arrays)[0].xpos_scale_base == 512
+  assert interop.load(
+      "palm-rlhf-pytorch", arrays, xpos_scale_base=64)[0].xpos_scale_base == 64
+  with pytest.raises(ValueError, match="palm-flax does not have xPos; got xpos_scale_base = 64"):
+    interop.load("palm-flax", {}, xpos_scale_base=64)
+
+
+@pytest.mark.parametrize("peer, change, other, options, message", [
+    ("palm-jax-lite", dict(dim_head=6), "palm-jax", {}, "as palm-jax-lite they have 3 heads of 6"),
+    ("palm-jax", dict(dim_head=6), "palm-jax-lite", {}, "as palm-jax they have 3 heads of 6"),
+    ("palm-jax", dict(heads=2, dim_head=8), "palm-jax-lite", dict(heads=2),
+     "have 1 heads of 16; got heads = 2; as palm-jax they have 2 heads of 8"),
+    ("palm-jax-lite", dict(heads=2, dim_head=8), "palm-jax", dict(heads=2),
+     "have 4 heads of 4; got heads = 2; as palm-jax-lite they have 2 heads of 8"),
+    ("palm-pytorch", {}, "palm-pytorch-lite", {}, "their names are those of palm-pytorch$"),
+])
+def test_two_models_of_a_peer_are_told_apart(peer, change, other, options, message):
+  arrays = numpy_peers.random_arrays(peer, **(SIZES | change))
+  with pytest.raises(ValueError, match=message):
+    interop.load(other, arrays, **options)
+
+
+@pytest.mark.parametrize("peer", list(interop.PEERS))
+@pytest.mark.parametrize("wrap", [
+    "module.{}", "_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "model.{}",
+    "state/net.module.{}"])
+def test_prefixes_of_names_are_dropped(peer, wrap):
+  arrays = numpy_peers.random_arrays(peer, **SIZES)
+  want = interop.load(peer, arrays)[1]
+  with pytest.warns(UserWarning, match="prefixes of names are dropped") as said:
+    got = interop.load(peer, {wrap.format(name): x for name, x in arrays.items()})[1]
+  assert len(said) == 1
+  chex.assert_trees_all_equal(got, want)
+
+
+def test_wrappers_of_layers_are_dropped_and_two_models_are_not_mixed():
+  arrays = numpy_peers.random_arrays("palm-jax", **SIZES)
+  want = interop.load("palm-jax", arrays)[1]
+  with pytest.warns(UserWarning, match="'layers.0._orig_mod.norm.gamma' is taken for"):
+    got = interop.load("palm-jax", {
+        re.sub(r"^(layers\.\d)", r"\1._orig_mod", name): x for name, x in arrays.items()})[1]
+  chex.assert_trees_all_equal(got, want)
+  with pytest.raises(ValueError, match="'embedding' is there twice"):
+    interop.load("palm-jax", arrays | {"module.embedding": arrays["embedding"]})
+  both = {f"{name}.{k}": x for name in ("actor", "critic") for k, x in arrays.items()}
+  with pytest.raises(ValueError, match="several models: actor., critic."):
+    interop.load("palm-jax", both)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", ">f4", "longdouble", "bfloat16"])
+def test_files_of_every_floating_point_type(tmp_path, dtype):
+  dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+  arrays = {k: x.astype(dtype) for k, x in numpy_peers.random_arrays("palm-jax", **SIZES).items()}
+  np.savez(tmp_path / "weights.npz", **arrays)
+  read = array_files.read_arrays(tmp_path / "weights.npz")
+  assert read["embedding"].dtype == dtype
+  want = {k: x.astype(np.float32) for k, x in arrays.items()}
+  chex.assert_trees_all_equal(interop.load("palm-jax", read)[1],
+                              interop.load("palm-jax", want)[1])
+
+
+def test_types_that_numpy_forgets_are_named(tmp_path):
+  path = tmp_path / "weights.npz"
+  for array, message in ((np.zeros(2, ml_dtypes.float8_e4m3fn), "does not say which type"),
+                         (np.zeros(2, ml_dtypes.float8_e5m2), "cannot be read"),
+                         (np.array([{}, 1]), "Object arrays cannot be loaded")):
+    np.savez(path, **{"a.b": array})
+    with pytest.raises(ValueError, match="'a.b' in .*" + message):
+      array_files.read_arrays(path)
+
+
+def zipped(**members):
+  stream = io.BytesIO()
+  with zipfile.ZipFile(stream, "w") as archive:
+    for name, content in members.items():
+      archive.writestr(name.replace("_", "/"), content)
+  return stream.getvalue()
+
+
+def array_bytes():
+  stream = io.BytesIO()
+  np.save(stream, np.arange(3.0))
+  return stream.getvalue()
+
+
+@pytest.mark.parametrize("content, message", [
+    (zipped(archive_data_pkl=b".").replace(b"data/pkl", b"data.pkl"), "is a PyTorch file"),
+    (b"\x80\x02\x8a\nl\xfc\x9cF\xf9", "is a PyTorch file"),
+    (b"\x08\0\0\0\0\0\0\0{\"a\":{}}", "is a safetensors file"),
+    (b"\x81\xa6params\x80", "is a msgpack file"), (b"\xde\x00\x10", "is a msgpack file"),
+    (array_bytes(), "is an Equinox or .npy file"), (b'{"depth": 2}\n' + array_bytes(), "Equinox"),
+    (b"\x89HDF\r\n\x1a\n", "is an HDF5 file"), (b"GGUF\x03", "is a GGUF file"),
+    (b"\x1f\x8b\x08", r"is compressed \(gzip\)"), (b'{"weight_map": {}}', "is JSON"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+    (b"<!DOCTYPE html>", "is a page"), (b"", "is empty"), (zipped(a=b"b"), "without arrays"),
+    (b"PK\x03\x04 cut", "zip archive that is cut short"), (b"something else", "is not an .npz"),
+])
+def test_other_files_are_named_by_their_content(tmp_path, content, message):
+  for name in ("weights.npz", "weights", "[weights]"):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+      array_files.read_arrays(path)
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("suffix, kind", [
+    (".pt", "PyTorch"), (".bin", "PyTorch"), (".ckpt", "PyTorch"), (".safetensors", "safetensors"),
+    (".msgpack", "msgpack"), (".eqx", "Equinox"), (".H5", "HDF5")])
+def test_other_files_are_named_by_their_suffix(tmp_path, suffix, kind):
+  path = tmp_path / ("weights" + suffix)
+  path.write_bytes(b"unknown to all")
+  with pytest.raises(ValueError, match=kind):
+    array_files.read_arrays(path)
+  array_files.write_arrays(path, {"a": np.ones(2)})  # What is an .npz is read under any name.
+  assert array_files.read_arrays(path)["a"].tolist() == [1, 1]
+
+
+def test_models_of_any_name_and_within_others():
+  config = PaLMConfig(**SIZES)
+  params = interop.load("palm-jax", numpy_peers.random_arrays("palm-jax", **SIZES))[1]
+  want = interop.dump("palm-jax", config, params)
+
+  class Outer(hk.Module):
+    def __init__(self):
+      super().__init__("outer")
+      self.inner = PaLM.from_config(config, name="policy")
+
+    def __call__(self, tokens):
+      return hk.Linear(2)(self.inner(tokens))
+
+  shapes = [jax.eval_shape(hk.transform(f).init, jax.random.key(0), np.zeros((1, 3), np.int32))
+            for f in (lambda t: PaLM.from_config(config, name="policy")(t),
+                      lambda t: Outer()(t))]
+  assert {name for one in shapes for name in one} == {
+      "policy", "policy/layers/parallel_block", "outer/~/policy",
+      "outer/~/policy/layers/parallel_block", "outer/linear"}
+  for one in shapes:
+    name = next(name for name in one if name.endswith("policy"))
+    renamed = {k.replace("palm", name, 1): x for k, x in params.items()}
+    assert renamed.keys() <= one.keys()
+    others = {k: {} for k in one if k not in renamed}
+    for prefix in (None, name):
+      chex.assert_trees_all_equal(
+          interop.dump("palm-jax", config, renamed | others, prefix=prefix), want)
+    chex.assert_trees_all_equal(decoder.prepare(renamed | others, config),
+                                decoder.prepare(params, config))
+  both = params | renamed
+  chex.assert_trees_all_equal(interop.dump("palm-jax", config, both, prefix="palm"), want)
+  for bad, prefix, message in ((both, None, "several PaLMs; pass prefix, one of 'palm', 'outer/~"),
+                               (params, "reward", "no PaLM called 'reward'; there is 'palm'"),
+                               ({"linear": {}}, None, "hold no PaLM; there is 'linear'")):
+    with pytest.raises(ValueError, match=message):
+      interop.dump("palm-jax", config, bad, prefix=prefix)
+    with pytest.raises(ValueError, match=message):
+      generate(bad, config, [1, 2], 1, temperature=0, prefix=prefix)
