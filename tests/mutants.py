@@ -21,6 +21,7 @@ import io
 import re
 import tokenize
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ class Mistake(NamedTuple):
 
   place: str
   pattern: str
-  replacement: str
+  replacement: str | Callable[[re.Match], str]
 
 
 def text(path: str | Path, mistake: Mistake) -> str:

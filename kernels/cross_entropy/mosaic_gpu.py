@@ -57,7 +57,7 @@ def _main_loop(x_ref, rows_ref, bounds_ref, x_smem, rows_smem, ready, free, *, w
       pl.cdiv(pl.cdiv(rows_ref.shape[0], columns), walk))
   lo = split * walk
   hi = jnp.clip(bounds_ref[1], lo, lo + walk)
-  full = jnp.clip(lax.div(bounds_ref[0], columns), lo, hi)
+  full = jnp.clip(lax.div(bounds_ref[0], columns), lo, hi)  # mutant: full blocks
 
   @pl.when(wg == COMPUTE)
   def copy():
@@ -80,7 +80,7 @@ def _main_loop(x_ref, rows_ref, bounds_ref, x_smem, rows_smem, ready, free, *, w
 
       def chunk(k, _):
         slot = lax.rem(first + k, stages)
-        plgpu.barrier_wait(ready.at[slot])
+        plgpu.barrier_wait(ready.at[slot])  # mutant: ready
         plgpu.wgmma(acc, x_smem.at[slot, tokens], rows_smem.at[slot].T)
         plgpu.wgmma_wait(1)  # all but this one are done, so that the slot before it is free
 
@@ -92,7 +92,7 @@ def _main_loop(x_ref, rows_ref, bounds_ref, x_smem, rows_smem, ready, free, *, w
       return acc[...]
 
     def one_block(block, carry, step, masked):
-      logits = pl.run_scoped(
+      logits = pl.run_scoped(  # mutant: accumulator
           functools.partial(logits_of, block), plgpu.ACC((WARPGROUP_ROWS, columns), jnp.float32))
       plgpu.barrier_arrive(free.at[lax.rem((block - lo + 1) * depth - 1, stages)])
       return step(logits, block * columns, carry, masked)
@@ -103,13 +103,13 @@ def _main_loop(x_ref, rows_ref, bounds_ref, x_smem, rows_smem, ready, free, *, w
             start, stop, functools.partial(one_block, step=step, masked=masked), carry)
       return carry
 
-    compute(tile * ROWS + wg * WARPGROUP_ROWS, split, blocks)
+    compute(tile * ROWS + wg * WARPGROUP_ROWS, split, blocks)  # mutant: accumulator
 
 
 def _before(end, column0, shape):
   """Whether a tile's columns, of which the first is `column0`, stand before `end`, one a row."""
   fixed, lane = (down(c, shape) for c in tiles.columns(shape[1]))
-  return fixed < across(end - column0, shape) - lane
+  return fixed < across(end - column0, shape) - lane  # mutant: valid columns
 
 
 def _forward_kernel(x_ref, rows_ref, bounds_ref, parts_ref, x_smem, rows_smem, parts_smem, ready,
@@ -129,7 +129,7 @@ def _forward_kernel(x_ref, rows_ref, bounds_ref, parts_ref, x_smem, rows_smem, p
       new_top = jnp.maximum(top, fold(logits, jnp.maximum).max(axis=1))
       weights = jnp.exp2((logits - across(new_top, logits.shape)) * factor)
       decay = jnp.exp2((top - new_top) * factor)
-      total = total * across(decay, total.shape) + fold(weights, jnp.add)
+      total = total * across(decay, total.shape) + fold(weights, jnp.add)  # mutant: running sum
       return new_top, total
 
     cast = plgpu.layout_cast
@@ -139,7 +139,7 @@ def _forward_kernel(x_ref, rows_ref, bounds_ref, parts_ref, x_smem, rows_smem, p
     for i, part in enumerate((top, total.sum(axis=1))):
       slot = parts_smem.at[i, pl.ds(lax.axis_index("wg") * WARPGROUP_ROWS, WARPGROUP_ROWS)]
       slot[...] = part
-      plgpu.commit_smem()
+      plgpu.commit_smem()  # mutant: written
       plgpu.copy_smem_to_gmem(slot, parts_ref.at[i, split, pl.ds(row0, WARPGROUP_ROWS)])
     plgpu.wait_smem_to_gmem(0)
 
@@ -159,7 +159,7 @@ def _gradient_kernel(x_ref, rows_ref, bounds_ref, targets_ref, table_ref, g_ref,
     def step(logits, column0, carry, masked):
       shape = logits.shape
       fixed, lane = (down(c, shape) for c in tiles.columns(shape[1]))
-      hit = fixed == across(target - column0, shape) - lane
+      hit = fixed == across(target - column0, shape) - lane  # mutant: target
       g = jnp.exp2((logits - across(top, shape)) * (scale * LOG2E)) * across(spread, shape)
       g += jnp.where(hit, across(peak, shape), 0.0)
       if masked:
@@ -168,7 +168,7 @@ def _gradient_kernel(x_ref, rows_ref, bounds_ref, targets_ref, table_ref, g_ref,
       g = g.astype(g_smem.dtype)
       for i, column in enumerate(range(0, shape[1], STORE)):
         slot = own.at[i % own.shape[0]]
-        plgpu.wait_smem_to_gmem(own.shape[0] - 1, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(own.shape[0] - 1, wait_read_only=True)  # mutant: copied
         slot[...] = g[:, column:column + STORE]
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(slot, g_ref.at[here, pl.ds(column0 + column, STORE)])

@@ -21,7 +21,7 @@ def _place(N, splits, BLOCK_N: tl.constexpr, TOGETHER: tl.constexpr):
   index = tl.program_id(0)
   group = index // (TOGETHER * splits)
   index -= group * (TOGETHER * splits)
-  size = tl.minimum(tl.cdiv(N, BLOCK_N) - group * TOGETHER, TOGETHER)
+  size = tl.minimum(tl.cdiv(N, BLOCK_N) - group * TOGETHER, TOGETHER)  # mutant: group
   return group * TOGETHER + index % size, index // size
 
 
@@ -34,8 +34,8 @@ def _logits(x_ptr, rows_ptr, token, N, column, R, D: tl.constexpr, BLOCK_N: tl.c
   x_tile = x_ptr + tl.cast(token, tl.int64) * D + (row[:, None] * D + k[None, :])
   row = tl.minimum(column + tl.arange(0, BLOCK_V), R - 1).to(tl.int64)
   rows_tile = rows_ptr + row[None, :] * D + k[:, None]
-  acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-  for start in range(0, D, BLOCK_D):
+  acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)  # mutant: accumulator
+  for start in range(0, D, BLOCK_D):  # mutant: contraction
     if D % BLOCK_D == 0:
       x = tl.load(x_tile)
       rows = tl.load(rows_tile)
@@ -64,12 +64,13 @@ def forward_kernel(x_ptr, rows_ptr, valid_ptr, N, R, splits, top_ptr, total_ptr,
   top = tl.full([BLOCK_N], LOWEST, tl.float32)
   total = tl.zeros([BLOCK_N], tl.float32)
   first = split * (WALK * BLOCK_V)
-  for column in range(first, tl.minimum(first + WALK * BLOCK_V, valid), BLOCK_V):
+  for column in range(first, tl.minimum(first + WALK * BLOCK_V, valid), BLOCK_V):  # mutant: walk
     logits = _logits(x_ptr, rows_ptr, token, N, column, R, D, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
-    seen = column + tl.arange(0, BLOCK_V) < valid
+    seen = column + tl.arange(0, BLOCK_V) < valid  # mutant: counted columns
     logits = tl.where(seen[None, :], logits, float("-inf"))
     new_top = tl.maximum(top, tl.max(logits, 1))
     weights = tl.exp2((logits - new_top[:, None]) * (SCALE * LOG2E))
+    # mutant: running sum
     total = total * tl.exp2((top - new_top) * (SCALE * LOG2E)) + tl.sum(weights, 1)
     top = new_top
   row = token + tl.arange(0, BLOCK_N)
@@ -96,9 +97,9 @@ def gradient_kernel(x_ptr, rows_ptr, valid_ptr, target_ptr, top_ptr, spread_ptr,
   peak = tl.load(peak_ptr + token + row, mask=inside, other=0.0)
   here = tl.arange(0, BLOCK_V)
   weights = tl.exp2((logits - top[:, None]) * (SCALE * LOG2E))
-  hit = target[:, None] == here[None, :]
+  hit = target[:, None] == here[None, :]  # mutant: target
   g = tl.fma(weights, spread[:, None], tl.where(hit, peak[:, None], 0.0))
-  g = tl.where((here < tl.load(valid_ptr) - column)[None, :], g, 0.0)
+  g = tl.where((here < tl.load(valid_ptr) - column)[None, :], g, 0.0)  # mutant: gradient's columns
   g_tile = g_ptr + tl.cast(token, tl.int64) * R + column
   tl.store(g_tile + row[:, None] * R + here[None, :], g.to(g_ptr.dtype.element_ty),
            mask=inside[:, None] & (here < R - column)[None, :])

@@ -49,7 +49,7 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip):
   """
   num_tokens, dim = x.shape
   _, heads, dim_head = params["query"].shape
-  h = product.whole(xla.normalize(x, params["norm"], kind=norm, eps=eps))
+  h = product.whole(xla.normalize(x, params["norm"], kind=norm, eps=eps))  # mutant: statistics
   weights = [params["query"].reshape(dim, -1), params["key"], params.get("value"),
              params["gate"], params["up"]]
   tables = (None, None)
@@ -94,7 +94,7 @@ def _in_projection_kernel(h_ref, query_ref, key_ref, value_ref, gate_ref, up_ref
   def fill(row, column, i, slot, put):
     chunk = pl.ds(i * CHUNK, CHUNK)
     put(h_ref.at[pl.ds(row * ROWS, ROWS), chunk], ring.a.at[slot])
-    for side, wide in enumerate((gate_ref, up_ref)):
+    for side, wide in enumerate((gate_ref, up_ref)):  # mutant: gate and up
       block = column * 2 + side
       choices = [((start <= block) & (block < end) & (column < head_tiles), weight, block - start)
                  for start, end, weight, _ in heads]
@@ -128,7 +128,9 @@ def _in_projection_kernel(h_ref, query_ref, key_ref, value_ref, gate_ref, up_ref
         elif value_ref is None:
           pieces(rotated)
         else:
+          # mutant: rotated columns
           pl.when(block < heads[-1][0])(functools.partial(pieces, rotated))
+          # mutant: rotated columns
           pl.when(block >= heads[-1][0])(functools.partial(pieces, plain))
 
     @pl.when(column >= head_tiles)
@@ -157,10 +159,10 @@ def _rotated(sums, at, cos_ref, sin_ref, rows, dim_head):
   second_half, channel = divmod(at % dim_head, pair)
   at -= second_half * pair
   first, second = _columns(sums, at, width), _columns(sums, at + pair, width)
-  cos, sin = (
+  cos, sin = (  # mutant: angles
       plgpu.load(table.at[rows, pl.ds(channel, width)], layout=TILE, optimized=False)
       for table in (cos_ref, sin_ref))
-  halves = first * cos - second * sin, second * cos + first * sin
+  halves = first * cos - second * sin, second * cos + first * sin  # mutant: rotation
   if pair < STORE:
     return jnp.concatenate(halves, axis=1)
   return halves[second_half]
@@ -193,12 +195,13 @@ def _out_projection_kernel(x_ref, attended_ref, attn_out_ref, act_ref, ff_out_re
 
   def residual(row, column, i, slot, put):
     for half in (0, WARPGROUP_ROWS):
+      # mutant: residual's place
       put(x_ref.at[pl.ds(row * ROWS + half, WARPGROUP_ROWS),
                    pl.ds(column * columns + i * STORE, STORE)],
           ring.a.at[slot, pl.ds(half, WARPGROUP_ROWS)])
 
   parts = [product.part(ring, attended_ref, attn_out_ref), product.part(ring, act_ref, ff_out_ref)]
-  depth = sum(steps for steps, _ in parts)
+  depth = sum(steps for steps, _ in parts)  # mutant: products
   if x_ref is not None:
     parts.append((columns // STORE, residual))
 
@@ -207,7 +210,7 @@ def _out_projection_kernel(x_ref, attended_ref, attn_out_ref, act_ref, ff_out_re
     for i in range(columns // STORE):
       value = total[:, i * STORE:(i + 1) * STORE]
       if x_ref is not None:
-        value += product.take(ring, first + depth + i, ring.a)[0]
+        value += product.take(ring, first + depth + i, ring.a)[0]  # mutant: residual
       there = product.rows_of(row), pl.ds(column * columns + i * STORE, STORE)
       product.store(ring, i, value, (True, y_ref.at[there]))
 

@@ -48,7 +48,7 @@ def _swiglu_gradient_kernel(dy_ref, gate_ref, up_ref, ff_out_ref, dgate_ref, dup
       s = product.sigmoid(gate)
       silu = gate * s
       there = product.rows_of(row), pl.ds(column * columns + i * STORE, STORE)
-      for n, (out, value) in enumerate((
+      for n, (out, value) in enumerate((  # mutant: gate's gradient
           (dgate_ref, dact * up * (s + silu * (1 - s))), (dup_ref, dact * silu),
           (act_ref, silu * up))):
         product.store(ring, 3 * i + n, value, (True, out.at[there]))
@@ -67,6 +67,7 @@ def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip):
     chip: "h100", "h200" or None.
   """
   num_tokens, dim = dkey.shape[0], params["key"].shape[0]
+  # mutant: terms
   terms = [(dquery.reshape(num_tokens, -1), params["query"].reshape(dim, -1)),
            (dkey, params["key"]), (dvalue, params.get("value")),
            (dgate, params["gate"]), (dup, params["up"])]

@@ -50,7 +50,7 @@ class Ring(NamedTuple):
   def wait(self, step):
     """The slot of a step, which is full then."""
     slot = self.slot(step)
-    plgpu.barrier_wait(self.ready.at[slot])
+    plgpu.barrier_wait(self.ready.at[slot])  # mutant: full
     return slot
 
   def release(self, step):
@@ -76,7 +76,7 @@ def run(ring, parts, compute):
     @plgpu.nd_loop((num_tiles,), collective_axes="block")
     def _(info):
       row, column = plgpu.planar_snake(info.index[0], shape, 0, tuning.TOGETHER // size)
-      row = row * size + (lax.axis_index("pair") if ring.together else 0)
+      row = row * size + (lax.axis_index("pair") if ring.together else 0)  # mutant: pair
       body(row, column, info.local_index * steps)
 
   def fill_tile(row, column, first):
@@ -86,7 +86,7 @@ def run(ring, parts, compute):
 
         @pl.when(first + i >= ring.stages)
         def _():
-          plgpu.barrier_wait(ring.free.at[slot])
+          plgpu.barrier_wait(ring.free.at[slot])  # mutant: free
 
         def put(source, target, shared=False):
           plgpu.copy_gmem_to_smem(
@@ -111,7 +111,7 @@ def run(ring, parts, compute):
   @pl.when(wg < COMPUTE)
   def computing():
     plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-    each_tile(compute)
+    each_tile(compute)  # mutant: accumulator
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -152,7 +152,7 @@ def accumulate(ring, first, steps, operands):
     lax.fori_loop(0, steps, chunk, ring.slot(first))
     return [total[...] for total in sums]
 
-  sums = pl.run_scoped(multiply, *[
+  sums = pl.run_scoped(multiply, *[  # mutant: accumulator
       plgpu.ACC((WARPGROUP_ROWS, b.shape[1]), jnp.float32) for b in operands(0)])
   ring.release(first + steps - 1)
   return sums
@@ -172,7 +172,8 @@ def take(ring, step, *slots):
   slot = ring.wait(step)
   values = [plgpu.load(smem.at[slot, _my_rows()], layout=TILE).astype(jnp.float32)
             for smem in slots]
-  plgpu.commit_smem()  # all has been read before the next copy writes there
+  # All has been read before the next copy writes there.
+  plgpu.commit_smem()  # mutant: taken
   ring.release(step)
   return values
 
@@ -183,9 +184,10 @@ def store(ring, i, value, *targets):
   Of several targets, (condition, array) each, exactly one condition is true.
   """
   slot = ring.stores.at[lax.axis_index("wg"), i % 2]
-  plgpu.wait_smem_to_gmem(min(i, 1), wait_read_only=True)  # what this slot held has left it
+  # What this slot held has left it.
+  plgpu.wait_smem_to_gmem(min(i, 1), wait_read_only=True)  # mutant: copied
   slot[...] = value.astype(slot.dtype)
-  plgpu.commit_smem()
+  plgpu.commit_smem()  # mutant: written
   for condition, target in targets:
     pl.when(condition)(functools.partial(plgpu.copy_smem_to_gmem, slot, target))
 

@@ -20,9 +20,10 @@ def normalize_kernel(x_ptr, gain_ptr, M, h_ptr, D: tl.constexpr, EPS: tl.constex
   at = row.to(tl.int64)[:, None] * D + column[None, :]
   inside = (row < M)[:, None] & (column < D)[None, :]
   x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-  if CENTRED:
+  if CENTRED:  # mutant: mean
+    # mutant: row's end
     x = tl.where((column < D)[None, :], x - (tl.sum(x, 1) / D)[:, None], 0.0)
-  x *= tl.rsqrt(tl.sum(x * x, 1) / D + EPS)[:, None]
+  x *= tl.rsqrt(tl.sum(x * x, 1) / D + EPS)[:, None]  # mutant: size
   gain = tl.load(gain_ptr + column, mask=column < D, other=0.0)
   tl.store(h_ptr + at, (x * gain[None, :]).to(h_ptr.dtype.element_ty), mask=inside)
 
@@ -37,7 +38,7 @@ def _place(M, columns, BLOCK_M: tl.constexpr, TOGETHER: tl.constexpr):
   group = index // (TOGETHER * columns)
   index -= group * (TOGETHER * columns)
   size = tl.minimum(tl.cdiv(M, BLOCK_M) - group * TOGETHER, TOGETHER)
-  return (group * TOGETHER + index % size) * BLOCK_M, index // size
+  return (group * TOGETHER + index % size) * BLOCK_M, index // size  # mutant: group
 
 
 @triton.jit
@@ -61,15 +62,15 @@ def _sum_of_products(xs, ws, KS, token, M, column, N: tl.constexpr, TRANSPOSED: 
   k = tl.arange(0, BLOCK_K)
   # Columns past the end are those of the beginning, so that loads of whole vectors need no mask.
   columns = (column + tl.arange(0, BLOCK_N)) % N
-  acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+  acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # mutant: accumulator
   total = KS[0]
   for i in tl.static_range(1, len(xs)):
     total += KS[i]
-  for step in range(0, total // BLOCK_K):
+  for step in range(0, total // BLOCK_K):  # mutant: contraction
     x_ptr, w_ptr, K, start = xs[0], ws[0], KS[0], step * BLOCK_K
     for i in tl.static_range(1, len(xs)):
-      past = start >= K
-      start = tl.where(past, start - K, start)
+      past = start >= K  # mutant: end of a product
+      start = tl.where(past, start - K, start)  # mutant: next product
       x_ptr, w_ptr = tl.where(past, xs[i], x_ptr), tl.where(past, ws[i], w_ptr)
       K = tl.where(past, KS[i], K)
     x = tl.load(x_ptr + start + _rows(token, M, K, BLOCK_M, BLOCK_K))
@@ -122,6 +123,7 @@ def in_projection_kernel(h_ptr, query_ptr, key_ptr, value_ptr, gate_ptr, up_ptr,
   # through the selections: it would load them one by one.
   if tile >= HEAD_TILES:
     pair = ((tile - HEAD_TILES) * PAIRS + pair) % F
+    # mutant: gate and up
     column = tl.where(right, up_ptr + pair, gate_ptr + pair)
     column = tl.max_contiguous(tl.multiple_of(column, 64), 32)
     stride = F
@@ -133,6 +135,7 @@ def in_projection_kernel(h_ptr, query_ptr, key_ptr, value_ptr, gate_ptr, up_ptr,
     stride = DIM_HEAD
   else:
     pair = (tile * PAIRS + pair) % OF_QUERY
+    # mutant: halves of a head
     column = query_ptr + (pair // HALF * DIM_HEAD + pair % HALF + tl.where(right, HALF, 0))
     column = tl.max_contiguous(tl.multiple_of(column, 64), 32)
     stride = HEADS * DIM_HEAD
@@ -184,10 +187,11 @@ def _store_heads(first, second, token, M, pair, cos_ptr, sin_ptr, out_ptr, value
   token = tl.cast(token, tl.int64)
   inside = (row < M - token) & (pair < (2 * COUNT if VALUE else COUNT))[None, :]
   if ROTATED:
-    turn = token * HALF + (row * HALF + (pair % HALF)[None, :])
-    turns = inside & (pair < COUNT)[None, :]
+    turn = token * HALF + (row * HALF + (pair % HALF)[None, :])  # mutant: angles
+    turns = inside & (pair < COUNT)[None, :]  # mutant: rotated columns
     cos = tl.load(cos_ptr + turn, mask=turns, other=1.0)
     sin = tl.load(sin_ptr + turn, mask=turns, other=0.0)
+    # mutant: rotation
     first, second = first * cos - second * sin, second * cos + first * sin
   column = out_ptr + (pair // HALF * (2 * HALF) + pair % HALF)
   if VALUE:
@@ -215,7 +219,7 @@ def out_projection_kernel(x_ptr, attended_ptr, act_ptr, attn_out_ptr, ff_out_ptr
     inside = (row < M - token)[:, None] & (columns < D)[None, :]
     at = tl.cast(token, tl.int64) * D + (row[:, None] * D + columns[None, :])
     y = parts[part]
-    if WITH_X:
+    if WITH_X:  # mutant: residual
       y += tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -235,7 +239,7 @@ def swiglu_gradient_kernel(dy_ptr, gate_ptr, up_ptr, ff_out_ptr, M, dgate_out, d
   dtype = dgate_out.dtype.element_ty
   parts = _quarters(dact)
   for part in tl.static_range(4):
-    columns = column + part * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+    columns = column + part * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)  # mutant: part
     inside = (row < M - token)[:, None] & (columns < F)[None, :]
     at = tl.cast(token, tl.int64) * F + (row[:, None] * F + columns[None, :])
     gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -243,7 +247,9 @@ def swiglu_gradient_kernel(dy_ptr, gate_ptr, up_ptr, ff_out_ptr, M, dgate_out, d
     s = 1 / (1 + tl.exp2(gate * -LOG2E))
     silu = gate * s
     tl.store(act_out + at, (silu * up).to(dtype), mask=inside)
+    # mutant: up's gradient
     tl.store(dup_out + at, (parts[part] * silu).to(dtype), mask=inside)
+    # mutant: gate's gradient
     tl.store(dgate_out + at, (parts[part] * up * (s + silu * (1 - s))).to(dtype), mask=inside)
 
 
@@ -258,7 +264,7 @@ def input_gradient_kernel(dquery_ptr, dkey_ptr, dvalue_ptr, dgate_ptr, dup_ptr, 
   token, tile = _place(M, TILES, BLOCK_M, TOGETHER)
   column = tile * BLOCK_N
   if VALUE:
-    acc = _sum_of_products(
+    acc = _sum_of_products(  # mutant: weights
         (dquery_ptr, dkey_ptr, dvalue_ptr, dgate_ptr, dup_ptr),
         (query_ptr, key_ptr, value_ptr, gate_ptr, up_ptr),
         (HEADS * DIM_HEAD, DIM_HEAD, DIM_HEAD, F, F), token, M, column, D, True, BLOCK_M, BLOCK_N,

@@ -98,7 +98,9 @@ def idle(plan, length, mask, blocks):
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("change", [{}, {"cores": 2}, {"area": 2**6, "lanes": 16, "rows": 16}])
+@pytest.mark.parametrize("change", [
+    pytest.param({}, marks=pytest.mark.full), {"cores": 2},
+    pytest.param({"area": 2**6, "lanes": 16, "rows": 16}, marks=pytest.mark.full)])
 def test_steps_are_those_of_the_dense_mask(name, backward, change):
   length, mask = MASKS[name]
   shape = Attention(1, length, 4, 1, 128)
@@ -162,6 +164,7 @@ def test_a_program_meets_another_mask():
   assert causal.inner == alone.inner and causal.edge == alone.edge
 
 
+@pytest.mark.full
 def test_the_masks_of_the_table():
   length, window = static.MASKS["window"]
   np.testing.assert_allclose(window.share(length) * length**2, sum(

@@ -6,6 +6,7 @@ from benchmarks import plan, results
 from palm_haiku.hardware import ACHIEVED
 
 
+@pytest.mark.full
 def test_published_runs_are_planned_within_15_percent_by_one_constant_for_a_chip():
   compiled = {(row["implementation"], row["shape"]): row["compiled"]
               for row in results.newest("plan")["rows"]}

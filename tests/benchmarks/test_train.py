@@ -13,6 +13,7 @@ def test_shapes():
       train.Shape.parse(text)
 
 
+@pytest.mark.full
 def test_a_comparison_where_the_peer_is_absent(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(train, "DEPTHS", (1,))
   monkeypatch.setattr(train.importlib.metadata, "version", absent_peer)

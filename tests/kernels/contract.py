@@ -9,8 +9,8 @@ A result is compared with float64, by its largest error and by its mean square. 
   to op: each says its floor and why.
 
 An op's contract has `Case`, one problem; `cases`, a strategy that draws them; `inputs(case)`, its
-arrays; and `errors(case, arrays, results)`, which results are out of bounds, and `check`, which
-asserts that none is.
+arrays; and `errors`, which of a case's results are out of bounds, and `check`, which asserts that
+none is.
 """
 
 import jax.numpy as jnp

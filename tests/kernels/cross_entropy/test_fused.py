@@ -86,25 +86,46 @@ def gradients(**options):
                            max_vocabulary=50),
        block_bytes=st.sampled_from([200, 1000, 2**28]))
 def test_the_contract_holds_for_plain_jax(case, block_bytes):
+  @jax.jit
+  def both(arrays):
+    return (contract.run(PlainBackend(), case, arrays, chip=None),
+            contract.run_differentiated(PlainBackend(), case, arrays))
+
   arrays = contract.inputs(case)
-  contract.check(case, arrays, contract.run(PlainBackend(), case, arrays, chip=None))
   with pytest.MonkeyPatch.context() as patch:
     blocks(patch, block_bytes)
-    contract.check(case, arrays, contract.run_differentiated(PlainBackend(), case, arrays))
+    for results in both(arrays):
+      contract.check(case, results)
+
+
+full = functools.partial(pytest.param, marks=pytest.mark.full)
+
+
+@functools.cache
+def of_the_xla_path(vocabulary=50, dtype="float32"):
+  return jax.jit(gradients(implementation="xla"))(*problem(vocabulary=vocabulary, dtype=dtype))
+
+
+def unchanged(f):
+  return f
 
 
 @pytest.mark.parametrize("wrap", [
-    lambda f: f, jax.jit, jax.checkpoint, jax.vmap,
+    unchanged, jax.jit, jax.checkpoint, jax.vmap,
     lambda f: jax.vmap(f, in_axes=(0, None, 0)),
-    lambda f: lambda *x: jax.lax.scan(lambda c, _: (c, f(*x)), 0, None, length=2)[1][0],
+    lambda f: lambda *x: jax.tree.map(lambda y: y[0], jax.lax.scan(
+        lambda c, _: (c, f(*x)), 0, None, length=2)[1]),
 ], ids=["eager", "jit", "remat", "vmap of all", "vmap", "scan"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", full("bfloat16")])
 def test_value_and_gradients_equal_the_xla_path(plain, small_blocks, wrap, dtype):
   x, embedding, targets = problem(dtype=dtype)
   if wrap is jax.vmap:
     embedding = embedding + jnp.arange(8.0)[:, None, None]
-  got = gradients(wrap=wrap)(x, embedding, targets)
-  want = gradients(wrap=wrap, implementation="xla")(x, embedding, targets)
+  outside = unchanged if wrap in (unchanged, jax.jit) else jax.jit
+  got = outside(gradients(wrap=wrap))(x, embedding, targets)
+  want = of_the_xla_path(dtype=dtype)
+  if wrap is jax.vmap:
+    want = jax.jit(gradients(wrap=wrap, implementation="xla"))(x, embedding, targets)
   assert got[1][0].dtype == dtype and got[1][1].dtype == jnp.float32
   tolerance = 1e-5 if dtype == "float32" else 2e-2
   chex.assert_trees_all_close(got, want, atol=tolerance, rtol=tolerance)
@@ -175,7 +196,7 @@ def test_a_policy_that_keeps_the_residuals_does_not_rerun_the_kernel(plain, monk
   assert number_of_runs() == 2
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [full(False), True])
 def test_other_derivatives_name_the_xla_path(plain, jit):
   x, embedding, targets = problem()
   f = lambda x, embedding: total(x, embedding, targets)
@@ -187,20 +208,20 @@ def test_other_derivatives_name_the_xla_path(plain, jit):
     jax.grad(lambda x: jax.grad(f)(x, embedding).sum())(x)
   with pytest.raises(ValueError, match="no second derivative.*implementation='xla'"):
     jax.grad(lambda e: jax.grad(f)(x, e).sum())(embedding)
-  twice = jax.grad(lambda e: jax.grad(
-      lambda x: total(x, e, targets, implementation="xla"))(x).sum())(embedding)
+  twice = jax.jit(jax.grad(lambda e: jax.grad(
+      lambda x: total(x, e, targets, implementation="xla"))(x).sum()))(embedding)
   assert np.all(np.isfinite(twice))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("vocabulary", [50, 48, 3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("vocabulary", [50, full(48), full(3)])
+@pytest.mark.parametrize("dtype", ["float32", full("bfloat16")])
 def test_a_mesh_divides_tokens_and_vocabulary(plain, small_blocks, kind, vocabulary, dtype):
   x, embedding, targets = problem(vocabulary=vocabulary, dtype=dtype)
   mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
   place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
   sharded = place(x, "data"), place(embedding), place(targets, "data")
-  want = jax.jit(gradients(implementation="xla"))(x, embedding, targets)
+  want = of_the_xla_path(vocabulary, dtype)
   tolerance = 1e-5 if dtype == "float32" else 2e-2
   chex.assert_trees_all_close(
       jax.jit(gradients())(*sharded), want, rtol=tolerance, atol=tolerance)
@@ -215,14 +236,15 @@ def test_inside_a_shard_map_of_the_caller(plain, small_blocks):
 
   f = jax.shard_map(functools.partial(losses, implementation="mosaic_gpu"), mesh=mesh,
                     in_specs=(P("data"), P(), P("data")), out_specs=P("data"))
-  both = lambda f: jax.value_and_grad(lambda *a: f(*a).sum(), argnums=(0, 1))(
+  both = lambda f: jax.jit(jax.value_and_grad(lambda *a: f(*a).sum(), argnums=(0, 1)))(
       x, embedding, targets)
   chex.assert_trees_all_close(both(f), both(losses), atol=1e-5, rtol=1e-5)
 
 
 def test_the_same_bits_on_every_run(plain, small_blocks):
   arrays = problem(dtype=jnp.bfloat16)
-  first, second = (jax.jit(gradients())(*arrays) for _ in range(2))
+  run = jax.jit(gradients())
+  first, second = run(*arrays), run(*arrays)
   chex.assert_trees_all_equal(first, second)
 
 
