@@ -1,9 +1,11 @@
 """Settings that every test shares."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 import numpy as np
+import pytest
 
 # Most of the time goes into compiling programs that run once: a quarter less of it (generation,
 # block and attention on a CPU, 195 s of processor time with and 148 s without optimization).
@@ -39,3 +41,28 @@ def _with_numpy(*args, callback, **_):
 # device: that is four fifths of a run. They work as well on numpy's.
 _callback.io_callback_impl = _with_numpy
 _gpu_memory._to_int = lambda x: x if isinstance(x, jax.core.Tracer) else int(x)
+
+
+# Files are dealt to workers whole, in this order, the longest first; the rest follow.
+LONGEST = (
+    "kernels/attention/test_mosaic_tpu.py", "kernels/decode/test_mosaic_gpu.py",
+    "kernels/attention/test_triton.py", "kernels/attention/test_mosaic_gpu.py",
+    "kernels/parallel_block/test_mosaic_gpu.py", "kernels/parallel_block/test_mosaic_tpu.py",
+    "kernels/cross_entropy/test_fused.py", "benchmarks/test_commands.py",
+    "kernels/parallel_block/test_fused.py", "kernels/attention/test_ring.py", "test_train.py",
+    "kernels/attention/test_xla.py", "kernels/cross_entropy/test_cross_entropy.py",
+    "test_distributed.py", "test_generate.py", "kernels/decode/test_triton.py",
+    "kernels/decode/test_mosaic_tpu.py", "test_cli.py", "test_recipe.py")
+
+
+def pytest_collection_modifyitems(items):
+  order = {Path(__file__).parent / name: n for n, name in enumerate(LONGEST)}
+  assert all(path.exists() for path in order), "conftest's LONGEST names files that are gone"
+  items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_programs_of_other_files():
+  """Frees a file's compiled programs at its end: a worker grew to 5 GB."""
+  yield
+  jax.clear_caches()

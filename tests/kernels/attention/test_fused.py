@@ -92,24 +92,32 @@ def loss(attend):
   return lambda *x: (attend(*x) * jnp.cos(jnp.arange(x[0].size).reshape(x[0].shape))).sum()
 
 
+@pytest.mark.full
 @settings(max_examples=10)
 @given(contract.cases(dim_heads=(4, 6), dtypes=("bfloat16", "float32"), max_queries=20,
                       max_keys=30))
 def test_the_contract_holds_for_plain_jax(case):
   arrays = contract.inputs(case)
   q, k, v, dout = (arrays[name] for name in ("query", "key", "value", "dout"))
-  module = PlainBackend()
-  out, lse = module.forward(q, k, v, chip=None, **arrays["options"])
-  gradients = module.backward(q, k, v, out, lse, dout, chip=None, **arrays["options"])
+  module, options = PlainBackend(), dict(arrays["options"], chip=None)
+
+  @jax.jit
+  def both(q, k, v, dout):
+    out, lse = module.forward(q, k, v, **options)
+    return out, lse, module.backward(q, k, v, out, lse, dout, **options)
+
+  out, lse, gradients = both(q, k, v, dout)
   contract.check(case, arrays, dict(
       out=out, lse=lse, dquery=gradients[0], dkey=gradients[1], dvalue=gradients[2]))
 
 
 @pytest.mark.parametrize("wrap", [
-    lambda f: f, jax.jit, jax.checkpoint,
-    lambda f: lambda *x: jax.lax.scan(lambda c, _: (c, f(*x)), 0, None, length=2)[1][0],
-    lambda f: jax.vmap(lambda *x: f(*(y[None] for y in x))[0]),
-], ids=["eager", "jit", "remat", "scan", "vmap"])
+    jax.jit, pytest.param(lambda f: f, marks=pytest.mark.full),
+    pytest.param(jax.checkpoint, marks=pytest.mark.full), pytest.param(
+        lambda f: lambda *x: jax.lax.scan(lambda c, _: (c, f(*x)), 0, None, length=2)[1][0],
+        marks=pytest.mark.full),
+    lambda f: jax.jit(jax.vmap(lambda *x: f(*(y[None] for y in x))[0])),
+], ids=["jit", "eager", "remat", "scan", "vmap"])
 def test_value_and_gradients_equal_the_xla_path(plain, wrap):
   x = qkv()
   got, want = (jax.value_and_grad(loss(wrap(functools.partial(f, alibi_slopes=SLOPES))),
@@ -127,6 +135,7 @@ def test_shared_keys_and_values_arrive_as_one_array(plain, monkeypatch):
   assert fused(q, k, k).shape == q.shape
 
 
+@pytest.mark.full
 def test_a_policy_that_keeps_the_residuals_does_not_rerun_the_kernel(plain, monkeypatch):
   runs = []
   forward = plain.forward
@@ -190,7 +199,8 @@ def test_derivatives_that_a_kernel_lacks_name_the_xla_path(implementation):
 
 @pytest.mark.parametrize("window", [None, (9, 4)])
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("offset", [2**17 + 5, 2**24 + 7, 2**30, 2**40, -(2**24), -(2**40)])
+@pytest.mark.parametrize("offset", [2**24 + 7, -(2**40), *(
+    pytest.param(n, marks=pytest.mark.full) for n in (2**17 + 5, 2**30, 2**40, -(2**24)))])
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "xla"])
 def test_rows_far_from_all_keys(plain, offset, is_causal, window, implementation):
   f = lambda offset: jax.value_and_grad(loss(functools.partial(
@@ -209,8 +219,9 @@ def test_a_scale_is_a_number(plain):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("context", [False, True])
+@pytest.mark.parametrize("kv_heads", [pytest.param(1, marks=pytest.mark.full), 2,
+                                      pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.parametrize("context", [pytest.param(False, marks=pytest.mark.full), True])
 def test_a_mesh_divides_batch_and_heads(plain, kind, kv_heads, context):
   devices = np.array(jax.devices()[:8]).reshape(2, 2, 2)
   mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "model"), axis_types=(kind,) * 3)
@@ -234,6 +245,7 @@ def test_a_mesh_divides_batch_and_heads(plain, kind, kv_heads, context):
   assert "tensor<2x12x2x4xf32>" in text  # the part of one device: batch 8/4, heads 4/2
 
 
+@pytest.mark.full
 def test_what_a_mesh_does_not_divide_is_repeated(plain):
   mesh = jax.make_mesh((2, 4), ("fsdp", "model"), axis_types=(AxisType.Auto,) * 2)
   x = qkv(batch=3, heads=6)
@@ -243,6 +255,7 @@ def test_what_a_mesh_does_not_divide_is_repeated(plain):
   np.testing.assert_allclose(got, flash_attention(*x, alibi_slopes=alibi_slopes(6)), atol=1e-5)
 
 
+@pytest.mark.full
 def test_inside_a_shard_map_of_the_caller(plain):
   mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
   x = qkv()

@@ -99,7 +99,8 @@ STRUCTURES = [(mesh, case_of(**case)) for mesh, case in (
 )]
 
 
-@pytest.mark.parametrize("structure", range(len(STRUCTURES)))
+@pytest.mark.parametrize("structure", [
+    n if n in (0, 9) else pytest.param(n, marks=pytest.mark.full) for n in range(len(STRUCTURES))])
 @settings(max_examples=3)  # 30 in all
 @given(data=st.data())
 def test_right_on_drawn_cases(structure, data):
@@ -146,7 +147,8 @@ MUTANTS = {
     "last transfer": (ring.Ring, "_home", left_where_they_are, {"dkey", "dvalue"})}
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("mutant", [
+    name if name == "weights" else pytest.param(name, marks=pytest.mark.full) for name in MUTANTS])
 def test_a_planted_error_is_found(monkeypatch, mutant):
   where, name, mutate, wrong = MUTANTS[mutant]
   case = case_of(12)
@@ -225,6 +227,7 @@ def test_a_tour_meets_all_that_is_visible_and_little_else(size, length, offset, 
   assert len(tour) == size or all(seen) or not visible.any()
 
 
+@pytest.mark.full
 def test_a_policy_that_keeps_the_residuals_does_not_rerun_the_ring(plain, monkeypatch):
   runs = []
   forward = plain.forward
@@ -249,6 +252,7 @@ def test_a_policy_that_keeps_the_residuals_does_not_rerun_the_ring(plain, monkey
   assert number_of_runs("attention_out") == 2 * once
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind, implementation", [
     (AxisType.Auto, "xla"), (AxisType.Explicit, "xla"), (AxisType.Explicit, "mosaic_gpu")])
 def test_arrays_that_are_divided_already(kind, implementation):
@@ -276,6 +280,7 @@ def test_arrays_that_are_divided_already(kind, implementation):
     assert jax.typeof(got[0]).sharding.spec == P("data", "seq", "model", None)
 
 
+@pytest.mark.full
 def test_under_vmap():
   x = qkv(batch=4)
   f = lambda attend: jax.grad(loss(jax.vmap(
@@ -285,6 +290,7 @@ def test_under_vmap():
   chex.assert_trees_all_close(got, jit(f(flash_attention))(*x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("lengths", [(10, 10), (1, 12), (12, 10)])
 def test_what_the_axis_does_not_divide_is_repeated(lengths):
   query, key, value = qkv(batch=1)
@@ -298,6 +304,7 @@ def test_what_the_axis_does_not_divide_is_repeated(lengths):
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.full
 def test_the_kernel_for_tpus():
   # The interpreter's kernels wait for all devices, so that one under a condition, as without
   # zigzag, would wait for ever.
@@ -341,6 +348,7 @@ print("".join(kind[name] for name, call in re.findall(
 """
 
 
+@pytest.mark.full
 def test_transfers_pass_under_kernels_as_compiled_for_tpus():
   pytest.importorskip("libtpu", reason="the compiler for TPUs is in libtpu")
   done = subprocess.run(

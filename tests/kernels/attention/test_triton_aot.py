@@ -73,6 +73,7 @@ def one_layer(chip, dim_head):
   assert not report.square
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("compilers")
 def test_forward_and_backward_use_the_tensor_cores_and_little_memory():
   one_layer("h200", 128)
@@ -87,12 +88,14 @@ def test_every_entry_of_the_table(chip, dim_head):
   one_layer(chip, dim_head)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("compilers")
 def test_vmap_scan_and_remat_compile():
   report = aot.report(attend_each, *shapes(2048, 64, batch=2), target="a100", backward=True)
   check(report, 64)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("compilers")
 @pytest.mark.parametrize("chip, num_queries, num_keys, heads, kv_heads, dim_head, dtype, options", [
     ("a100", 1, 1, 1, 1, 64, "bfloat16", dict(is_causal=False)),

@@ -41,6 +41,7 @@ def plain(monkeypatch):
   return module
 
 
+@pytest.mark.full
 @settings(max_examples=6)
 @given(case=contract.cases(dims=(4, 6), dtypes=("bfloat16", "float32", "float16"), max_len=40))
 def test_the_contract_holds_for_the_op(case):
@@ -56,9 +57,10 @@ def test_the_contract_holds_for_the_op(case):
       key_scales=a["key_scales"], value_scales=a["value_scales"]))
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 1), (4, 2), (3, 3)])
-@pytest.mark.parametrize("alibi", [False, True])
-@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize("heads, kv_heads", [
+    (4, 2), pytest.param(4, 1, marks=pytest.mark.full), pytest.param(3, 3, marks=pytest.mark.full)])
+@pytest.mark.parametrize("alibi", [pytest.param(False, marks=pytest.mark.full), True])
+@pytest.mark.parametrize("num_queries", [pytest.param(1, marks=pytest.mark.full), 3])
 def test_equals_full_attention_at_every_position(heads, kv_heads, alibi, num_queries):
   query, key, value, _ = problem((2,), 11, 11, heads, kv_heads)
   slopes = alibi_slopes(heads) if alibi else None
@@ -70,7 +72,8 @@ def test_equals_full_attention_at_every_position(heads, kv_heads, alibi, num_que
     np.testing.assert_allclose(got, full[:, start:end], atol=2e-6)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
+@pytest.mark.parametrize("implementation", [
+    pytest.param("xla", marks=pytest.mark.full), "mosaic_gpu"])
 def test_jit_and_vmap(plain, implementation):
   query, key, value, lengths = problem((2, 3))
   slopes = alibi_slopes(4)
@@ -87,6 +90,7 @@ def test_jit_and_vmap(plain, implementation):
   close(many[1], f(query, key, value, lengths, s=2 * slopes))
 
 
+@pytest.mark.full
 def test_a_value_that_is_the_key(plain):
   query, key, _, lengths = problem()
   for name in ("xla", "mosaic_gpu"):
@@ -96,8 +100,10 @@ def test_a_value_that_is_the_key(plain):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("kind", [pytest.param(AxisType.Auto, marks=pytest.mark.full),
+                                  AxisType.Explicit])
+@pytest.mark.parametrize("kv_heads", [pytest.param(1, marks=pytest.mark.full),
+                                      pytest.param(2, marks=pytest.mark.full), 4])
 def test_a_mesh_divides_sequences_and_heads(plain, kind, kv_heads, implementation):
   query, key, value, lengths = problem(kv_heads=kv_heads)
   mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)

@@ -49,12 +49,23 @@ def check(case, blocks=BLOCKS[0]):
   contract.check(case, arrays, attention(case, arrays, blocks))
 
 
+drawn = given(case=contract.cases(max_len=600), blocks=st.sampled_from(BLOCKS))
+
+
+@settings(max_examples=2)
+@drawn
+def test_right_on_few_drawn_cases(case, blocks):
+  check(case, blocks)
+
+
+@pytest.mark.full
 @settings(max_examples=9)
-@given(case=contract.cases(max_len=600), blocks=st.sampled_from(BLOCKS))
+@drawn
 def test_right_on_drawn_cases(case, blocks):
   check(case, blocks)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case, blocks", [
     # Each core has part of the only sequence; both end within it, or one has nothing.
     (Case(lengths=(700,), max_len=704, alibi=False), 2),
@@ -112,7 +123,9 @@ MUTANTS = {
     "one core's part": ("merge", one_core)}
 
 
-@pytest.mark.parametrize("mutant", [None, *MUTANTS])
+@pytest.mark.parametrize("mutant", [
+    name if name in (None, "mask", "missing wait") else pytest.param(name, marks=pytest.mark.full)
+    for name in (None, *MUTANTS)])
 def test_a_planted_error_is_found(monkeypatch, mutant):
   case = Case(lengths=(50, 256, 40, 300, 600), max_len=640, dtype="float32")
   if mutant is None:
@@ -142,6 +155,7 @@ def copied(monkeypatch, case, blocks):
   return sum(sizes)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", [
     Case(lengths=(640, 1, 801, 0, 2000), max_len=2048, heads=4),
     Case(lengths=(1000, 700), max_len=1024, heads=4, int8=True),
@@ -155,6 +169,7 @@ def test_no_more_is_copied_than_the_cache_that_is_used(monkeypatch, case):
   assert used <= total <= 1.05 * used, total / used
 
 
+@pytest.mark.full
 def test_through_the_op():
   arrays = contract.inputs(Case(lengths=(5, 40, 64, 0), max_len=64, num_queries=2, dtype="float32"))
   query, key, value = (arrays[name] for name in ("query", "key", "value"))
@@ -216,6 +231,7 @@ def check_that_copies_bind(chip, **shape):
   return found
 
 
+@pytest.mark.full
 def test_its_copies_take_longer_than_its_arithmetic():
   found = check_that_copies_bind("v5e", heads=16, dim=128, cache="bfloat16")
   assert found.share([8192] * 4 + [3000] * 4) < 1
