@@ -237,6 +237,8 @@ def _add_model_options(parser):
   group.add_argument("--norm", choices=("layer", "rms"))
   group.add_argument("--shared-kv", action=argparse.BooleanOptionalAction, default=None,
                      help="values are the keys")
+  group.add_argument("--qk-norm", action=argparse.BooleanOptionalAction, default=None,
+                     help="normalise queries and keys")
 
 
 def _add_implementation(parser):
@@ -250,7 +252,7 @@ def _model(args, base: PaLMConfig | None = None,
 
   Without either, a model of its own if they give its size; if not, they start from `default`.
   """
-  given = {name: getattr(args, name) for name in (*_SIZES, "position", "norm", "shared_kv")
+  given = {name: getattr(args, name) for name in (*_SIZES, "position", "norm", "shared_kv", "qk_norm")
            if getattr(args, name) is not None}
   if args.model is not None:
     if args.model not in configs:

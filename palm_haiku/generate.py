@@ -53,7 +53,11 @@ def generate(params, config: PaLMConfig, prompt, length: int, *, prompt_lengths=
     ValueError: an empty prompt, tokens outside the vocabulary, prompt lengths that do not fit, a
       draft with another vocabulary, or a parameter out of range.
   """
-  prompt = np.asarray(prompt)
+  try:
+    prompt = np.asarray(prompt)
+  except ValueError as error:
+    raise ValueError("prompts of different lengths must be padded to one, with prompt_lengths"
+                     ) from error
   if not np.issubdtype(prompt.dtype, np.integer) or prompt.ndim < 1 or 0 in prompt.shape:
     raise ValueError(f"prompt must be int[..., T] with at least one token; got "
                      f"{prompt.dtype}{list(prompt.shape)}")

@@ -7,6 +7,7 @@ from typing import Any, Mapping, NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from palm_haiku import kernels
 from palm_haiku.config import PaLMConfig
@@ -191,6 +192,7 @@ class PaLM(hk.Module):
       The loss and log Z of each token, both float32[..., T]; see `linear_cross_entropy`.
     """
     x, embedding, _ = self._hidden(tokens, segment_ids, None)
+    targets, weights = _array(targets), _array(weights)
     return kernels.linear_cross_entropy(
         x, embedding, targets, z_loss=z_loss, scale=self.config.logits_factor, weights=weights,
         implementation=self.implementation)
@@ -199,6 +201,7 @@ class PaLM(hk.Module):
   def _hidden(self, tokens, segment_ids, cache):
     """The normalised residual stream after the last layer, the embedding, and the new cache."""
     c = self.config
+    tokens, segment_ids = _array(tokens), _array(segment_ids)
     self._check(tokens, cache)
     embedding = hk.get_parameter(
         "embedding", (c.num_tokens, c.dim), init=hk.initializers.RandomNormal())
@@ -246,3 +249,14 @@ class PaLM(hk.Module):
       if jnp.shape(tokens)[-1] > room:
         raise ValueError(f"the cache has room for {room} more positions; "
                          f"got {jnp.shape(tokens)[-1]} tokens")
+
+
+def _array(x):
+  """An array of nested lists, which may hold what is traced; anything else as it is."""
+  if not isinstance(x, (list, tuple)):
+    return x
+  try:
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))
+    return jnp.asarray(x) if traced else np.asarray(x)
+  except (ValueError, TypeError) as error:
+    raise ValueError("a list must be rectangular, of numbers; pad sequences to one length") from error

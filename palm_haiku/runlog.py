@@ -1,5 +1,6 @@
 """What a training run leaves for people: JSON lines, TensorBoard, a picture, a progress bar."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -8,10 +9,8 @@ from typing import Any
 import numpy as np
 import rich.console
 import rich.progress
-import tensorboardX
-from matplotlib.figure import Figure
 
-from palm_haiku import terminal
+from palm_haiku import plotting, terminal
 
 METRICS = "metrics.jsonl"
 
@@ -59,12 +58,25 @@ class RunLog:
     draft.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
     draft.rename(self.path)
     self._file = open(self.path, "a", buffering=1)
-    self._tensorboard = tensorboardX.SummaryWriter(
-        str(self._directory / "tensorboard"), purge_step=start + 1 if start else None)
+    self._tensorboard = None
+    with self._tolerating("TensorBoard's files could not be written"):
+      import tensorboardX
+      self._tensorboard = tensorboardX.SummaryWriter(
+          str(self._directory / "tensorboard"), purge_step=start + 1 if start else None)
 
   def _close(self):
-    self._tensorboard.close()
+    if self._tensorboard is not None:
+      with self._tolerating("TensorBoard's files could not be written"):
+        self._tensorboard.close()
     self._file.close()
+
+  @contextlib.contextmanager
+  def _tolerating(self, what):
+    """Makes a line of any error of what only illustrates the run."""
+    try:
+      yield
+    except Exception as error:
+      self.say(f"{what}: {terminal.one_line(error) or type(error).__name__}")
 
   def __enter__(self):
     return self
@@ -73,10 +85,8 @@ class RunLog:
     self._progress.stop()
     self._close()
     if self._rows:
-      try:
+      with self._tolerating("loss.png could not be drawn"):
         plot_loss(self._rows, self._directory / "loss.png")
-      except OSError as error:  # A full disk is no reason to hide why the run ended.
-        self.say(f"loss.png could not be drawn: {error}")
 
   def advance(self, step: int) -> None:
     """Moves the progress bar."""
@@ -86,9 +96,10 @@ class RunLog:
     """Records the metrics of one step; `row` has at least "step" and "loss"."""
     self._file.write(json.dumps(row) + "\n")
     self._rows.append(row)
-    for name, value in row.items():
-      if name != "step":
-        self._tensorboard.add_scalar(name, value, row["step"])
+    if self._tensorboard is not None:
+      for name, value in row.items():
+        if name != "step":
+          self._tensorboard.add_scalar(name, value, row["step"])
     status = _status(row)
     self._progress.update(self._task, status=status)
     if not self._console.is_terminal:
@@ -144,30 +155,31 @@ def plot_loss(rows: list[dict[str, Any]], path: os.PathLike) -> None:
   steps = np.array([row["step"] for row in rows])
   loss = np.array([row["loss"] for row in rows])
   held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
-  figure = Figure(figsize=(7, 4), layout="constrained")
-  axes = figure.add_subplot()
-  smoothing = max(1, len(loss) // 50)
-  if smoothing > 1:
-    axes.plot(steps, loss, color="tab:blue", alpha=0.25, linewidth=1)
-    mean = np.convolve(loss, np.ones(smoothing) / smoothing, mode="valid")
-    axes.plot(steps[smoothing - 1:], mean, color="tab:blue", label="train")
-  else:
-    axes.plot(steps, loss, color="tab:blue", label="train")
-  if held_out:
-    axes.plot(*zip(*held_out), "o-", color="tab:orange", markersize=4, label="held out")
-    axes.annotate(f"{held_out[-1][1]:.3f}", held_out[-1], xytext=(0, 8),
-                  textcoords="offset points", ha="right", color="tab:orange")
-  axes.set(xlabel="step", ylabel="loss (nats per token)")
-  axes.grid(alpha=0.3)
-  axes.spines[["top", "right"]].set_visible(False)
-  axes.legend(frameon=False)
-  path = pathlib.Path(path)
-  draft = path.with_stem(path.stem + ".draft")
-  try:
-    figure.savefig(draft, dpi=150)
-    draft.rename(path)
-  finally:
-    draft.unlink(missing_ok=True)
+  with plotting.defaults() as Figure:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    smoothing = max(1, len(loss) // 50)
+    if smoothing > 1:
+      axes.plot(steps, loss, color="tab:blue", alpha=0.25, linewidth=1)
+      mean = np.convolve(loss, np.ones(smoothing) / smoothing, mode="valid")
+      axes.plot(steps[smoothing - 1:], mean, color="tab:blue", label="train")
+    else:
+      axes.plot(steps, loss, color="tab:blue", label="train")
+    if held_out:
+      axes.plot(*zip(*held_out), "o-", color="tab:orange", markersize=4, label="held out")
+      axes.annotate(f"{held_out[-1][1]:.3f}", held_out[-1], xytext=(0, 8),
+                    textcoords="offset points", ha="right", color="tab:orange")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path = pathlib.Path(path)
+    draft = path.with_stem(path.stem + ".draft")
+    try:
+      figure.savefig(draft, dpi=150)
+      draft.rename(path)
+    finally:
+      draft.unlink(missing_ok=True)
 
 
 def _status(row) -> str:
@@ -178,4 +190,6 @@ def _status(row) -> str:
     parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
   if "mfu" in row:
     parts.append(f"MFU {row['mfu']:.1%}")
+  if "memory_bytes" in row:
+    parts.append(terminal.size(row["memory_bytes"]))
   return "  ".join(parts)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import rich.console
 
-from palm_haiku import data, distributed, runlog, sharding, terminal
+from palm_haiku import data, distributed, memory, runlog, sharding, terminal
 from palm_haiku.checkpoint import CheckpointError
 from palm_haiku.config import PaLMConfig
 from palm_haiku.recipe import TrainConfig, change_of_rate, load_config, resumed
@@ -157,6 +157,9 @@ class _Run:
           now = time.perf_counter()
           if clock is not None:  # The first interval would count compilation.
             row |= self._speed(tokens / (now - clock))
+          used = memory.peak(jax.local_devices()[0])
+          if used is not None:
+            row["memory_bytes"] = used
           if evaluated:
             row["eval_loss"] = self._evaluate()
           if log:

@@ -261,3 +261,15 @@ def test_a_norms_epsilon_and_the_scale_of_logits_are_the_configs():
   model, params, tokens = make(config)
   want = numpy_palm.palm(params, tokens, config) * 12**0.5 * 0.7
   np.testing.assert_allclose(jax.jit(model.apply)(params, tokens), want, atol=1e-4)
+
+
+def test_lists_are_arrays():
+  model = hk.without_apply_rng(hk.transform(lambda t, y: PaLM(13, 8, 1, 2, 4).loss(t, y)[0]))
+  tokens = [[1, 2, 3], [4, 5, 6]]
+  params = model.init(jax.random.key(0), tokens, tokens)
+  want = model.apply(params, np.array(tokens), np.array(tokens))
+  np.testing.assert_array_equal(model.apply(params, tokens, tokens), want)
+  np.testing.assert_allclose(jax.jit(model.apply)(params, tokens, tokens), want, rtol=1e-5)
+  for bad, message in (([[1, 2], [3]], "rectangular"), ([13], "token 13 is outside"), ([], "integers")):
+    with pytest.raises(ValueError, match=message):
+      model.apply(params, bad, bad)

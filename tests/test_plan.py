@@ -10,10 +10,10 @@ import sys
 import jax
 import pytest
 
-from palm_haiku import PaLMConfig, cli, configs, plan, sharding
+from palm_haiku import PaLMConfig, cli, configs, kernels, plan, sharding
 from palm_haiku.hardware import NETWORKS
 from palm_haiku.kernels.aot import hlo, targets
-from palm_haiku.plan import child, flops, transfers
+from palm_haiku.plan import child, command, flops, transfers
 from palm_haiku.recipe import TrainConfig
 from palm_haiku.train_step import program
 
@@ -214,7 +214,7 @@ def test_bad_input_is_one_line(argv, message, capsys):
 @pytest.mark.parametrize("topology", ["v5e:2x2", "h200:8"])
 def test_a_missing_compiler_names_its_wheel(topology, monkeypatch):
   monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(targets.AotError, match="libtpu|jax-cuda13-plugin"):
+  with pytest.raises(targets.AotError, match="libtpu|cuda13-local"):
     plan.Machine(topology).devices()
 
 
@@ -313,3 +313,32 @@ def test_every_chip_that_is_planned_for_has_sources():
   for name, network in NETWORKS.items():
     assert name in targets.TARGETS and network.source
     assert network.dims == {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}.get(name, 1)
+
+
+@pytest.mark.parametrize("written, shape", [
+    ("v5e:1", (1, 1)), ("v5e:2", (1, 2)), ("v6e:4", (2, 2)), ("v5e:8", (2, 4)), ("v5e:256", (16, 16)),
+    ("v5e:2x2", (2, 2)), ("v5p:1", (1, 1, 1)), ("v4:4", (2, 2, 1)), ("v5p:8", (2, 2, 2)),
+    ("v4:16", (2, 2, 4)), ("v5p:2x2", (2, 2, 1)), ("v4:12x16x16", (12, 16, 16)), ("h200:8", (8,))])
+def test_topologies_may_be_numbers_of_chips(written, shape):
+  machine = plan.Machine(written)
+  assert machine.shape == shape
+  assert machine.topology == written.partition(":")[0] + ":" + "x".join(map(str, shape))
+
+
+@pytest.mark.parametrize("written", ["v5e:3", "v5e:0", "v5e:", "v5e", "v5e:²", "v4:12"])
+def test_other_numbers_of_chips_need_a_shape(written):
+  with pytest.raises(ValueError, match="is written like v5p:4x4x4"):
+    plan.Machine(written)
+
+
+def test_a_forecast_of_a_small_model_says_its_doubt():
+  found = dict(step_seconds=1.0, mfu=0.5, hfu=0.6, achieved=0.8, params=2e6)
+  assert "slower than that" in command._forecast(found)
+  assert "slower" not in command._forecast(found | dict(params=8e9))
+
+
+def test_all_ops_are_listed():
+  choices = child._choices(dataclasses.replace(CONFIG, implementation="xla"))
+  assert choices.keys() == kernels.backend.KERNELS.keys()
+  assert choices["parallel_attention_ffn"]["implementation"] == "xla"
+  assert choices["decode_attention"]["reason"] == "no part of training"

@@ -1,10 +1,14 @@
 import io
 import json
+import os
+import sys
 
 import numpy as np
+import jax
+import matplotlib.figure
 import rich.console
 
-from palm_haiku import runlog
+from palm_haiku import memory, runlog
 
 
 def log(path, start=0, terminal=False):
@@ -55,13 +59,13 @@ def test_a_terminal_gets_a_progress_bar(tmp_path):
 def test_a_long_run_is_smoothed(tmp_path, monkeypatch):
   figures = []
 
-  class Kept(runlog.Figure):
+  class Kept(matplotlib.figure.Figure):
 
     def __init__(self, *args, **options):
       super().__init__(*args, **options)
       figures.append(self)
 
-  monkeypatch.setattr(runlog, "Figure", Kept)
+  monkeypatch.setattr(matplotlib.figure, "Figure", Kept)
   rows = [{"step": 10 * n, "loss": 1 / n} | ({} if n % 100 else {"eval_loss": 2 / n})
           for n in range(1, 301)]
   runlog.plot_loss(rows, tmp_path / "curve.svg")
@@ -88,7 +92,7 @@ def test_tensorboard_gets_every_number_at_its_step(tmp_path, monkeypatch):
     def close(self):
       pass
 
-  monkeypatch.setattr(runlog.tensorboardX, "SummaryWriter", Recorder)
+  monkeypatch.setattr("tensorboardX.SummaryWriter", Recorder)
   for start, rows in ((0, [5, 6]), (5, [6])):
     with log(tmp_path, start=start)[0] as record:
       for step in rows:
@@ -129,3 +133,33 @@ def test_damage_to_a_line_costs_no_other(tmp_path):
   rows = [json.loads(line) for line in path.read_text().splitlines()]
   assert rows[:7] == good and rows[8:] == [{"step": 9, "loss": 0.5}]
   assert (tmp_path / "loss.png").exists()
+
+
+def test_pictures_do_not_depend_on_settings(tmp_path, monkeypatch):
+  plain, other = tmp_path / "plain.png", tmp_path / "other.png"
+  rows = [{"step": step, "loss": 1.0} for step in range(3)]
+  runlog.plot_loss(rows, plain)
+  monkeypatch.setenv("MPLBACKEND", "module://nowhere.backend")
+  with matplotlib.rc_context({"text.usetex": True, "font.size": 30}):
+    runlog.plot_loss(rows, other)
+    assert matplotlib.rcParams["font.size"] == 30
+  assert os.environ["MPLBACKEND"] == "module://nowhere.backend"
+  assert other.read_bytes() == plain.read_bytes()
+
+
+def test_what_only_illustrates_a_run_does_not_end_it(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  monkeypatch.setattr(runlog, "plot_loss", lambda *_: 1 / 0)
+  record, stream = log(tmp_path)
+  with record:
+    record.write({"step": 1, "loss": 2.5, "memory_bytes": 3 * 2**30})
+  said = stream.getvalue().splitlines()
+  assert len(said) == 3 and "TensorBoard's files could not be written: import of" in said[0]
+  assert said[1:] == ["step 1/10  loss 2.500  3.00 GiB",
+                      "loss.png could not be drawn: division by zero"]
+
+
+def test_memory_of_a_process():
+  before = memory.peak(jax.devices()[0])
+  assert 2**24 < before < 2**40
+  assert memory.peak(jax.devices()[0]) >= before

@@ -9,6 +9,5 @@ class UnknownDump(AotError):
   """A compiler's dump is not in the form that this package reads, so it reports nothing."""
 
 
-def missing_wheel(what: str, wheel: str) -> AotError:
-  return AotError(
-      f"{what} is not installed here: it comes with {wheel}. pip install 'palm-haiku[aot]'")
+def missing_wheel(what: str, wheels: str) -> AotError:
+  return AotError(f"{what} is not installed here: pip install {wheels}")

@@ -126,10 +126,13 @@ def devices(target: str) -> list:
   if isinstance(what, Gpu):
     if not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13)
                if importlib.util.find_spec("jax_plugins")):
-      raise missing_wheel("XLA's CUDA compiler", "jax-cuda13-plugin and jax-cuda13-pjrt")
-    return list(topologies.get_topology_desc(
-        platform="cuda", topology_name=target, target_config=what.target_config(),
-        topology="1x1x1").devices)
+      raise missing_wheel("XLA's CUDA compiler", "'jax[cuda13-local]'")
+    try:
+      return list(topologies.get_topology_desc(
+          platform="cuda", topology_name=target, target_config=what.target_config(),
+          topology="1x1x1").devices)
+    except Exception as error:  # NotImplementedError: the plugin was not loaded.
+      raise AotError(f"XLA's CUDA compiler does not start for {target!r}: {error!r}"[:300]) from None
 
   if not importlib.util.find_spec("libtpu"):
     raise missing_wheel("the TPU compiler", "libtpu")

@@ -19,10 +19,11 @@ import jax
 from palm_haiku import kernels, sharding
 from palm_haiku.config import PaLMConfig
 from palm_haiku.kernels.aot import AotError, targets
+from palm_haiku.model import palm_params
 from palm_haiku.plan import transfers
 from palm_haiku.plan.machine import Machine, PlanError
 from palm_haiku.recipe import TrainConfig
-from palm_haiku.train_step import program
+from palm_haiku.train_step import init, program
 
 _KERNEL = r'custom_call_target="(?:tpu_custom_call|mosaic_gpu[^"]*|triton[^"]*)"'
 
@@ -104,10 +105,19 @@ def _choices(config) -> dict[str, dict[str, str]]:
   key = array(1, model.dim_head)
   ops = {"flash_attention": (array(model.heads, model.dim_head), key,
                              None if model.shared_kv and model.position == "alibi" else key),
+         "parallel_attention_ffn": (array(model.dim), _layer(config)),
          "linear_cross_entropy": (array(model.dim), jax.ShapeDtypeStruct(
              (model.num_tokens, model.dim), "float32"))}
-  return {op: kernels.explain(op, *arrays, implementation=config.implementation)._asdict()
-          for op, arrays in ops.items()}
+  choices = {op: kernels.explain(op, *arrays, implementation=config.implementation)._asdict()
+             for op, arrays in ops.items()}
+  return choices | {"decode_attention": {
+      "implementation": "-", "reason": "no part of training"}}
+
+
+def _layer(config) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of one layer's parameters."""
+  _, stack = palm_params(jax.eval_shape(lambda: init(config)).params)
+  return {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in stack.items()}
 
 
 def _out_of_memory(text: str) -> str | None:

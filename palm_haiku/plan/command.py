@@ -18,7 +18,7 @@ from palm_haiku.recipe import TrainConfig
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """All options but those of the model and of the kernels."""
   parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="of a TPU slice, "
-                      "such as v5p:4x4x4, or a node's GPUs, such as h200:8")
+                      "such as v5p:4x4x4 or v5e:8, or a node's GPUs, such as h200:8")
   parser.add_argument("--slices", type=int, default=1, metavar="N", help="or nodes (default 1)")
   parser.add_argument("--mesh", metavar="AXES", help="as for train (default fsdp)")
   parser.add_argument("--batch-size", type=int, required=True, help="sequences per step")
@@ -79,12 +79,12 @@ def _show(console, found, machine):
   terminal.say(console, f"{found['params']:,} parameters on {found['chips']:,} {machine.chip}, "
                f"compiled in {found['compile_seconds']:.0f} s")
   room = found["hbm_limit_bytes"] - found["hbm_per_chip_bytes"]
-  table = rich.table.Table("memory of a chip", "GiB", box=None)
+  table = rich.table.Table("memory of a chip", "", box=None)
   for name, size in (("parameters, optimizer, batch", found["state_bytes"]),
                      ("activations, temporaries", found["temporary_bytes"]),
                      ("program", found["code_bytes"]), ("all", found["hbm_per_chip_bytes"]),
                      ("room" if found["fits"] else "too much", abs(room))):
-    table.add_row(name, f"{size / 2**30:.2f}")
+    table.add_row(name, terminal.size(size))
   console.print(table)
   table = rich.table.Table("op", "runs", "because", box=None)
   for op, choice in found["implementations"].items():
@@ -112,7 +112,9 @@ def _forecast(found) -> str:
   if found["achieved"] == 1:
     return f"at most: {rates} (no published run of this chip to go by)"
   return (f"forecast: {found['step_seconds']:.3g} s, {rates} (products at {found['achieved']:.0%} "
-          "of the peak, as published runs on this chip)")
+          "of the peak, as published runs on this chip)"
+          + ("; those runs have 30 billion parameters and more, and products as small as this "
+             "model's are slower than that" if found["params"] < 3e9 else ""))
 
 
 def _sweep(args, config, machine, title):
@@ -149,7 +151,7 @@ def _sweep(args, config, machine, title):
                       "best": best and {"mesh": best["mesh"], "remat": best["remat"]},
                       "rows": rows}))
     return 0 if best else 1
-  table = rich.table.Table("mesh", "remat", "step s", "MFU", "GiB of a chip", "network s", "compiled",
+  table = rich.table.Table("mesh", "remat", "step s", "MFU", "of a chip", "network s", "compiled",
                            "", box=None)
   for row in rows:
     if row["error"] is not None:
@@ -157,7 +159,7 @@ def _sweep(args, config, machine, title):
                     row["error"])
       continue
     table.add_row(row["mesh"], row["remat"], f"{row['step_seconds']:.3g}", f"{row['mfu']:.1%}",
-                  f"{row['hbm_per_chip_bytes'] / 2**30:.1f}",
+                  terminal.size(row["hbm_per_chip_bytes"]),
                   f"{sum(row['network_seconds'].values()):.3g}", f"{row['seconds']:.0f} s",
                   "" if row["fits"] else "does not fit")
   console.print(table)

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from matplotlib.figure import Figure
+from palm_haiku import plotting
 
 _PARTS = {"state_bytes": ("parameters, optimizer", "#1f77b4"),
           "temporary_bytes": ("activations, temporaries", "#ff7f0e"),
@@ -12,7 +12,11 @@ _GOOD, _BAD, _REST = "#2ca02c", "#d62728", "#7f7f7f"
 
 def one(found: dict, title: str, path: pathlib.Path) -> None:
   """The time that each resource is busy in a step, and a chip's memory against its limit."""
-  figure = Figure(figsize=(9, 3.4), layout="constrained")
+  with plotting.defaults() as Figure:
+    _one(Figure(figsize=(9, 3.4), layout="constrained"), found, title, path)
+
+
+def _one(figure, found, title, path):
   left, right = figure.subplots(1, 2, width_ratios=(3, 2))
   achieved = found["achieved"]
   bars = {"products" + ("" if achieved == 1 else f", {achieved:.0%} of peak"):
@@ -47,7 +51,12 @@ def one(found: dict, title: str, path: pathlib.Path) -> None:
 def ranking(rows: list[dict], title: str, path: pathlib.Path) -> None:
   """Time and memory of each candidate, best first."""
   there = [row for row in rows if row["error"] is None]
-  figure = Figure(figsize=(9, 1.4 + 0.26 * max(1, len(there))), layout="constrained")
+  with plotting.defaults() as Figure:
+    figure = Figure(figsize=(9, 1.4 + 0.26 * max(1, len(there))), layout="constrained")
+    _ranking(figure, there, len(rows) - len(there), title, path)
+
+
+def _ranking(figure, there, failed, title, path):
   left, right = figure.subplots(1, 2, sharey=True)
   names = [f"{row['mesh']} {row['remat']}" for row in there]
   colors = [_GOOD if row["fits"] else _BAD for row in there]
@@ -58,7 +67,6 @@ def ranking(rows: list[dict], title: str, path: pathlib.Path) -> None:
     right.axvline(there[0]["hbm_limit_bytes"] / 2**30, color="black", linestyle="--", linewidth=1)
     left.invert_yaxis()
   right.set_xlabel("GiB of a chip, and its limit", fontsize=9)
-  failed = len(rows) - len(there)
   _finish(figure, (left, right), title + (f" ({failed} without a plan)" if failed else ""), path)
 
 

@@ -26,6 +26,8 @@ class Machine:
     if self.chip not in NETWORKS:
       raise ValueError(f"no topology is called {self.topology!r}; there are slices of TPUs such as "
                        f"v5p:4x4x4, and GPUs such as h200:8, of {', '.join(NETWORKS)}")
+    if self.platform == "tpu":
+      object.__setattr__(self, "topology", f"{self.chip}:{self._slice()}")
     form = r"\d+(x\d+){1,2}" if self.platform == "tpu" else r"\d+"
     shape = self.topology.partition(":")[2]
     if not re.fullmatch(form, shape) or 0 in self.shape:
@@ -34,6 +36,19 @@ class Machine:
                        f"got {self.topology!r}")
     if self.slices < 1:
       raise ValueError(f"slices must be at least 1; got {self.slices}")
+
+  def _slice(self) -> str:
+    """The shape in full, where the topology has a number of chips or leaves out a 1."""
+    shape = self.topology.partition(":")[2]
+    dims = NETWORKS[self.chip].dims
+    if re.fullmatch("[0-9]+", shape) and (size := int(shape)).bit_count() == 1:
+      power = size.bit_length() - 1
+      sizes = sorted(2 ** ((power + i) // dims) for i in range(dims))
+      if size == 4:
+        sizes = [2, 2, 1][:dims]  # the chips of one host
+      return "x".join(map(str, sizes))
+    missing = dims - len(shape.split("x"))
+    return shape + "x1" * missing if missing < dims - 1 else shape
 
   @property
   def chip(self) -> str:

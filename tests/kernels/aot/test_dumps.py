@@ -330,7 +330,7 @@ def test_unknown_targets_are_named():
 @pytest.mark.parametrize("target", ["h200", "v5e"])
 def test_a_missing_compiler_is_named(target, monkeypatch):
   monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(AotError, match=r"not installed here.*pip install 'palm-haiku\[aot\]'"):
+  with pytest.raises(AotError, match="not installed here: pip install "):
     targets.devices(target)
 
 
@@ -340,7 +340,7 @@ def test_a_missing_compiler_is_named(target, monkeypatch):
 def test_a_missing_tool_is_named(name, wheel, monkeypatch):
   monkeypatch.setattr(ptxas.glob, "glob", lambda pattern: [])
   monkeypatch.setattr(ptxas.shutil, "which", lambda name: None)
-  with pytest.raises(AotError, match=rf"{name} is not installed.*{wheel}.*palm-haiku\[aot\]"):
+  with pytest.raises(AotError, match=rf"{name} is not installed here: pip install {wheel}"):
     ptxas.tool.__wrapped__(name)
 
 

@@ -1,0 +1,18 @@
+"""Memory of a device, as far as JAX or the operating system tells."""
+
+import sys
+
+import jax
+
+
+def peak(device: jax.Device) -> int | None:
+  """The most bytes that were in use on a device; on a CPU, by this process."""
+  stats = device.memory_stats() or {}
+  if device.platform != "cpu":
+    return stats.get("peak_bytes_in_use")
+  try:
+    import resource
+  except ImportError:  # Windows
+    return None
+  unit = 1 if sys.platform == "darwin" else 1024
+  return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
