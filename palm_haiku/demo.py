@@ -43,7 +43,7 @@ def _next(folder: pathlib.Path, demo: pathlib.Path, steps: int) -> list[list[str
   more = ["--steps", str(steps)]
   return [
       ["generate", str(demo), "--prompt", "import ", "--top-p", "0.9", "--seed", "1"],
-      ["train", "--resume", "--out", str(demo), "--steps", str(3 * steps)],
+      ["train", "--out", str(_fresh(folder / "longer")), "--steps", str(3 * steps)],
       ["train", "--data", "docs/*.md", "--out", str(_fresh(folder / "mine")), *more],
       ["train", "--model", "palm-lite-tiny", "--out", str(_fresh(folder / "alibi")), *more],
       ["info", "--model", "palm-540b"],

@@ -39,7 +39,7 @@ def _chip_possible() -> bool:
 
 
 def _has_other_plugin() -> bool:
-  """Whether JAX would load a plugin for chips that `_DEVICES` does not list (Metal, Neuron, ...)."""
+  """Whether JAX would load a plugin for chips that `_DEVICES` does not list, such as Metal."""
   if "PJRT_NAMES_AND_LIBRARY_PATHS" in os.environ:
     return True
   modules = [entry.value for entry in importlib.metadata.entry_points(group="jax_plugins")]

@@ -33,7 +33,7 @@ def test_the_demo_and_what_it_says_to_type_next(tmp_path):
   assert {shlex.split(command)[1] for command in commands} == {"train", "generate", "info"}
   assert len(commands) == 5 and {shlex.split(command)[0] for command in commands} == {cli.typed()}
   next_out = short_runs.output("-c", RUN, *commands)
-  assert "resuming from step 1" in next_out and "540,356,474,880" in next_out
+  assert "step 3/3" in next_out and "540,356,474,880" in next_out
   assert not any(word in out + next_out for word in NOISE)
 
 
