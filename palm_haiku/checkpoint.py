@@ -5,6 +5,7 @@ its devices hold; the first one alone looks after the directory, which they shar
 """
 
 import contextlib
+import fnmatch
 import hashlib
 import itertools
 import json
@@ -24,6 +25,8 @@ from palm_haiku import distributed
 _MANIFEST = "manifest.json"
 _DRAFT = ".unfinished"  # behind the step, until all of a checkpoint is written
 _REFUSED = ".refused"
+# What systems leave in any directory, and take away again.
+_LITTER = (".DS_Store", "._*", ".nfs*", "Thumbs.db", "desktop.ini")
 
 
 class CheckpointError(Exception):
@@ -255,9 +258,16 @@ def _plain(directory: pathlib.Path):
 def _hashes(path: pathlib.Path) -> dict[str, str]:
   hashes = {}
   for file in sorted(path.rglob("*")):
-    if file.is_file() and file != path / _MANIFEST:
+    if is_litter(file.name) or file == path / _MANIFEST:
+      continue
+    if file.is_file():
       hashes[str(file.relative_to(path))] = _hash(file)
   return hashes
+
+
+def is_litter(name: str) -> bool:
+  """Whether a file is one that systems leave."""
+  return any(fnmatch.fnmatchcase(name, pattern) for pattern in _LITTER)
 
 
 def _hash(file: pathlib.Path) -> str:

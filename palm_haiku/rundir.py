@@ -1,6 +1,5 @@
 """The directory of a run: whose it is, who trains in it, and what it keeps beside checkpoints."""
 
-import fnmatch
 import json
 import logging
 import os
@@ -11,7 +10,7 @@ from typing import Any, Callable
 import jax
 
 from palm_haiku import data, runlog, train_step
-from palm_haiku.checkpoint import Checkpoints, write_atomically
+from palm_haiku.checkpoint import Checkpoints, is_litter, write_atomically
 from palm_haiku.recipe import load_config
 
 try:
@@ -22,10 +21,9 @@ except ImportError:  # Windows has no such locks.
 CONFIG = "config.json"  # the settings of a run, for the time when it has no checkpoint
 TOKENIZER = "tokenizer.model"  # a copy of the run's SentencePiece model
 _LOCK = "lock"
-# A directory with no more than this is as good as empty: what systems leave, and a run that died
-# as it began.
-_NOTHING = (".DS_Store", "._*", ".nfs*", "Thumbs.db", "desktop.ini", "lost+found", _LOCK,
-            CONFIG + ".draft")
+# A directory with no more than this and litter is as good as empty: that of a file system, or of a
+# run that died as it began.
+_NOTHING = ("lost+found", _LOCK, CONFIG + ".draft")
 
 
 class RunDirectory:
@@ -177,8 +175,7 @@ class RunDirectory:
     if runlog.METRICS in names:
       raise ValueError(f"{self.path} holds the metrics of a run, but neither a checkpoint nor "
                        f"{CONFIG} to go on from; choose another --out")
-    others = [name for name in names
-              if not any(fnmatch.fnmatchcase(name, pattern) for pattern in _NOTHING)]
+    others = [name for name in names if name not in _NOTHING and not is_litter(name)]
     if others:
       raise ValueError(f"{self.path} holds {others[0]} and is no run's directory; choose another "
                        "--out")
