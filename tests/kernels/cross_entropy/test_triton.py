@@ -92,7 +92,7 @@ MISTAKES = {  # the result that each spoils, and the mistake
     "the last step of the contraction is left out": (
         "g", Mistake("contraction", r"\bD,", "D - 15,")),
     "the sum stays relative to an old maximum": (
-        "log_z", Mistake("running sum", r" \* tl.exp2\(.*?\)", "")),
+        "log_z", Mistake("running sum", r" \* tl.exp2\(.*\) \+", " +")),
     "the last block of a walk is left out": (
         "log_z", Mistake("walk", r"WALK \* BLOCK_V", "(WALK - 1) * BLOCK_V")),
     "tokens past the end of a group": ("g", Mistake("group", "$", " + 1")),
