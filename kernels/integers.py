@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import mesh as meshes
+from .compat import under_jit
 
 
 def known(array) -> np.ndarray | None:
@@ -34,10 +35,14 @@ def clamped(numbers, low: int, high: int) -> jax.Array | np.ndarray:
   numbers = xp.asarray(numbers)
   if numbers.dtype.itemsize < 4:
     numbers = numbers.astype(np.int32)
-  numbers = xp.minimum(numbers, xp.asarray(high, numbers.dtype))
-  if not jnp.issubdtype(numbers.dtype, jnp.unsignedinteger):
-    numbers = xp.maximum(numbers, xp.asarray(low, numbers.dtype))
-  return xp.asarray(numbers, np.int32)
+  # In a program a bound is a constant; else it is moved explicitly, for some disallow the rest.
+  move = jax.device_put if xp is jnp and not under_jit() else lambda bound: bound
+  limits = None if numbers.dtype == object else np.iinfo(numbers.dtype)
+  if limits is None or high < limits.max:
+    numbers = xp.minimum(numbers, move(np.asarray(high, numbers.dtype)))
+  if limits is None or low > limits.min and limits.min < 0:
+    numbers = xp.maximum(numbers, move(np.asarray(low, numbers.dtype)))
+  return numbers.astype(np.int32) if hasattr(numbers, "astype") else np.int32(numbers)
 
 
 def same_ids(query_ids, key_ids) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]:

@@ -64,7 +64,7 @@ def linear_cross_entropy(
   static = {name: float(dynamic.pop(name)) for name in ("scale", "z_loss")
             if not isinstance(dynamic[name], jax.Array)}
   # A target that is beyond 32 bits is outside the vocabulary as well.
-  return _loss(x, embedding, integers.clamped(targets, -1, 2**31 - 1), weights, dynamic,
+  return _loss(x, embedding, integers.clamped(targets, -2**31, 2**31 - 1), weights, dynamic,
                static=tuple(static.items()), name=name, chip=backend.chip_for(name, on),
                undecided=implementation == "auto" and backend.undecided(x, embedding))
 

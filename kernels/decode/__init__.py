@@ -64,7 +64,7 @@ def decode_attention(
       query=query, key=key_cache, value=None if shared else value_cache,
       key_scales=key_scales, value_scales=None if shared else value_scales).items()}
   # A length that is beyond 32 bits is beyond the cache as well.
-  arrays["lengths"] = integers.clamped(lengths, -1, 2**31 - 1).reshape(math.prod(lead))
+  arrays["lengths"] = integers.clamped(lengths, -2**31, 2**31 - 1).reshape(math.prod(lead))
   if alibi_slopes is not None and not isinstance(alibi_slopes, jax.Array):
     alibi_slopes = np.asarray(alibi_slopes)
 

@@ -111,3 +111,14 @@ def test_slopes_in_a_list_and_a_traced_scale_on_a_mesh():
       x, e = (jax.device_put(jnp.ones(s), NamedSharding(mesh, P("data"))) for s in ((2, 4, 8), (6, 8)))
       jax.eval_shape(lambda x, e, s: kernels.linear_cross_entropy(
           x, e, jnp.zeros((2, 4), int), scale=s), x, e, jnp.float32(0.1))
+
+
+def test_eager_calls_move_nothing_unasked():
+  query, cache = jnp.ones((1, 8, 4, 16)), jnp.ones((1, 16, 1, 16))
+  lengths, offset, targets = jnp.array([9]), jnp.int32(3), jnp.arange(4)
+  x, embedding, weight = jnp.ones((4, 16)), jnp.ones((9, 16)), jnp.ones(4)
+  last = query[:, :1]
+  with jax.transfer_guard("disallow"):
+    kernels.flash_attention(query, cache, cache, alibi_slopes=SLOPES, query_offset=offset)
+    kernels.linear_cross_entropy(x, embedding, targets, weights=weight, z_loss=1e-4)
+    kernels.decode_attention(last, cache, cache, lengths, alibi_slopes=SLOPES)
