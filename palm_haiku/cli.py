@@ -210,8 +210,8 @@ def _parser() -> argparse.ArgumentParser:
                        "directory (--from) or file (--to)")
   convert.add_argument("--tokenizer", metavar="NAME", default="bytes", help="that the model was "
                        "trained with: bytes (the default) or a SentencePiece model file")
-  convert.add_argument("--heads", type=int, metavar="N", help="query heads, to check: PaLM-jax's two "
-                       "models have arrays of the same names")
+  convert.add_argument("--heads", type=int, metavar="N", help="query heads, to check: PaLM-jax's "
+                       "two models have arrays of the same names")
   convert.add_argument("--gain-offset", type=int, choices=(0, 1), help="of palm-rlhf-pytorch: 1 "
                        "where gains are stored minus 1 (from 0.2.4 on), else 0 (default: told by "
                        "their means; 1 for --to)")
@@ -252,7 +252,8 @@ def _model(args, base: PaLMConfig | None = None,
 
   Without either, a model of its own if they give its size; if not, they start from `default`.
   """
-  given = {name: getattr(args, name) for name in (*_SIZES, "position", "norm", "shared_kv", "qk_norm")
+  names = (*_SIZES, "position", "norm", "shared_kv", "qk_norm")
+  given = {name: getattr(args, name) for name in names
            if getattr(args, name) is not None}
   if args.model is not None:
     if args.model not in configs:
@@ -479,8 +480,8 @@ def _convert(args) -> int:
     *_, config, params = _load_run(args.source)
     array_files.write_arrays(args.out, interop.dump(
         args.to_peer, config.model, params, gain_offset=args.gain_offset))
-    print(f"{terminal.quoted(args.out)}: {config.model.num_params:,} parameters for {args.to_peer}, "
-          f"{_sizes(config.model)}")
+    print(f"{terminal.quoted(args.out)}: {config.model.num_params:,} parameters for "
+          f"{args.to_peer}, {_sizes(config.model)}")
     return 0
   model, params = interop.load(args.from_peer, array_files.read_arrays(args.source), args.heads,
                                gain_offset=args.gain_offset, xpos_scale_base=args.xpos_scale_base)

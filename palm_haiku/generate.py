@@ -110,7 +110,8 @@ def generate(params, config: PaLMConfig, prompt, length: int, *, prompt_lengths=
       tuple(p for p, _ in models), jnp.asarray(prompt, jnp.int32), prompt_lengths, key,
       None if greedy else float(temperature), top_p, configs=tuple(c for _, c in models),
       length=length, top_k=top_k, eod=eod, dtype=dtype, weights=weights,
-      cache_dtype=cache_dtype, prefix=prefix, draft_length=draft_length, implementation=implementation,
+      cache_dtype=cache_dtype, prefix=prefix, draft_length=draft_length,
+      implementation=implementation,
       on_token=on_token)
 
 
@@ -125,8 +126,8 @@ def _count(name: str, value) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=(
-    "configs", "length", "top_k", "eod", "dtype", "weights", "cache_dtype", "prefix", "draft_length",
-    "implementation", "on_token"))
+    "configs", "length", "top_k", "eod", "dtype", "weights", "cache_dtype", "prefix",
+    "draft_length", "implementation", "on_token"))
 def _generate(params, prompt, lengths, key, temperature, top_p, *, configs, length, top_k, eod,
               dtype, weights, cache_dtype, prefix, draft_length, implementation, on_token):
   lead, start = prompt.shape[:-1], prompt.shape[-1]

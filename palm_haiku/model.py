@@ -259,4 +259,5 @@ def _array(x):
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))
     return jnp.asarray(x) if traced else np.asarray(x)
   except (ValueError, TypeError) as error:
-    raise ValueError("a list must be rectangular, of numbers; pad sequences to one length") from error
+    raise ValueError("a list must be rectangular, of numbers; pad sequences to one length"
+                     ) from error

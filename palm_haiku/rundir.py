@@ -91,7 +91,8 @@ class RunDirectory:
       return None
     metadata = self.checkpoints.metadata(step)
     if metadata["data_fingerprint"] is None:
-      raise ValueError(f"{self.path} holds imported weights, not a run that could go on")
+      raise ValueError(f"{self.path} holds imported weights, without data and optimizer state to go "
+                       "on with: sample from it with generate, or export it with convert --to")
     return metadata | {"step": step}
 
   def begin(self, config: dict[str, Any], tokenizer) -> None:
