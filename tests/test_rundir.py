@@ -13,7 +13,8 @@ import pytest
 import rich.console
 import sentencepiece
 
-from palm_haiku import PaLMConfig, cli, data, generate, interop, recipe, rundir, runlog, train
+from palm_haiku import (
+    PaLMConfig, array_files, cli, data, generate, recipe, rundir, runlog, train)
 from palm_haiku.checkpoint import CheckpointError
 from palm_haiku.recipe import TrainConfig
 from palm_haiku.rundir import RunDirectory
@@ -129,6 +130,7 @@ def generated(monkeypatch):
   return asked
 
 
+@pytest.mark.full
 def test_generation_goes_with_the_run(place, capsys, generated):
   tokens = list(data.load_tokenizer("a.model").encode("7 times 8"))
   (place / "a.model").rename("tok.model")
@@ -155,7 +157,7 @@ def test_generation_goes_with_the_run(place, capsys, generated):
 
 
 def test_imported_weights_keep_their_tokenizer(place, capsys, generated):
-  interop.write_arrays(place / "in.npz", numpy_peers.random_arrays(
+  array_files.write_arrays(place / "in.npz", numpy_peers.random_arrays(
       "palm-jax", num_tokens=64, dim=12, depth=1, heads=1, dim_head=6, ff_mult=2))
   command = ["convert", "--from", "palm-jax", "in.npz", "--heads", 1, "--tokenizer", "a.model"]
   assert call(capsys, *command, "--out", "imported")[0] == 0
