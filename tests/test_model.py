@@ -263,6 +263,7 @@ def test_a_norms_epsilon_and_the_scale_of_logits_are_the_configs():
   np.testing.assert_allclose(jax.jit(model.apply)(params, tokens), want, atol=1e-4)
 
 
+@pytest.mark.full
 def test_lists_are_arrays():
   model = hk.without_apply_rng(hk.transform(lambda t, y: PaLM(13, 8, 1, 2, 4).loss(t, y)[0]))
   tokens = [[1, 2, 3], [4, 5, 6]]
