@@ -95,13 +95,12 @@ def caches(dtype, int8, shared):
   return lengths, normal(4, 2, 4, 64, dtype=dtype), keys, unfilled
 
 
-# All of them pass with a case each; the others are the same programs with another dtype.
 OF_DECODE = [("xla", "float32", False, True), ("xla", "bfloat16", True, False)] + [
     pytest.param(name, dtype, int8, shared, marks=marks)
     for name, marks, dtypes in (("triton", needs_triton, ("float16", "bfloat16")),
                                 ("mosaic_tpu", pytest.mark.full, ("float32", "bfloat16")),
                                 ("mosaic_gpu", pytest.mark.full, ("float16", "bfloat16")))
-    for dtype, int8, shared in zip(dtypes * 2, (False, True, False, True), (True, False, False, True))]
+    for dtype, int8, shared in zip(dtypes * 2, (False, True) * 2, (True, False, False, True))]
 
 
 @pytest.mark.parametrize("implementation, dtype, int8, shared", OF_DECODE)
