@@ -3,7 +3,8 @@
 from palm_haiku import platforms
 from palm_haiku.config import PaLMConfig, configs
 from palm_haiku.model import KVCache, PaLM, ParallelBlock
+from palm_haiku.pretrained import load_run
 
-__all__ = ["KVCache", "PaLM", "PaLMConfig", "ParallelBlock", "configs"]
+__all__ = ["KVCache", "PaLM", "PaLMConfig", "ParallelBlock", "configs", "load_run"]
 
 platforms.leave_out_absent()

@@ -18,7 +18,10 @@ import rich.table
 from palm_haiku import failures, terminal
 from palm_haiku.config import PaLMConfig, configs
 
-_SIZES = ("num_tokens", "dim", "depth", "heads", "dim_head", "ff_mult")
+_SIZES = ("num_tokens", "dim", "depth", "heads", "dim_head", "ff_mult", "kv_heads", "dim_ff",
+          "window", "global_every")
+_MODEL = (*_SIZES, "rope_theta", "position", "norm", "norm_bias", "qk_norm", "activation",
+          "shared_kv", "xpos_scale_base")
 
 
 def _path(text: str) -> pathlib.Path:
@@ -84,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
       "  palm-haiku train --out runs/first\n"
       "  palm-haiku train --model palm-lite --data 'books/*.txt' --out runs/books\n"
       "  palm-haiku train --resume --out runs/books\n"
+      "  palm-haiku train --init models/command-r7b --lora-rank 8 --data 'books/*.txt' --out runs/ft\n"
       "  palm-haiku train --mesh fsdp=4,model=2 --model palm-8b --data 'books/*.txt' --out runs/8b")
   train.set_defaults(run=_train, parser=train)
   _add_model_options(train)
@@ -91,8 +95,8 @@ def _parser() -> argparse.ArgumentParser:
   group.add_argument("--data", metavar="SOURCE", help="text to train on: pydoc (Python's own "
                      "documentation, the default), enwik8, or a path or quoted glob of text files; on "
                      "--resume, where the run's data are now")
-  group.add_argument("--tokenizer", metavar="NAME", help="bytes (the default) or a SentencePiece "
-                     "model file, of which the run keeps a copy")
+  group.add_argument("--tokenizer", metavar="NAME", help="bytes (the default), a SentencePiece "
+                     "model file or a tokenizer.json, of which the run keeps a copy")
   group.add_argument("--eval-fraction", type=float, metavar="F", help="how much of the end of the "
                      "data is held out (default 0.1)")
   group.add_argument("--mask-documents", action="store_true", default=None,
@@ -103,6 +107,10 @@ def _parser() -> argparse.ArgumentParser:
   group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in "
                      "--out, with its settings; begin anew where there is none, with those in "
                      "config.json but for the options given")
+  group.add_argument("--init", metavar="DIR", help="start from the weights, and with the tokenizer, "
+                     "of a run or of a model of the Hugging Face hub")
+  group.add_argument("--lora-rank", type=int, metavar="N", help="train adapters of this rank only; "
+                     "with --init (default: all parameters)")
   group.add_argument("--steps", type=int, help="optimizer steps (default 2000)")
   group.add_argument("--batch-size", type=int, help="sequences per step (default 16)")
   group.add_argument("--batch-ramp", metavar="BATCH:SIZE,...", help="sizes of later batches, such "
@@ -192,24 +200,28 @@ def _parser() -> argparse.ArgumentParser:
   _add_implementation(plan)
 
   convert = commands.add_parser(
-      "convert", help="weights of other PaLMs", description="Convert weights between this project "
-      "and the other public PaLMs.",
+      "convert", help="weights of other PaLMs and of the hub", description="Convert weights between "
+      "this project, the other public PaLMs and\nthe Hugging Face hub's layout.",
       epilog="examples:\n"
+      "  palm-haiku convert --from hub models/command-r7b --out runs/imported\n"
+      "  palm-haiku convert --to hub runs/books --out models/books  # for transformers, vLLM, "
+      "llama.cpp\n"
       "  palm-haiku convert --from palm-pytorch weights.npz --out runs/imported\n"
       "  palm-haiku convert --to palm-pytorch runs/imported --out weights.npz",
       formatter_class=argparse.RawDescriptionHelpFormatter)
   convert.set_defaults(run=_convert, parser=convert)
   convert.add_argument("source", type=_path, metavar="SOURCE", help="a file of the peer's "
-                       "arrays (--from) or a run of this project (--to)")
+                       "arrays or a directory of the hub's (--from), or a run (--to)")
   direction = convert.add_mutually_exclusive_group(required=True)
-  direction.add_argument("--from", dest="from_peer", metavar="PEER", help="palm-jax, "
+  direction.add_argument("--from", dest="from_peer", metavar="PEER", help="hub, palm-jax, "
                          "palm-jax-lite, palm-flax, palm-pytorch, palm-pytorch-lite or "
                          "palm-rlhf-pytorch")
   direction.add_argument("--to", dest="to_peer", metavar="PEER")
   convert.add_argument("--out", required=True, type=_path, metavar="PATH", help="a new run "
-                       "directory (--from) or file (--to)")
-  convert.add_argument("--tokenizer", metavar="NAME", default="bytes", help="that the model was "
-                       "trained with: bytes (the default) or a SentencePiece model file")
+                       "directory (--from), file or directory (--to)")
+  convert.add_argument("--tokenizer", metavar="NAME", help="that the model was trained with: bytes, "
+                       "a SentencePiece model file or a tokenizer.json (default: the model's own; "
+                       "bytes where it has none)")
   convert.add_argument("--heads", type=int, metavar="N", help="query heads, to check: PaLM-jax's "
                        "two models have arrays of the same names")
   convert.add_argument("--gain-offset", type=int, choices=(0, 1), help="of palm-rlhf-pytorch: 1 "
@@ -234,11 +246,18 @@ def _add_model_options(parser):
   for name in _SIZES:
     group.add_argument("--" + name.replace("_", "-"), type=int, metavar="N")
   group.add_argument("--position", choices=("rotary", "alibi"))
+  group.add_argument("--rope-theta", type=float, metavar="X", help="base of rotary wavelengths "
+                     "(default 10,000)")
+  group.add_argument("--xpos-scale-base", type=int, metavar="N", help="positions over which xPos "
+                     "decays (default: no xPos)")
   group.add_argument("--norm", choices=("layer", "rms"))
+  group.add_argument("--norm-bias", action=argparse.BooleanOptionalAction, default=None,
+                     help="norms have a bias")
+  group.add_argument("--qk-norm", nargs="?", const="l2", choices=("l2", "layer"),
+                     help="normalise queries and keys: l2 (the default) or layer")
+  group.add_argument("--activation", choices=("swiglu", "gelu"))
   group.add_argument("--shared-kv", action=argparse.BooleanOptionalAction, default=None,
                      help="values are the keys")
-  group.add_argument("--qk-norm", action=argparse.BooleanOptionalAction, default=None,
-                     help="normalise queries and keys")
 
 
 def _add_implementation(parser):
@@ -252,9 +271,7 @@ def _model(args, base: PaLMConfig | None = None,
 
   Without either, a model of its own if they give its size; if not, they start from `default`.
   """
-  names = (*_SIZES, "position", "norm", "shared_kv", "qk_norm")
-  given = {name: getattr(args, name) for name in names
-           if getattr(args, name) is not None}
+  given = {name: getattr(args, name) for name in _MODEL if getattr(args, name) is not None}
   if args.model is not None:
     if args.model not in configs:
       near = difflib.get_close_matches(args.model, configs, n=1)
@@ -294,9 +311,12 @@ def _train(args) -> int:
   if args.resume:
     before = distributed.from_leader(directory.settings, (ValueError, OSError, CheckpointError))
   base = before and load_config(before)
-  model = _model(args, base and base.model, configs["palm-tiny"])
+  if args.init is not None and base is None:
+    model = _initial_model(args)
+  else:
+    model = _model(args, base and base.model, configs["palm-tiny"])
   # A model that the run has already is large enough, but not one that is named again.
-  if args.num_tokens is None and (base is None or args.model is not None):
+  if args.num_tokens is None and args.init is None and (base is None or args.model is not None):
     tokenizer = args.tokenizer or (base and base.tokenizer) or "bytes"
     needed = directory.tokenizer(tokenizer, before).num_tokens
     model = dataclasses.replace(model, num_tokens=max(model.num_tokens, needed))
@@ -337,6 +357,18 @@ def _train(args) -> int:
   return 0
 
 
+def _initial_model(args) -> PaLMConfig:
+  """The architecture of --init; its tokenizer becomes that of the run unless one is named."""
+  from palm_haiku import pretrained
+
+  given = [name for name in ("model", *_MODEL) if getattr(args, name) is not None]
+  if given:
+    raise ValueError(f"--init brings its own model; leave out --{given[0].replace('_', '-')}")
+  start = pretrained.describe(args.init, tokenizer=args.tokenizer)
+  args.init, args.tokenizer = os.path.abspath(os.path.expanduser(args.init)), start.tokenizer
+  return start.config
+
+
 def _progress(result) -> str:
   return (f"at step {result.step}, which is saved" if result.step
           else "before the first step was over")
@@ -358,14 +390,11 @@ def _join(args):
   distributed.start(*manual, timeout=args.start_timeout)
 
 
-def _load_run(path: pathlib.Path):
-  """The newest checkpoint of a run: its directory, metadata, settings and parameters."""
-  from palm_haiku.recipe import load_config
-  from palm_haiku.rundir import RunDirectory
+def _pretrained(path: pathlib.Path, tokenizer: str | None = None):
+  from palm_haiku import pretrained
 
-  directory = RunDirectory(path, warn=lambda line: print(f"warning: {line}", file=sys.stderr))
-  metadata, params = directory.load()
-  return directory, metadata, load_config(metadata), params
+  return pretrained.load(path, tokenizer=tokenizer,
+                         warn=lambda line: print(f"warning: {line}", file=sys.stderr))
 
 
 def _generate(args) -> int:
@@ -379,25 +408,22 @@ def _generate(args) -> int:
     raise ValueError(f"--seed must be from 0 to 2^32 - 1; got {args.seed}")
   if args.implementation is not None:
     kernels.explain("parallel_attention_ffn", implementation=args.implementation)
-  directory, metadata, config, params = _load_run(args.checkpoint)
-  tokenizer = directory.tokenizer(args.tokenizer or config.tokenizer, metadata)
+  model = _pretrained(args.checkpoint, args.tokenizer)
+  tokenizer = model.tokenizer
   draft = None
   if args.draft is not None:
-    directory, draft_metadata, draft_config, draft_params = _load_run(args.draft)
-    drafts = directory.tokenizer(draft_config.tokenizer, draft_metadata)
-    if drafts.fingerprint != tokenizer.fingerprint:
+    drafts = _pretrained(args.draft)
+    if drafts.tokenizer.fingerprint != tokenizer.fingerprint:
       raise ValueError(f"the draft must have the tokenizer of the model, {tokenizer.name}; "
-                       f"{args.draft} has {drafts.name}")
-    draft = draft_params, draft_config.model
-  prompt = tokenizer.encode(args.prompt)
+                       f"{args.draft} has {drafts.tokenizer.name}")
+    draft = drafts.params, drafts.config
+  prompt = tokenizer.prompt(args.prompt)
   if not len(prompt):
     if args.prompt:
       warnings.warn(f"the tokenizer leaves nothing of the prompt {args.prompt!r}: a new document "
                     "begins", stacklevel=2)
     prompt = [tokenizer.eod]
-  rotary = config.model.position == "rotary"
-  imported = metadata["data_fingerprint"] is None  # Nothing says at what length it was trained.
-  trained = config.seq_len if rotary and not imported else None
+  trained = model.seq_len if model.config.position == "rotary" else None
   length = args.length
   if length is None:
     room = 256 if trained is None else trained + 1 - len(prompt)
@@ -414,7 +440,7 @@ def _generate(args) -> int:
   with _as_a_filter():
     print(args.prompt, end="", flush=True)
     generate(
-        params, config.model, prompt, length, key=jax.random.key(args.seed),
+        model.params, model.config, prompt, length, key=jax.random.key(args.seed),
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, eod=tokenizer.eod,
         dtype=args.dtype, weights=args.weights, cache_dtype=args.cache_dtype, draft=draft,
         draft_length=args.draft_length, implementation=args.implementation or "auto",
@@ -468,36 +494,46 @@ def _plan(args) -> int:
 
 
 def _convert(args) -> int:
-  from palm_haiku import array_files, data, distributed, interop
+  from palm_haiku import array_files, data, distributed, hub, interop
   from palm_haiku.recipe import TrainConfig
   from palm_haiku.rundir import RunDirectory
 
   if args.out.exists():
     raise ValueError(f"{args.out} exists already; choose another --out")
-  interop.layout_of(args.from_peer or args.to_peer)
+  if "hub" not in (args.from_peer, args.to_peer):
+    interop.layout_of(args.from_peer or args.to_peer)
   distributed.start_backend()
   if args.to_peer:
-    *_, config, params = _load_run(args.source)
-    array_files.write_arrays(args.out, interop.dump(
-        args.to_peer, config.model, params, gain_offset=args.gain_offset))
-    print(f"{terminal.quoted(args.out)}: {config.model.num_params:,} parameters for "
-          f"{args.to_peer}, {_sizes(config.model)}")
+    model = _pretrained(args.source, args.tokenizer)
+    if args.to_peer == "hub":
+      hub.save(args.out, model.config, model.params, model.tokenizer)
+    else:
+      array_files.write_arrays(args.out, interop.dump(
+          args.to_peer, model.config, model.params, gain_offset=args.gain_offset))
+    print(f"{terminal.quoted(args.out)}: {model.config.num_params:,} parameters for "
+          f"{args.to_peer}, {_sizes(model.config)}")
     return 0
-  model, params = interop.load(args.from_peer, array_files.read_arrays(args.source), args.heads,
-                               gain_offset=args.gain_offset, xpos_scale_base=args.xpos_scale_base)
-  tokenizer = data.load_tokenizer(args.tokenizer)
-  metadata = {"config": dataclasses.asdict(TrainConfig(model=model, tokenizer=args.tokenizer)),
-              "data_fingerprint": None, "tokenizer_fingerprint": tokenizer.fingerprint, "step": 0}
+  if args.from_peer == "hub":
+    config, params, tokenizer, _ = _pretrained(args.source, args.tokenizer)
+  else:
+    config, params = interop.load(
+        args.from_peer, array_files.read_arrays(args.source), args.heads,
+        gain_offset=args.gain_offset, xpos_scale_base=args.xpos_scale_base)
+    tokenizer = data.load_tokenizer(args.tokenizer or "bytes")
+  settings = TrainConfig(model=config, tokenizer=tokenizer.name)
+  metadata = {"config": dataclasses.asdict(settings), "data_fingerprint": None,
+              "tokenizer_fingerprint": tokenizer.fingerprint, "step": 0}
   directory = RunDirectory(args.out)
   directory.checkpoints.save(0, {"params": params}, metadata)
   directory.keep(tokenizer)
-  print(f"{terminal.quoted(args.out)}: {model.num_params:,} parameters from {args.from_peer}, "
-        f"{_sizes(model)}; sample: {typed('generate', args.out)}")
+  print(f"{terminal.quoted(args.out)}: {config.num_params:,} parameters from {args.from_peer}, "
+        f"{_sizes(config)}; sample: {typed('generate', args.out)}")
   return 0
 
 
 def _sizes(c: PaLMConfig) -> str:
-  return (f"{c.depth} layers of dim {c.dim}, {c.heads} heads of {c.dim_head}, feed-forward "
+  heads = f"{c.heads} heads" + (f" on {c.kv_heads}" if c.kv_heads > 1 else "")
+  return (f"{c.depth} layers of dim {c.dim}, {heads} of {c.dim_head}, feed-forward "
           f"{c.dim_ff}, {c.num_tokens:,} tokens, {c.position}"
           + (f", xPos {c.xpos_scale_base}" if c.xpos_scale_base else ""))
 
@@ -516,29 +552,20 @@ def _info(args) -> int:
   if args.seq_len < 1:
     raise ValueError(f"--seq-len must be at least 1; got {args.seq_len}")
   c = model
-  inner = c.heads * c.dim_head
-  layer = {
-      "query": c.dim * inner, "key": c.dim * c.dim_head,
-      "value": 0 if c.shared_kv else c.dim * c.dim_head,
-      "gate, up": 2 * c.dim * c.dim_ff, "attention out": inner * c.dim,
-      "feed-forward out": c.dim_ff * c.dim, "norm": c.dim,
-  }
-  if c.qk_norm:
-    layer["query, key scale"] = 2 * c.dim_head
   table = rich.table.Table("parameters", "per layer", f"x {c.depth}", box=None)
   for column in table.columns[1:]:
     column.justify = "right"
   table.add_row("embedding", "", f"{c.num_tokens * c.dim:,}")
-  for name, count in layer.items():
+  for name, count in c.layer_params.items():
     table.add_row(name, f"{count:,}", f"{count * c.depth:,}")
-  table.add_row("final norm", "", f"{c.dim:,}")
-  table.add_row("total", f"{sum(layer.values()):,}", f"{c.num_params:,}", style="bold")
+  table.add_row("final norm", "", f"{c.dim * (1 + c.norm_bias):,}")
+  table.add_row("total", f"{sum(c.layer_params.values()):,}", f"{c.num_params:,}", style="bold")
   console.print(table)
-  attention = 12 * c.depth * inner * args.seq_len
   total = c.train_flops_per_token(args.seq_len)
+  attention = total - 6 * c.num_params
   table = rich.table.Table("training FLOPs per token", f"at {args.seq_len} tokens", box=None)
   table.columns[1].justify = "right"
-  table.add_row("matrix products (6 N)", f"{total - attention:.4g}")
+  table.add_row("matrix products (6 N)", f"{6 * c.num_params:.4g}")
   table.add_row("attention (12 L H Q T)", f"{attention:.4g}")
   table.add_row("total", f"{total:.4g}", style="bold")
   console.print()

@@ -1,8 +1,13 @@
-"""What a PaLM is made of, and the models that have names."""
+"""Architecture of a PaLM, and the named models."""
 
 import dataclasses
+import math
 import operator
 from typing import Any, Mapping
+
+
+class _Product(int):
+  """A `dim_ff` that is `dim * ff_mult`, and stays so when `dataclasses.replace` changes either."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,18 +16,19 @@ class PaLMConfig:
 
   The first six names and their meaning are those of PaLM-jax. The remaining ones select
   between the two architectures, PaLM (arXiv:2204.02311, section 2) and PaLM-lite (ALiBi,
-  RMSNorm, one projection for keys and values), or reproduce another implementation's
-  arithmetic exactly (`palm_haiku.interop`).
+  RMSNorm, one projection for keys and values), or reproduce the arithmetic of another
+  implementation (`palm_haiku.interop`) or of another public model with PaLM's parallel block
+  (`palm_haiku.hub`).
 
   Raises:
-    ValueError: a size that is not positive, a `dim_head` that rotary cannot halve, or an
-      unknown name.
+    ValueError: a size that is not positive, a `dim_head` that rotary cannot halve, an unknown
+      name, or fields that exclude each other.
   """
 
   num_tokens: int  # vocabulary size
   dim: int  # width of the residual stream
   depth: int  # layers
-  heads: int  # query heads; keys and values have one head (multi-query attention)
+  heads: int  # query heads
   dim_head: int = 64
   ff_mult: int = 4  # hidden width of the feed-forward branch is dim * ff_mult
   position: str = "rotary"  # "rotary" | "alibi"
@@ -30,11 +36,26 @@ class PaLMConfig:
   shared_kv: bool = False  # values are the keys
   norm_eps: float = 1e-5  # added to the variance (layer) or to the mean square (rms)
   logits_scale: float | None = None  # None: 1/sqrt(dim), as in the paper
-  qk_norm: bool = False  # l2-normalise queries and keys, with a learned scale per channel
+  qk_norm: str | None = None  # of queries and keys: "l2" (a gain per channel) | "layer" (and head)
   xpos_scale_base: int | None = None  # None: no xPos decay on top of rotary
+  kv_heads: int = 1  # key and value heads; 1 is multi-query attention
+  dim_ff: int | None = None  # hidden width of the feed-forward branch; None: dim * ff_mult
+  rope_theta: float = 10_000.0  # wavelength base of rotary positions
+  window: int | None = None  # keys that a query sees, its own included; None: all before it
+  global_every: int | None = None  # every n-th layer has no window and no positions
+  activation: str = "swiglu"  # "swiglu" | "gelu" (erf, without a gate)
+  norm_bias: bool = False  # norms add a learned bias (position-wise LayerNorm as in Falcon)
 
   def __post_init__(self):
-    for name in ("num_tokens", "dim", "depth", "heads", "dim_head", "ff_mult"):
+    qk_norm = {True: "l2", False: None}.get(self.qk_norm, self.qk_norm)  # as version 0.1 stored it
+    object.__setattr__(self, "qk_norm", qk_norm)
+    optional = [name for name in ("window", "global_every") if getattr(self, name) is not None]
+    if isinstance(self.dim_ff, _Product) or self.dim_ff is None:
+      object.__setattr__(self, "dim_ff", None)
+    else:
+      optional.append("dim_ff")
+    for name in ("num_tokens", "dim", "depth", "heads", "dim_head", "ff_mult", "kv_heads",
+                 *optional):
       value = getattr(self, name)
       try:
         size = 0 if isinstance(value, bool) else operator.index(value)
@@ -45,20 +66,28 @@ class PaLMConfig:
       if size >= 2**31:
         raise ValueError(f"{name} must be less than 2^31; got {value!r}")
       object.__setattr__(self, name, size)  # of NumPy's integers, which JSON cannot hold
-    for name, allowed in (("position", ("rotary", "alibi")), ("norm", ("layer", "rms"))):
+    if self.dim_ff in (None, self.dim * self.ff_mult):
+      object.__setattr__(self, "dim_ff", _Product(self.dim * self.ff_mult))
+    for name, allowed in (
+        ("position", ("rotary", "alibi")), ("norm", ("layer", "rms")),
+        ("qk_norm", (None, "l2", "layer")), ("activation", ("swiglu", "gelu"))):
       if getattr(self, name) not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; "
+                         f"got {getattr(self, name)!r}")
+    if self.heads % self.kv_heads:
+      raise ValueError(f"kv_heads must divide heads; got {self.kv_heads} and {self.heads}")
+    if self.global_every is not None and self.window is None and self.global_every > 1:
+      raise ValueError("global_every is for models with a window; give window too")
+    if self.norm_bias and self.norm != "layer":
+      raise ValueError("norm_bias needs norm='layer'; an RMSNorm has none")
+    if not 0 < self.rope_theta < math.inf:
+      raise ValueError(f"rope_theta must be positive and finite; got {self.rope_theta}")
     if self.position == "rotary" and self.dim_head % 2:
       raise ValueError(f"rotary positions need an even dim_head; got {self.dim_head}")
     if not self.norm_eps >= 0:
       raise ValueError(f"norm_eps must not be negative; got {self.norm_eps}")
     if self.xpos_scale_base is not None and (self.position != "rotary" or self.xpos_scale_base < 1):
       raise ValueError("xpos_scale_base must be positive and needs position='rotary'")
-
-  @property
-  def dim_ff(self) -> int:
-    """Hidden width of the feed-forward branch."""
-    return self.dim * self.ff_mult
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> "PaLMConfig":
@@ -67,6 +96,10 @@ class PaLMConfig:
     if unknown:
       raise ValueError(f"unknown config fields: {', '.join(sorted(unknown))}")
     return cls(**fields)
+
+  def is_global(self, layer: int) -> bool:
+    """Whether a layer, counted from 0, is one of those without a window and positions."""
+    return self.global_every is not None and (layer + 1) % self.global_every == 0
 
   @property
   def values_are_keys(self) -> bool:
@@ -81,24 +114,44 @@ class PaLMConfig:
   @property
   def num_params(self) -> int:
     """Number of parameters, final norm included and the tied embedding counted once."""
-    projections = self.heads * self.dim_head * 2 + self.dim_head * (1 if self.shared_kv else 2)
-    layer = self.dim * (projections + 3 * self.dim_ff + 1)
-    layer += 2 * self.dim_head if self.qk_norm else 0
-    return self.num_tokens * self.dim + self.depth * layer + self.dim
+    return (self.num_tokens * self.dim + self.depth * sum(self.layer_params.values())
+            + self.dim * (1 + self.norm_bias))
+
+  @property
+  def layer_params(self) -> dict[str, int]:
+    """Number of parameters of one layer, by the names of `ParallelBlock`'s parameters."""
+    inner, keys = self.heads * self.dim_head, self.kv_heads * self.dim_head
+    params = {"norm": self.dim, "query": self.dim * inner, "key": self.dim * keys}
+    if not self.shared_kv:
+      params["value"] = self.dim * keys
+    if self.activation == "swiglu":
+      params["gate"] = self.dim * self.dim_ff
+    params |= {"up": self.dim * self.dim_ff, "attn_out": inner * self.dim,
+               "ff_out": self.dim_ff * self.dim}
+    if self.norm_bias:
+      params["norm_bias"] = self.dim
+    if self.qk_norm:
+      layer = self.qk_norm == "layer"
+      params["query_scale"] = inner if layer else self.dim_head
+      params["key_scale"] = keys if layer else self.dim_head
+    return params
 
   def train_flops_per_token(self, seq_len: int, remat: str = "none") -> float:
     """FLOPs of one token, forward and backward: 6N + 12 L H Q T (PaLM, appendix B).
 
     Args:
-      seq_len: T, tokens in a sequence; the causal mask is not taken into account.
+      seq_len: T, tokens in a sequence; the causal mask is not taken into account, a window is.
       remat: with the name of a policy, also what it makes the hardware compute again: a layer's
         in-projection, and with "full" its attention too. The out-projection is not needed again.
     """
-    attention = 4 * self.depth * self.heads * self.dim_head * seq_len
+    window = seq_len if self.window is None else min(self.window, seq_len)
+    keys = sum(seq_len if self.is_global(layer) else window for layer in range(self.depth))
+    attention = 4 * self.heads * self.dim_head * keys
     again = 0
     if remat != "none":
-      keys = self.dim_head * (1 if self.shared_kv else 2)
-      again = 2 * self.depth * self.dim * (self.heads * self.dim_head + keys + 2 * self.dim_ff)
+      again = 2 * self.depth * sum(
+          count for name, count in self.layer_params.items()
+          if name in ("query", "key", "value", "gate", "up"))
       again += attention if remat == "full" else 0
     return 6 * self.num_params + 3 * attention + again
 
@@ -115,4 +168,35 @@ configs: dict[str, PaLMConfig] = {
     "palm-small": PaLMConfig(num_tokens=256, dim=256, depth=6, heads=8, dim_head=32),
     "palm-tiny": PaLMConfig(num_tokens=256, dim=128, depth=4, heads=4, dim_head=32),
     "palm-lite-tiny": PaLMConfig(num_tokens=256, dim=128, depth=4, heads=4, dim_head=32, **_LITE),
+}
+
+# Public models with PaLM's block; `palm_haiku.hub.load` reads their weights.
+_RLHF = dict(num_tokens=50_304, heads=8, dim_head=128, logits_scale=1.0, xpos_scale_base=512)
+_COHERE = dict(num_tokens=256_000, dim_head=128)
+_WINDOWS = dict(window=4096, global_every=4, rope_theta=50_000.0)
+configs |= {
+    "palm-rlhf-150m": PaLMConfig(dim=768, depth=12, **_RLHF),
+    "palm-rlhf-410m": PaLMConfig(dim=1024, depth=24, **_RLHF),
+    "palm-rlhf-1b": PaLMConfig(dim=2048, depth=16, **_RLHF),
+    "palm-rlhf-2.1b": PaLMConfig(dim=2560, depth=24, **_RLHF),
+    "command-r": PaLMConfig(
+        dim=8192, depth=40, heads=64, kv_heads=64, dim_ff=22_528, rope_theta=8e6,
+        logits_scale=0.0625, **_COHERE),
+    "command-r-plus": PaLMConfig(
+        dim=12_288, depth=64, heads=96, kv_heads=8, dim_ff=33_792, rope_theta=75e6,
+        logits_scale=0.8333333333333334, qk_norm="layer", **_COHERE),
+    "aya-23-8b": PaLMConfig(
+        dim=4096, depth=32, heads=32, kv_heads=8, dim_ff=14_336, logits_scale=0.0625, **_COHERE),
+    "command-r7b": PaLMConfig(
+        dim=4096, depth=32, heads=32, kv_heads=8, dim_ff=14_336, logits_scale=0.25,
+        **_COHERE, **_WINDOWS),
+    "command-a": PaLMConfig(
+        dim=12_288, depth=64, heads=96, kv_heads=8, dim_ff=36_864, logits_scale=0.25,
+        **_COHERE, **_WINDOWS),
+    "tiny-aya": PaLMConfig(
+        dim=2048, depth=36, heads=16, kv_heads=4, dim_ff=11_008, logits_scale=1.0,
+        **_COHERE | {"num_tokens": 262_144}, **_WINDOWS),
+    "falcon-7b": PaLMConfig(
+        num_tokens=65_024, dim=4544, depth=32, heads=71, logits_scale=1.0, activation="gelu",
+        norm_bias=True),
 }

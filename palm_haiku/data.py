@@ -40,6 +40,10 @@ class ByteTokenizer:
                          f"{error.start}") from error
     return np.frombuffer(text, np.uint8)
 
+  def prompt(self, text: str) -> np.ndarray:
+    """uint8[T] of a text to continue."""
+    return self.encode(text)
+
   def decode(self, tokens) -> str:
     """The text of int[T]; what is no byte, or not UTF-8, becomes a replacement character."""
     tokens = np.asarray(tokens)
@@ -48,6 +52,12 @@ class ByteTokenizer:
   def stream_decoder(self, prompt=()) -> "_ByteStreamDecoder":
     """A decoder of what follows the tokens of a prompt, fed one token at a time."""
     return _ByteStreamDecoder(prompt)
+
+  def save(self, directory: pathlib.Path) -> dict:
+    """Writes the tokenizer in the hub's layout; returns what config.json says of it."""
+    from palm_haiku.hub import tokenizer
+
+    return tokenizer.from_bytes().save(directory)
 
 
 class _ByteStreamDecoder:
@@ -99,6 +109,10 @@ class SentencePieceTokenizer:
                        f"{error.start}") from error
     return np.asarray(self._model.EncodeAsIds(text), np.int32)
 
+  def prompt(self, text: str) -> np.ndarray:
+    """int32[T] of a text to continue."""
+    return self.encode(text)
+
   def decode(self, tokens) -> str:
     """The text of int[T]; what is no piece becomes a replacement character."""
     # A model from elsewhere may have more tokens than there are pieces.
@@ -109,6 +123,11 @@ class SentencePieceTokenizer:
   def stream_decoder(self, prompt=()) -> "_PieceStreamDecoder":
     """A decoder of what follows the tokens of a prompt, fed one token at a time."""
     return _PieceStreamDecoder(self, prompt)
+
+  def save(self, directory: pathlib.Path) -> dict:
+    """Raises ValueError: the hub's layout needs a tokenizer.json, which this is not."""
+    raise ValueError(f"{self.name} is a SentencePiece model, which has no tokenizer.json; pass "
+                     "--tokenizer with one made of it")
 
 
 class _PieceStreamDecoder:
@@ -134,9 +153,21 @@ class _PieceStreamDecoder:
     return new
 
 
-def load_tokenizer(name: str) -> ByteTokenizer | SentencePieceTokenizer:
-  """The tokenizer called `name`: "bytes", or the path of a SentencePiece model file."""
-  return ByteTokenizer() if name == "bytes" else SentencePieceTokenizer(name)
+def load_tokenizer(name: str):
+  """A tokenizer: "bytes", or by path a SentencePiece model, a tokenizer.json or its directory."""
+  if name == "bytes":
+    return ByteTokenizer()
+  path = pathlib.Path(os.path.expanduser(name))
+  if path.is_file():
+    with open(path, "rb") as file:
+      is_json = file.read(1) == b"{"
+  else:
+    is_json = path.is_dir() or path.suffix == ".json"
+  if not is_json:
+    return SentencePieceTokenizer(name)
+  from palm_haiku.hub import tokenizer
+
+  return tokenizer.load(name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from palm_haiku import decoder, speculative
+from palm_haiku.cache import empty_cache
 from palm_haiku.config import PaLMConfig
 from palm_haiku.model import palm_params
 from palm_haiku.sampling import log_probabilities, sample
@@ -131,7 +132,8 @@ def _count(name: str, value) -> int:
 def _generate(params, prompt, lengths, key, temperature, top_p, *, configs, length, top_k, eod,
               dtype, weights, cache_dtype, prefix, draft_length, implementation, on_token):
   lead, start = prompt.shape[:-1], prompt.shape[-1]
-  room = start + length + (draft_length + 1 if len(params) > 1 else 0)
+  step = draft_length + 1 if len(params) > 1 else 1
+  room = start + length + (step if len(params) > 1 else 0)
   models, caches = [], []
   for one, config in zip(params, configs):
     if not isinstance(one, decoder.Weights):
@@ -139,7 +141,7 @@ def _generate(params, prompt, lengths, key, temperature, top_p, *, configs, leng
     models.append(speculative.Model(
         functools.partial(decoder.run, one, config, dtype=dtype, implementation=implementation),
         functools.partial(decoder.logits, one, config)))
-    caches.append(decoder.empty_cache(config, lead, room, cache_dtype))
+    caches.append(empty_cache(config, lead, room, cache_dtype, step))
 
   if len(models) > 1:
     ends = jnp.full(lead, start, jnp.int32) if lengths is None else lengths
@@ -182,12 +184,10 @@ def _continuation(model, prompt, cache, lengths, key, *, draw, length, eod, on_t
     token, done = choose(x[..., 0, :], jax.random.fold_in(key, i), done)  # mutant: key
     return i + 1, token, drawn.at[..., i].set(token), cache, done
 
-  x, cache = model.run(prompt, cache, fresh=True)
+  x, cache = model.run(prompt, cache, fresh=True, prompt_lengths=lengths)
   if lengths is None:
     x = x[..., -1, :]
   else:
-    # What the padding left in the cache is overwritten before a query comes to its position.
-    cache = cache._replace(length=lengths)
     x = jnp.take_along_axis(x, lengths[..., None, None] - 1, -2)[..., 0, :]
   token, done = choose(x, jax.random.fold_in(key, 0), jnp.zeros(lead, bool))
   drawn = jnp.full((*lead, length), 0 if eod is None else eod, jnp.int32).at[..., 0].set(token)

@@ -208,13 +208,13 @@ def load(peer: str, arrays: Mapping[str, Any], heads: int | None = None, *,
   if heads is not None and heads != found:
     raise ValueError(f"these parameters have {found} heads of {dim_head}; got heads = {heads}"
                      + _other_model(peer, kv * dim_head, inner))
-  if hidden % dim:
-    raise ValueError(f"a feed-forward width of {hidden} is no multiple of dim = {dim}")
   config = PaLMConfig(
       num_tokens=num_tokens, dim=dim, depth=depth, heads=found, dim_head=dim_head,
-      ff_mult=hidden // dim, position=layout.position, norm=layout.norm,
+      **({"dim_ff": hidden} if hidden % dim else {"ff_mult": hidden // dim}),
+      position=layout.position, norm=layout.norm,
       shared_kv=layout.shared_kv, norm_eps=layout.norm_eps(dim), logits_scale=1.0,
-      qk_norm=qk_norm, xpos_scale_base=xpos_scale_base or layout.xpos_scale_base)
+      qk_norm="l2" if qk_norm else None,
+      xpos_scale_base=xpos_scale_base or layout.xpos_scale_base)
   stacked = {name: jnp.asarray(np.stack([layer[name] for layer in layers])) for name in layers[0]}
   return config, {
       "palm": {"embedding": jnp.asarray(embedding), "norm": jnp.asarray(final_gain)},
@@ -250,8 +250,14 @@ def dump(peer: str, config: PaLMConfig, params: Mapping[str, Any], *, prefix: st
                      ("shared_kv", layout.shared_kv)):
     if getattr(config, name) != want:
       raise ValueError(f"{peer} has {name} = {want!r}; this model has {getattr(config, name)!r}")
-  if config.qk_norm and layout.qk_scale is None:
-    raise ValueError(f"{peer} does not normalise queries and keys; this model does")
+  plain = PaLMConfig(config.num_tokens, config.dim, config.depth, config.heads, config.dim_head)
+  for name in ("kv_heads", "rope_theta", "window", "global_every", "activation", "norm_bias"):
+    if getattr(config, name) != getattr(plain, name):
+      raise ValueError(f"{peer} has {name} = {getattr(plain, name)!r}; this model has "
+                       f"{getattr(config, name)!r}")
+  if config.qk_norm and (layout.qk_scale is None or config.qk_norm != "l2"):
+    raise ValueError(f"{peer} does not normalise queries and keys as this model does, "
+                     f"qk_norm = {config.qk_norm!r}")
   if (config.xpos_scale_base is None) != (layout.xpos_scale_base is None):
     raise ValueError(f"{peer} {'has' if layout.xpos_scale_base else 'does not have'} xPos; this "
                      "model differs")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palm_haiku import kernels
+from palm_haiku import kernels, lora
 from palm_haiku.config import PaLMConfig
 from palm_haiku.kernels.integers import known
 from palm_haiku.kernels.parallel_block.xla import normalize
@@ -51,69 +51,92 @@ def palm_params(params: Mapping[str, Any], prefix: str | None = None) -> tuple[A
 class KVCache(NamedTuple):
   """Keys and values of the positions that a model has already seen."""
 
-  arrays: tuple[jax.Array, ...]  # (keys, values) or (keys,): [depth, ..., max_len, dim_head]
+  # (keys, values) or (keys,): [depth, ..., max_len, dim_head], or with several kv_heads
+  # [depth, ..., max_len, kv_heads, dim_head].
+  arrays: tuple[jax.Array, ...]
   length: jax.Array  # int32[], positions filled; or int32[...], by sequence
 
   @classmethod
   def empty(cls, config: PaLMConfig, lead: tuple[int, ...], max_len: int,
             dtype=jnp.float32) -> "KVCache":
     """A cache with room for `max_len` positions of sequences with leading dimensions `lead`."""
-    zeros = jnp.zeros((config.depth, *lead, max_len, config.dim_head), dtype)
+    heads = (config.kv_heads,) if config.kv_heads > 1 else ()
+    zeros = jnp.zeros((config.depth, *lead, max_len, *heads, config.dim_head), dtype)
     return cls((zeros,) if config.values_are_keys else (zeros, zeros), jnp.zeros((), jnp.int32))
 
 
 class ParallelBlock(hk.Module):
   """One layer: x + attention(norm(x)) + feed_forward(norm(x)) (PaLM, section 2)."""
 
-  def __init__(self, config: PaLMConfig, *, implementation: str = "auto",
+  def __init__(self, config: PaLMConfig, *, implementation: str = "auto", lora_rank: int = 0,
                name: str | None = "parallel_block"):
     super().__init__(name)
     self.config = config
     self.implementation = implementation
+    self.lora_rank = lora_rank
 
-  def _params(self) -> dict[str, jax.Array]:
+  def params(self, depth: int | None = None) -> dict[str, jax.Array]:
+    """The layer's parameters, or those of `depth` layers stacked along a new first axis."""
     c = self.config
+    stack = () if depth is None else (depth,)
 
     def matrix(name, shape, fan_in):
-      return hk.get_parameter(name, shape, init=hk.initializers.RandomNormal(fan_in**-0.5))
+      return hk.get_parameter(
+          name, (*stack, *shape), init=hk.initializers.RandomNormal(fan_in**-0.5))
 
+    def vector(name, shape, init=jnp.ones):
+      return hk.get_parameter(name, (*stack, *shape), init=init)
+
+    kv_heads = (c.kv_heads,) if c.kv_heads > 1 else ()
     params = {
-        "norm": hk.get_parameter("norm", (c.dim,), init=jnp.ones),
+        "norm": vector("norm", (c.dim,)),
         "query": matrix("query", (c.dim, c.heads, c.dim_head), c.dim),
-        "key": matrix("key", (c.dim, c.dim_head), c.dim),
-        "gate": matrix("gate", (c.dim, c.dim_ff), c.dim),
+        "key": matrix("key", (c.dim, *kv_heads, c.dim_head), c.dim),
+    }
+    if c.activation == "swiglu":
+      params["gate"] = matrix("gate", (c.dim, c.dim_ff), c.dim)
+    params |= {
         "up": matrix("up", (c.dim, c.dim_ff), c.dim),
         "attn_out": matrix("attn_out", (c.heads, c.dim_head, c.dim), c.heads * c.dim_head),
         "ff_out": matrix("ff_out", (c.dim_ff, c.dim), c.dim_ff),
     }
     if not c.shared_kv:
-      params["value"] = matrix("value", (c.dim, c.dim_head), c.dim)
+      params["value"] = matrix("value", (c.dim, *kv_heads, c.dim_head), c.dim)
+    if c.norm_bias:
+      params["norm_bias"] = vector("norm_bias", (c.dim,), jnp.zeros)
     if c.qk_norm:
-      for name in ("query_scale", "key_scale"):
-        params[name] = hk.get_parameter(name, (c.dim_head,), init=jnp.ones)
-    return params
+      of_heads = c.qk_norm == "layer"
+      for name, heads in (("query_scale", c.heads), ("key_scale", c.kv_heads)):
+        params[name] = vector(name, ((heads, c.dim_head) if of_heads else (c.dim_head,)))
+    return lora.adapted(params, self.lora_rank, stack) if self.lora_rank else params
 
-  def __call__(self, x, *, segment_ids=None, kv_cache=None, query_offset=0):
+  def __call__(self, x, *, params=None, is_global: bool = False, segment_ids=None, kv_cache=None,
+               query_offset=0):
     """Applies the layer.
 
     Args:
       x: float[..., T, dim].
+      params: of one layer, from `params(depth)`; None for the module's own.
+      is_global: without the model's window and positions; see `PaLMConfig.global_every`.
       segment_ids: int[..., T]; attention stays within equal ids.
-      kv_cache: arrays [..., max_len, dim_head] of this layer; see `parallel_attention_ffn`.
+      kv_cache: this layer's arrays of a `KVCache`; see `parallel_attention_ffn`.
       query_offset: position of the first row of x; int[], or with `kv_cache` int[...].
 
     Returns:
       [..., T, dim] in the dtype of x; with `kv_cache`, a pair of that and the new cache.
     """
     c = self.config
+    alibi = c.position == "alibi" and not is_global
     return kernels.parallel_attention_ffn(
         x,
-        self._params(),
+        self.params() if params is None else params,
         norm=c.norm,
         norm_eps=c.norm_eps,
-        rotary=c.position == "rotary",
-        xpos_scale_base=c.xpos_scale_base,
-        alibi_slopes=kernels.alibi_slopes(c.heads) if c.position == "alibi" else None,
+        rotary=c.position == "rotary" and not is_global,
+        rope_theta=c.rope_theta,
+        xpos_scale_base=None if is_global else c.xpos_scale_base,
+        alibi_slopes=kernels.alibi_slopes(c.heads) if alibi else None,
+        local_window_size=None if c.window is None or is_global else (c.window - 1, 0),
         segment_ids=segment_ids,
         query_offset=query_offset,
         kv_cache=kv_cache,
@@ -126,8 +149,8 @@ class PaLM(hk.Module):
 
   def __init__(self, num_tokens: int, dim: int, depth: int, heads: int, dim_head: int = 64,
                ff_mult: int = 4, *, dtype=jnp.float32, remat: str = "none",
-               implementation: str = "auto", rules: Rules = Rules(), name: str | None = "palm",
-               **architecture):
+               implementation: str = "auto", rules: Rules = Rules(), lora_rank: int = 0,
+               name: str | None = "palm", **architecture):
     """Describes the model; the first six names are PaLM-jax's.
 
     Args:
@@ -138,6 +161,7 @@ class PaLM(hk.Module):
         products), "attention" (all but attention) or "full" (whole layers).
       implementation: of every op, "auto" or a backend by name.
       rules: how activations are divided over the mesh in context, if there is one.
+      lora_rank: of adapters beside the matrices of each layer (`lora`); 0 for none.
       **architecture: the remaining fields of `PaLMConfig`: position, norm, shared_kv, ...
     """
     super().__init__(name)
@@ -145,7 +169,7 @@ class PaLM(hk.Module):
     if remat not in REMAT_POLICIES:
       raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}; got {remat!r}")
     self.dtype, self.remat = dtype, remat
-    self.implementation, self.rules = implementation, rules
+    self.implementation, self.rules, self.lora_rank = implementation, rules, lora_rank
 
   @classmethod
   def from_config(cls, config: PaLMConfig, **options) -> "PaLM":
@@ -209,25 +233,72 @@ class PaLM(hk.Module):
     x = jnp.asarray(embedding, self.dtype).at[tokens].get(mode="fill", fill_value=jnp.nan)
     x = self._between_layers(x)
 
-    stack = functools.partial(hk.layer_stack, c.depth, name="layers")
-    if cache is None:
-      x = stack()(self._layer(segment_ids=segment_ids))(x)
+    if c.global_every is not None:
+      x, arrays = self._layers_by_period(x, segment_ids, cache)
+    elif cache is None:
+      x = hk.layer_stack(c.depth, name="layers")(self._layer(segment_ids=segment_ids))(x)
     else:
       block = self._layer(segment_ids=segment_ids, query_offset=cache.length)
-      x, arrays = stack(with_per_layer_inputs=True)(
+      x, arrays = hk.layer_stack(c.depth, name="layers", with_per_layer_inputs=True)(
           lambda x, *arrays: block(x, kv_cache=arrays))(x, *cache.arrays)
+    if cache is not None:
       cache = KVCache(arrays, cache.length + tokens.shape[-1])
 
     gain = hk.get_parameter("norm", (c.dim,), init=jnp.ones)
-    return normalize(x, gain, kind=c.norm, eps=c.norm_eps), embedding, cache
+    bias = hk.get_parameter("norm_bias", (c.dim,), init=jnp.zeros) if c.norm_bias else None
+    return normalize(x, gain, bias, kind=c.norm, eps=c.norm_eps), embedding, cache
 
   def _layer(self, **inputs):
     def layer(x, **more):
-      out = ParallelBlock(self.config, implementation=self.implementation)(x, **inputs, **more)
+      block = ParallelBlock(
+          self.config, implementation=self.implementation, lora_rank=self.lora_rank)
+      out = block(x, **inputs, **more)
       return (self._between_layers(out[0]), out[1]) if more else self._between_layers(out)
 
     policy = REMAT_POLICIES[self.remat]
     return layer if policy is None else hk.remat(layer, policy=policy, prevent_cse=False)
+
+  @hk.transparent
+  def _layers_by_period(self, x, segment_ids, cache):
+    """All layers where every n-th is global: a scan over periods of n, then what is left of one.
+
+    Parameters are stacked by layer, as `hk.layer_stack` has them, whatever a layer's kind.
+    """
+    c = self.config
+    with hk.name_scope("layers"):
+      block = ParallelBlock(c, implementation=self.implementation, lora_rank=self.lora_rank)
+    inputs = dict(segment_ids=segment_ids)
+    if cache is not None:
+      inputs["query_offset"] = cache.length
+
+    def layer(is_global, x, params, arrays):
+      out = block(x, params=params, is_global=is_global, kv_cache=arrays, **inputs)
+      x, arrays = (out, None) if arrays is None else out
+      return self._between_layers(x), arrays
+
+    policy = REMAT_POLICIES[self.remat]
+    if policy is not None:
+      layer = jax.checkpoint(layer, policy=policy, prevent_cse=False, static_argnums=(0,))
+
+    def period(x, stacked):
+      per_layer = []
+      for i in range(len(jax.tree.leaves(stacked)[0])):
+        x, arrays = layer(c.is_global(i), x, *jax.tree.map(lambda a: a[i], stacked))
+        per_layer.append(arrays)
+      return x, jax.tree.map(lambda *a: jnp.stack(a), *per_layer)
+
+    stacked = block.params(c.depth), None if cache is None else cache.arrays
+    periods = c.depth // c.global_every
+    arrays = []
+    if periods:
+      x, outputs = jax.lax.scan(period, x, jax.tree.map(
+          lambda a: a[:periods * c.global_every].reshape(periods, c.global_every, *a.shape[1:]),
+          stacked))
+      arrays.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs))
+    if c.depth % c.global_every:
+      x, outputs = period(x, jax.tree.map(lambda a: a[periods * c.global_every:], stacked))
+      arrays.append(outputs)
+    return x, jax.tree.map(lambda *a: jnp.concatenate(a), *arrays)
 
   def _between_layers(self, x):
     return constrain(x, ("batch", "sequence", "residual")[-x.ndim:], self.rules)
@@ -245,7 +316,7 @@ class PaLM(hk.Module):
                          f"{self.config.num_tokens} tokens")
     length = None if cache is None else known(cache.length)
     if length is not None:
-      room = cache.arrays[0].shape[-2] - int(length.max())
+      room = cache.arrays[0].shape[jnp.ndim(tokens)] - int(length.max())
       if jnp.shape(tokens)[-1] > room:
         raise ValueError(f"the cache has room for {room} more positions; "
                          f"got {jnp.shape(tokens)[-1]} tokens")

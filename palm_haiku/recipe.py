@@ -45,6 +45,8 @@ class TrainConfig:
   shard_residual: bool = False  # between layers, over the model axis
   skip_batches: str = ""  # "1200:1500": batches 1200..1499 are left out; more, by commas
   spike: float = 0.0  # nats above the recent median at which a run goes back; 0 for never
+  init: str = ""  # run or hub directory whose weights the first step starts from
+  lora_rank: int = 0  # of the adapters that alone are trained (`lora`); 0 trains all parameters
   log_every: int = 10
   eval_every: int = 250
   checkpoint_every: int = 500
@@ -69,6 +71,10 @@ class TrainConfig:
       raise ValueError(f"dtype must be float32 or bfloat16; got {self.dtype!r}")
     if not 0 <= self.z_loss < math.inf:
       raise ValueError(f"z_loss must be at least 0 and finite; got {self.z_loss}")
+    if self.lora_rank < 0:
+      raise ValueError(f"lora_rank must not be negative; got {self.lora_rank}")
+    if self.lora_rank and not self.init:
+      raise ValueError("lora_rank trains adapters of a model that there is; name it with init")
     if not self.spike >= 0:
       raise ValueError(f"spike must not be negative; got {self.spike}")
     self.skipped  # so that a mistake is told here
@@ -129,7 +135,7 @@ class TrainConfig:
     return hk.without_apply_rng(hk.transform(
         lambda tokens, targets, segment_ids=None: PaLM.from_config(
             self.model, dtype=jnp.dtype(self.dtype), remat=self.remat, rules=self.rules,
-            implementation=self.implementation).loss(tokens, targets, segment_ids=segment_ids)))
+            lora_rank=self.lora_rank, implementation=self.implementation).loss(tokens, targets, segment_ids=segment_ids)))
 
   def build_optimizer(self) -> optax.GradientTransformation:
     """The optimizer with its schedule."""
@@ -150,7 +156,7 @@ FREE_ON_RESUME = {"data", "tokenizer", "steps", "accumulate", "remat", "implemen
                   "checkpoint_every"}
 
 # The way out for those who want to change what a run keeps.
-_NEW_RUN = "begin a new run in another --out for that"
+_NEW_RUN = "for another, begin a new run from these weights with --init, in another --out"
 
 
 def resumed(now: TrainConfig, before: TrainConfig, step: int) -> TrainConfig:

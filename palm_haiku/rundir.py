@@ -145,18 +145,26 @@ class RunDirectory:
         problem = f"{name} is not the tokenizer that {self.path} was trained with"
     raise ValueError(problem + ("; name its new place with --tokenizer" if metadata else ""))
 
-  def load(self) -> tuple[dict[str, Any], Any]:
+  def load(self, like: Callable[[Any], Any] = lambda params: params) -> tuple[dict[str, Any], Any]:
     """Metadata and parameters of the newest checkpoint.
+
+    Args:
+      like: makes the types to restore, with shardings, of those without.
 
     Raises:
       ValueError, CheckpointError: there is none, or none is usable.
     """
+    metadata = self.metadata()
+    params = jax.eval_shape(lambda: train_step.init(load_config(metadata))).params
+    return metadata, self.checkpoints.restore(
+        metadata["step"], {"params": like(params)})["params"]
+
+  def metadata(self) -> dict[str, Any]:
+    """Metadata of the newest checkpoint; raises as `load`."""
     step = self.checkpoints.latest()
     if step is None:
       raise ValueError(f"{self.path} holds no checkpoint")
-    metadata = self.checkpoints.metadata(step)
-    like = jax.eval_shape(lambda: train_step.init(load_config(metadata))).params
-    return metadata, self.checkpoints.restore(step, {"params": like})["params"]
+    return self.checkpoints.metadata(step) | {"step": step}
 
   def _is_run(self) -> bool:
     """Whether it holds a run; raises ValueError if it holds something else."""

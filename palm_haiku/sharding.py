@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from palm_haiku.config import PaLMConfig
+from palm_haiku.lora import IN_DIMS
 
 # Slowest network first: neighbours along the last axis are neighbours in the machine.
 AXES = ("data", "fsdp", "seq", "model")
@@ -53,10 +54,13 @@ class Rules:
 # remat's copies of it are divided too: without, PaLM-540B does not fit the paper's machine.
 SHARDED_RESIDUAL = Rules(residual=("model",))
 
-# Logical axes of each parameter, by its name; those of a layer are stacked along one more.
+# Logical axes of each parameter, by its name and number of dimensions; those of a layer are stacked
+# along one more. A mesh axis that does not divide a dimension leaves it whole: few key heads are
+# then repeated on every device of the model axis.
 _PARAMETERS = {
     "embedding": ("vocab", "embed"),
     "norm": (None,),
+    "norm_bias": (None,),
     "query": ("embed", "heads", None),
     "key": ("embed", None),
     "value": ("embed", None),
@@ -67,6 +71,8 @@ _PARAMETERS = {
     "query_scale": (None,),
     "key_scale": (None,),
 }
+_BY_HEAD = {"key": ("embed", "heads", None), "value": ("embed", "heads", None),
+            "query_scale": ("heads", None), "key_scale": ("heads", None)}
 
 
 def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
@@ -138,7 +144,7 @@ def check(config: PaLMConfig, mesh: Mesh, rules: Rules, *, batch_size: int, seq_
   for what, size, axes in (
       ("batch_size", batch_size, rules.batch), ("seq_len", seq_len, rules.sequence),
       ("heads", config.heads, rules.heads), ("dim", config.dim, rules.embed),
-      ("dim", config.dim, rules.residual), ("dim * ff_mult", config.dim_ff, rules.ff),
+      ("dim", config.dim, rules.residual), ("dim_ff", config.dim_ff, rules.ff),
       ("depth", config.depth, rules.layers)):
     over = {axis: mesh.shape[axis] for axis in axes if axis in mesh.shape}
     if size % math.prod(over.values()):
@@ -173,10 +179,22 @@ def params_shardings(params: Any, mesh: Mesh, rules: Rules = Rules()) -> Any:
   """
   def sharding(path, x):
     module, name = (key.key for key in path)
-    logical = ("layers",) * ("/layers/" in module) + _PARAMETERS[name]  # mutant: parameter
+    stack = ("layers",) * ("/layers/" in module)
+    logical = (*stack, *_logical(name, x.ndim - len(stack)))  # mutant: parameter
     return NamedSharding(mesh, _spec(logical, x.shape, mesh, rules, set(mesh.axis_names)))
 
   return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def _logical(name: str, ndim: int) -> tuple[str | None, ...]:
+  """Logical axes of a parameter, or of an adapter's factor, with this number of dimensions."""
+  matrix, _, side = name.partition("_lora_")
+  plain, by_head = _PARAMETERS[matrix], _BY_HEAD.get(matrix, ())
+  if side == "a":
+    return (*plain[:IN_DIMS[matrix]], None)
+  if side == "b":
+    plain, by_head = ((None, *axes[IN_DIMS[matrix]:]) for axes in (plain, by_head))
+  return plain if len(plain) == ndim else by_head
 
 
 def opt_state_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any,

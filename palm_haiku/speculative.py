@@ -26,7 +26,8 @@ def continuation(target: Model, draft: Model, prompt, caches, lengths, key, *, l
 
   Args:
     prompt: int32[..., T].
-    caches: empty ones of both models, with room for T + length + draft_length + 1 positions.
+    caches: empty ones of both models, with room for T + length + draft_length + 1 positions and
+      steps of draft_length + 1 tokens.
     lengths: int32[...], tokens of each prompt.
     distribution: logits -> log-probabilities to draw from, -inf for what cannot be drawn.
     eod: the token that ends a sequence.
@@ -40,8 +41,7 @@ def continuation(target: Model, draft: Model, prompt, caches, lengths, key, *, l
   tell = None if on_token is None else lambda tokens, n: [on_token(t) for t in tokens[:n]]
 
   def prefill(model, cache):
-    x, cache = model.run(prompt, cache, fresh=True)
-    return x, cache._replace(length=lengths)
+    return model.run(prompt, cache, fresh=True, prompt_lengths=lengths)
 
   x, cache = prefill(target, caches[0])
   _, draft_cache = prefill(draft, caches[1])

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import rich.console
 
-from palm_haiku import data, distributed, memory, runlog, sharding, terminal
+from palm_haiku import (
+    data, distributed, lora, memory, pretrained, runlog, sharding, terminal)
 from palm_haiku.checkpoint import CheckpointError
 from palm_haiku.config import PaLMConfig
 from palm_haiku.recipe import TrainConfig, change_of_rate, load_config, resumed
@@ -127,7 +128,7 @@ class _Run:
     else:
       if resume:
         terminal.say(self.console, f"no checkpoint in {self.out}: beginning anew")
-      self.state = self.program.init()
+      self.state = self._initial_state()
     recent = self._recent(start)
     any_process = distributed.AnyProcess()
     with _Interrupts() as interrupts, self._log(start) as log:
@@ -186,6 +187,22 @@ class _Run:
     if interrupts.received is None and getattr(self.console, "lost", None):
       return signal.SIGPIPE
     return interrupts.received
+
+  def _initial_state(self) -> TrainState:
+    """The state before the first step, its parameters those of `config.init` where that is given."""
+    state = self.program.init()
+    if not self.config.init:
+      return state
+    # Fresh parameters make room for the others before these are read.
+    adapters = lora.split(state.params)[0] if self.config.lora_rank else {}
+    state = state._replace(params=None)
+    mesh = jax.sharding.get_mesh() if self.program.batch_sharding is not None else None
+    start = pretrained.load(self.config.init, tokenizer=self.config.tokenizer, mesh=mesh,
+                            rules=self.config.rules)
+    if start.config != self.config.model:
+      raise ValueError(f"{self.config.init} is another model than config.model")
+    terminal.say(self.console, f"weights of {self.config.init}")
+    return state._replace(params=lora.join(adapters, start.params))
 
   def _batch(self, step):
     """The batch of a step; on a mesh, this process reads the sequences of its own devices."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from palm_haiku import sharding
+from palm_haiku import lora, sharding
 from palm_haiku.loss import mean_loss
 from palm_haiku.recipe import TrainConfig
 
@@ -24,7 +24,7 @@ def init(config: TrainConfig) -> TrainState:
   """The state before the first step; depends on `config.seed` alone."""
   tokens = jnp.zeros((1, config.seq_len), jnp.int32)
   params = config.build_model().init(jax.random.key(config.seed), tokens, tokens)
-  return TrainState(params, config.build_optimizer().init(params))
+  return TrainState(params, config.build_optimizer().init(lora.split(params)[0]))
 
 
 def train_step(config: TrainConfig, state: TrainState, batch) -> tuple[TrainState, dict]:
@@ -38,21 +38,24 @@ def train_step(config: TrainConfig, state: TrainState, batch) -> tuple[TrainStat
     The new state, and scalars: loss (negative log-likelihood), log_z_squared, grad_norm.
   """
   model = config.build_model()
+  trained, frozen = lora.split(state.params)
 
-  def loss_of(params, batch):
+  def loss_of(trained, batch):
+    params = lora.join(trained, frozen)
     nll, log_z = model.apply(params, *_inputs_and_targets(batch))
     loss = mean_loss(nll, log_z, z_loss=config.z_loss)  # mutant: z-loss
     return loss.total, loss
 
   if config.accumulate == 1:
-    grads, loss = jax.grad(loss_of, has_aux=True)(state.params, batch)
+    grads, loss = jax.grad(loss_of, has_aux=True)(trained, batch)
   else:
-    grads, loss = _accumulated(loss_of, state.params, batch, config.accumulate)
-  updates, opt_state = config.build_optimizer().update(grads, state.opt_state, state.params)
+    grads, loss = _accumulated(loss_of, trained, batch, config.accumulate)
+  updates, opt_state = config.build_optimizer().update(grads, state.opt_state, trained)
   metrics = {"loss": loss.nll, "log_z_squared": loss.log_z_squared,
              "grad_norm": optax.tree.norm(grads)}
+  trained = optax.apply_updates(trained, updates)
   # mutant: new state
-  return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
+  return TrainState(lora.join(trained, frozen), opt_state), metrics
 
 
 def _accumulated(loss_of, params, batch, num_parts):
@@ -109,8 +112,9 @@ def program(config: TrainConfig, mesh: Mesh | None = None) -> Program:
   if mesh is None:
     return Program(jax.jit(begin), jax.jit(advance, donate_argnums=0), jax.jit(score), state, None)
   params = sharding.params_shardings(state.params, mesh, config.rules)
+  trained = [lora.split(tree)[0] for tree in (state.params, params)]
   shardings = TrainState(params, sharding.opt_state_shardings(
-      config.build_optimizer(), state.params, params, mesh))
+      config.build_optimizer(), *trained, mesh))
   state = jax.tree.map(
       lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings)
   whole = NamedSharding(mesh, P())

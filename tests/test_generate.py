@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from palm_haiku import PaLM, PaLMConfig, decoder, sharding
+from palm_haiku.cache import Cache, Int8Rows, empty_cache, extend
 from palm_haiku.generate import generate
 from palm_haiku.sampling import log_probabilities, sample
 
@@ -203,15 +204,16 @@ TABLES = np.random.default_rng(0).normal(size=(2, 8, 3, 3))  # logits by model, 
 
 def generate_from_tables(prompt, length, **options):
   """`generate` with models whose logits are `TABLES`, by the position of a token and the token."""
-  def run(table, config, tokens, cache, **_):
+  def run(table, config, tokens, cache, prompt_lengths=None, **_):
     positions = cache.length[..., None] + jnp.arange(tokens.shape[-1])
     positions = jnp.broadcast_to(positions, tokens.shape)
     return (jnp.stack([positions, tokens], -1),
-            cache._replace(length=cache.length + tokens.shape[-1]))
+            cache._replace(length=cache.length + tokens.shape[-1]
+                           if prompt_lengths is None else prompt_lengths))
 
   with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
     patch.setattr(decoder, "prepare", lambda table, *_: jnp.asarray(table, jnp.float32))
-    patch.setattr(decoder, "empty_cache", lambda *_: decoder.Cache((), jnp.int32(0)))
+    patch.setitem(generate.__globals__, "empty_cache", lambda *_: Cache((), jnp.int32(0)))
     patch.setattr(decoder, "run", run)
     patch.setattr(decoder, "logits", lambda table, config, x: table[x[..., 0], x[..., 1]])
     return np.asarray(generate(TABLES[0], PaLMConfig(3, 8, 1, 1), prompt, length,
@@ -322,7 +324,7 @@ def test_decoding_is_the_full_forward_at_every_position(config, dtype, cache_dty
   run = jax.jit(functools.partial(decoder.run, prepared, config, dtype=dtype),
                 static_argnames="fresh")
   starts = np.array([1, 5, 3])
-  cache = decoder.empty_cache(config, (3,), 16, cache_dtype)
+  cache = empty_cache(config, (3,), 16, cache_dtype)
   x, cache = run(tokens[:, :5], cache, fresh=True)
   cache = cache._replace(length=jnp.asarray(starts))
   got = [[x[i, :n]] for i, n in enumerate(starts)]
@@ -341,8 +343,9 @@ def test_decoding_is_the_full_forward_at_every_position(config, dtype, cache_dty
 def test_rows_of_an_int8_cache_are_rounded_to_127_steps():
   rows = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
   rows[0, 1] = 0
-  stored = decoder._write(
-      decoder.Int8Rows(jnp.zeros((2, 8, 4), jnp.int8), jnp.zeros((2, 8))), rows, jnp.int32(2))
+  empty = Int8Rows(jnp.zeros((2, 8, 4), jnp.int8), jnp.zeros((2, 8)))
+  (stored,), _ = extend((empty,), (jnp.asarray(rows),), jnp.int32(2), axis=1, window=None,
+                        by_position=False)
   largest = np.abs(rows).max(-1)
   np.testing.assert_allclose(stored.scales[:, 2:5], largest / 127, rtol=1e-6)
   want = np.round(127 * rows / np.where(largest, largest, 1)[..., None])

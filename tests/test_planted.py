@@ -138,7 +138,7 @@ PLANTED = [
     ("gate and up are exchanged", interop, ("a peer's layer", r"'up'(.*)'gate'", r"'gate'\1'up'"),
      peer_in_jax),
     ("the axis of the layers is last", sharding,
-     ("parameter", r"= (.*) \+ (_PARAMETERS.*)", r"= \2 + \1"), parameters),
+     ("parameter", r"\*stack, (.*)\)$", r"\1, *stack)"), parameters),
     ("leading axes are taken for the batch", sharding, ("activation", r"(\(None.*\)) \+ (\w+)$",
                                                         r"\2 + \1"), activations),
 ]

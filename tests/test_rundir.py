@@ -179,7 +179,7 @@ def test_generating_beyond_the_trained_length_warns_once(place, capsys, generate
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **change))
     metadata = {"config": dataclasses.asdict(config), "data_fingerprint": change and "x" or None,
                 "tokenizer_fingerprint": "bytes"}
-    monkeypatch.setattr(RunDirectory, "load", lambda self, metadata=metadata: (metadata, None))
+    monkeypatch.setattr(RunDirectory, "load", lambda self, *_, metadata=metadata: (metadata, {}))
     recwarn.clear()
     assert call(capsys, "generate", "bytes", "--prompt", "1", "--length", 99)[2] == ""
     assert not len(recwarn)

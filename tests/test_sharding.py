@@ -170,7 +170,7 @@ def test_a_mesh_that_cannot_be(text, devices, message):
     ("seq=8", dict(seq_len=30), "seq_len must be a multiple .* seq 8; got 30"),
     ("fsdp=8", dict(dim=12), "dim must be a multiple .* fsdp 8; got 12"),
     ("data=2,model=4", dict(dim=9, ff_mult=3, shard_residual=False),
-     r"dim \* ff_mult must be a multiple .* model 4; got 27"),
+     r"dim_ff must be a multiple .* model 4; got 27"),
     ("data=2,model=4", dict(dim=9, ff_mult=4), "dim must be a multiple .* model 4; got 9"),
 ])
 def test_what_a_mesh_does_not_divide_is_refused(mesh, change, message):

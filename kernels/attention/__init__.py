@@ -171,6 +171,7 @@ def check(query, key, value, *, alibi_slopes, segment_ids, local_window_size, qu
 
 
 def window_of(size) -> tuple[int, int] | None:
+  """A `local_window_size` as (left, right), or None."""
   if size is None:
     return None
   try:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import backend, compat, guards, integers, mesh as meshes, platforms
-from ..attention import default_scale
+from ..attention import default_scale, window_of
 from . import fused, xla
 
 
@@ -21,14 +21,16 @@ def decode_attention(
     *,
     alibi_slopes: jax.Array | None = None,
     scale: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
     key_scales: jax.Array | None = None,
     value_scales: jax.Array | None = None,
     implementation: Literal["auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton"] = "auto",
 ) -> jax.Array:
   """softmax(scale * q k^T + slope * (kv_pos - q_pos)) v over what is filled of a cache.
 
-  Query i of a sequence stands at position `length - T + i` and sees the positions up to its own;
-  one that stands before position 0 sees nothing and gives zeros. Not differentiable.
+  Query i of a sequence stands at position `length - T + i` and sees the positions up to its own,
+  with a window the last of them; one that stands before position 0 sees nothing and gives zeros.
+  Not differentiable.
 
   Args:
     query: float[..., T, heads, dim_head], the last T positions of each sequence.
@@ -40,6 +42,8 @@ def decode_attention(
     lengths: int[...], positions filled, those of `query` included.
     alibi_slopes: float[heads]; None for no bias.
     scale: a number that multiplies q k^T; None means 1/sqrt(dim_head).
+    local_window_size: how many positions before its own a query sees, as in `flash_attention`
+      (the right side of a pair has no effect here); None for all.
     key_scales: float32[..., max_len, kv_heads] that int8 keys are multiplied by; else None.
     value_scales: the same for the values; None where they are the keys.
     implementation: "auto", or a backend by name.
@@ -69,36 +73,42 @@ def decode_attention(
     alibi_slopes = np.asarray(alibi_slopes)
 
   scale = default_scale(dim_head) if scale is None else scale
+  window = window_of(local_window_size)
+  needs = None
+  if isinstance(scale, jax.core.Tracer):
+    needs = ("a scale that is known when it is compiled; multiply query by it, or pass "
+             "implementation='xla'")
+  elif window is not None:
+    needs = "local_window_size=None; got a window, which implementation='xla' has"
   on = backend.target(query, key_cache, value_cache)
   name = backend.choose(
       fused.OP, implementation, arrays["query"], arrays["key"], arrays["value"], on=on,
-      needs="a scale that is known when it is compiled; multiply query by it, or "
-      "pass implementation='xla'"
-      if isinstance(scale, jax.core.Tracer) else None).implementation
+      needs=needs).implementation
   traced_scale = scale if name == "xla" and isinstance(scale, jax.Array) else None
   out = _decode(
       arrays, alibi_slopes, traced_scale, name=name, chip=backend.chip_for(name, on),
       undecided=implementation == "auto" and backend.undecided(query, key_cache, value_cache),
+      left=None if window is None else window[0],
       scale=None if traced_scale is not None else float(
           jax.device_get(scale) if compat.is_known(scale) else scale))
   return out.reshape(*lead, num_queries, heads, dim_head)
 
 
 @compat.compiled_once
-def _decode(arrays, slopes, traced_scale, *, scale, name, chip, undecided):
+def _decode(arrays, slopes, traced_scale, *, scale, left, name, chip, undecided):
   undifferentiated = lambda tree: jax.tree.map(
       lambda x: guards.no_derivative(jnp.asarray(x), fused.OP), tree)
   arrays = undifferentiated({name: x for name, x in arrays.items() if name != "lengths"}) | {
       "lengths": jnp.asarray(arrays["lengths"])}
   slopes = undifferentiated(slopes)
-  if name == "xla" and undecided and traced_scale is None:
+  if name == "xla" and undecided and traced_scale is None and left is None:
     return platforms.by_platform(
         _plain, [(("tpu",), _on_any_tpu)], (arrays, slopes), scale, backend.ANY_TPU_MESH)
   if name == "xla":
     traced_scale = undifferentiated(traced_scale)
     return meshes.partitioned(
         lambda query, arrays, slopes, traced_scale: xla.attend(
-            query, **arrays, alibi_slopes=slopes,
+            query, **arrays, alibi_slopes=slopes, left=left,
             scale=scale if traced_scale is None else traced_scale),
         arrays.pop("query"), arrays, slopes, traced_scale)
   kernel = functools.partial(fused.attention, scale=scale, chip=chip,

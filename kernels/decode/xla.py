@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 
 
-def attend(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value_scales):
+def attend(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value_scales,
+           left=None):
   """The formula.
 
   Args:
@@ -13,6 +14,7 @@ def attend(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value
     lengths: int32[B].
     alibi_slopes: None or float[heads].
     key_scales, value_scales: None or float32[B, S, kv_heads].
+    left: positions before its own that a query sees; None for all.
 
   Returns:
     [B, T, heads, dim_head] in the dtype of query; NaN where the length is not in [0, S].
@@ -35,7 +37,8 @@ def attend(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value
   if alibi_slopes is not None:
     slopes = jnp.asarray(alibi_slopes, accum).reshape(kv_heads, 1, -1, 1)
     scores += slopes * distance.astype(accum)[:, None, :, None, :]
-  scores = jnp.where((distance <= 0)[:, None, :, None, :], scores, -jnp.inf)
+  visible = distance <= 0 if left is None else (distance <= 0) & (distance >= -left)
+  scores = jnp.where(visible[:, None, :, None, :], scores, -jnp.inf)
 
   # The weights beyond are 0, and 0 * NaN is not.
   filled = (jnp.arange(max_len) < lengths[:, None])[:, :, None]

@@ -111,8 +111,8 @@ def on_one_device(x, params):
           {name: share(name, weight) for name, weight in params.items()})
 
 
-def parallel_attention_ffn(x, params, *, backend, chip, norm, norm_eps, rotary, xpos_scale_base,
-                           query_offset, **attention_options):
+def parallel_attention_ffn(x, params, *, backend, chip, norm, norm_eps, rotary, rope_theta,
+                           xpos_scale_base, query_offset, **attention_options):
   """See the op of the same name; it has a gradient and no other derivative.
 
   What the first step makes is named "block_query", "block_key", "block_value", "block_act",
@@ -140,7 +140,7 @@ def parallel_attention_ffn(x, params, *, backend, chip, norm, norm_eps, rotary, 
   def from_stream(x, positions, weights):
     x, positions, weights = _varying_together(x, positions, weights)
     half = weights["key"].shape[1] // 2
-    rotation = xla.rotation_at(positions.reshape(-1), half) if rotated else None
+    rotation = xla.rotation_at(positions.reshape(-1), half, rope_theta) if rotated else None
     made = project_in(options, x.reshape(-1, x.shape[-1]), weights, rotation)
     # Each device keeps the key and value that it made, as the head that its queries attend to:
     # nothing has to be told that they are equal, and gradients are summed with those of x.
@@ -167,8 +167,9 @@ def parallel_attention_ffn(x, params, *, backend, chip, norm, norm_eps, rotary, 
   query, key = without_batch(made.pop("query")), without_batch(made.pop("key"))
   value = without_batch(made.pop("value")) if "value" in made else key
   if not rotated:
-    query, key = xla.positioned(query, key, params, positions, rotary=rotary,
-                                xpos_scale_base=xpos_scale_base)
+    query, key = xla.positioned(
+        query, key, params, positions, norm_eps=norm_eps, rotary=rotary, rope_theta=rope_theta,
+        xpos_scale_base=xpos_scale_base)
   attended, cache = xla.attend(query, key, value, params, rotary=rotary,
                                query_offset=query_offset, **attention_options)
   y = _over(

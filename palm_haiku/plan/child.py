@@ -102,7 +102,7 @@ def _choices(config) -> dict[str, dict[str, str]]:
   """What each op runs in the step, and why."""
   model, batch = config.model, config.batch_size // config.accumulate
   array = lambda *shape: jax.ShapeDtypeStruct((batch, config.seq_len, *shape), config.dtype)
-  key = array(1, model.dim_head)
+  key = array(model.kv_heads, model.dim_head)
   ops = {"flash_attention": (array(model.heads, model.dim_head), key,
                              None if model.shared_kv and model.position == "alibi" else key),
          "parallel_attention_ffn": (array(model.dim), _layer(config)),

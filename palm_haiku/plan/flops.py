@@ -34,14 +34,16 @@ def flops_per_token(config: TrainConfig, model_axis: int = 1) -> float:
 def repeated_flops_per_token(config: TrainConfig, model_axis: int) -> float:
   """FLOPs of one token that devices of the model axis do once more than is needed.
 
-  The one key and value head of multi-query attention belongs to all of them, and so do its
+  A key and value head that several of them share belongs to all of those, and so do its
   projections. A divided residual stream divides their products too, but for the gradient of their
   weights.
   """
   model = config.model
-  product = 2 * model.depth * model.dim * model.dim_head * (1 if model.shared_kv else 2)
+  product = 2 * model.depth * sum(
+      count for name, count in model.layer_params.items() if name in ("key", "value"))
   products = 1 if config.shard_residual else 3 if config.remat == "none" else 4
-  return (model_axis - 1) * products * product
+  copies = 1 if model.kv_heads % model_axis == 0 else model_axis
+  return (copies - 1) * products * product
 
 
 def model_flops_per_token(model: PaLMConfig, seq_len: int) -> float:

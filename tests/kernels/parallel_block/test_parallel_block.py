@@ -123,7 +123,7 @@ def test_sequences_may_have_come_to_different_positions(architecture):
 @pytest.mark.parametrize("change, message", [
     (dict(query_offset=jnp.zeros(3, int)), r"one integer or \(2,\), one per sequence; got \(3,\)"),
     (dict(kv_cache=None), "needs a kv_cache"),
-    (dict(local_window_size=3), "without segment_ids or local_window_size"),
+    (dict(segment_ids=np.zeros((2, 3), np.int32)), "without segment_ids"),
     (dict(is_causal=False), "causal"),
 ])
 def test_positions_of_sequences_that_do_not_fit_are_named(change, message):
@@ -162,7 +162,7 @@ def test_xpos_decays_with_distance_alone():
     (dict(query_scale=(4,)), "come together"),
     (dict(key=(12, 5)), r"params\['key'\] must be \(12, 4\)"),
     (dict(attn_out=(3, 4, 11)), r"params\['attn_out'\] must be \(3, 4, 12\)"),
-    (dict(gate=(12,)), r"gate \[D, F\]"),
+    (dict(gate=(12,)), r"\['gate'\] must be"),
     (dict(gate=(12, 0), up=(12, 0), ff_out=(0, 12)), "none of them 0"),
     (dict(query=(12, 3, 5), key=(12, 5), value=(12, 5), attn_out=(3, 5, 12)), "must be even; got 5"),
 ])

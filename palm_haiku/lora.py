@@ -1,0 +1,66 @@
+"""Low-rank adapters of a layer's matrices (LoRA, arXiv:2106.09685).
+
+A matrix W [*in_dims, *out_dims] becomes W + A B with A [*in_dims, rank] and B [rank, *out_dims],
+which begins as zero. Only A and B are trained. They are parameters of the layer beside W, named
+"query_lora_a", "query_lora_b" and so on.
+"""
+
+from typing import Any, Mapping
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+# Number of input dimensions of each matrix of a layer that has adapters.
+IN_DIMS = {"query": 1, "key": 1, "value": 1, "gate": 1, "up": 1, "attn_out": 2, "ff_out": 1}
+_A, _B = "_lora_a", "_lora_b"
+
+
+def adapted(params: Mapping[str, jax.Array], rank: int, stack: tuple[int, ...]):
+  """A layer's parameters with its adapters, made by Haiku, added to the matrices.
+
+  Args:
+    params: of one layer, or of layers stacked along `stack`.
+  """
+  out = dict(params)
+  for name in IN_DIMS.keys() & params.keys():
+    shape = params[name].shape[len(stack):]
+    in_dims, out_dims = shape[:IN_DIMS[name]], shape[IN_DIMS[name]:]
+    fan_in = 1
+    for size in in_dims:
+      fan_in *= size
+    a = hk.get_parameter(name + _A, (*stack, *in_dims, rank),
+                         init=hk.initializers.RandomNormal(fan_in**-0.5))
+    b = hk.get_parameter(name + _B, (*stack, rank, *out_dims), init=jnp.zeros)
+    out[name] = _sum(params[name], a, b, len(stack))
+  return out
+
+
+def split(params) -> tuple[dict, dict]:
+  """Trained and frozen parameters: with adapters these and all else, without them all and none."""
+  if not any(_is_adapter(path[-1].key) for path, _ in jax.tree_util.tree_leaves_with_path(params)):
+    return params, {}
+  return hk.data_structures.partition(lambda module, name, _: _is_adapter(name), params)
+
+
+def join(trained, frozen):
+  """The parameters that `split` took apart."""
+  return hk.data_structures.merge(frozen, trained) if frozen else trained
+
+
+def merge(params: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+  """Parameters of a PaLM with the adapters of its stacked layers added to their matrices."""
+  return {module: {
+      name: _sum(x, weights[name + _A], weights[name + _B], 1) if name + _A in weights else x
+      for name, x in weights.items() if not _is_adapter(name)}
+      for module, weights in params.items()}
+
+
+def _is_adapter(name: str) -> bool:
+  return name.endswith((_A, _B))
+
+
+def _sum(w, a, b, stack: int):
+  flat_a = a.reshape(*a.shape[:stack], -1, a.shape[-1])
+  flat_b = b.reshape(*b.shape[:stack], b.shape[stack], -1)
+  return w + (flat_a @ flat_b).reshape(w.shape)
