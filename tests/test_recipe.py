@@ -61,7 +61,7 @@ def test_the_model_and_the_optimizer_get_the_runs_settings(monkeypatch):
                   shard_residual=True, steps=77)
   c.build_model().apply({}, 1, 2, 3)
   assert calls == [
-      (MODEL, dict(dtype=np.dtype("bfloat16"), remat="full", implementation="xla",
+      (MODEL, dict(dtype=np.dtype("bfloat16"), remat="full", implementation="xla", lora_rank=0,
                    rules=recipe.sharding.SHARDED_RESIDUAL)), ((1, 2), dict(segment_ids=3))]
   for name in ("adamw", "palm"):
     real = inspect.signature(getattr(recipe.optim, name))
