@@ -214,6 +214,7 @@ def generate_from_tables(prompt, length, **options):
   with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
     patch.setattr(decoder, "prepare", lambda table, *_: jnp.asarray(table, jnp.float32))
     patch.setitem(generate.__globals__, "empty_cache", lambda *_: Cache((), jnp.int32(0)))
+    patch.setitem(generate.__globals__, "palm_params", lambda *_: None)
     patch.setattr(decoder, "run", run)
     patch.setattr(decoder, "logits", lambda table, config, x: table[x[..., 0], x[..., 1]])
     return np.asarray(generate(TABLES[0], PaLMConfig(3, 8, 1, 1), prompt, length,

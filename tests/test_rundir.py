@@ -305,10 +305,10 @@ def test_home_directories(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(learning_rate=0.01), "with learning_rate = 0.003, not 0.01, and keeps that; begin a n"),
+    (dict(learning_rate=0.01), "with learning_rate = 0.003, not 0.01, and keeps that; for anoth"),
     (dict(batch_size=4, seq_len=8), "with batch_size = 2, not 4, seq_len = 16, not 8, and keeps"),
     (dict(optimizer="palm"), "optimizer = 'adamw', not 'palm', learning_rate = 0.003, not 0.01,"),
-    (dict(eval_fraction=0.2), "eval_fraction = 0.0, not 0.2.*; begin a new run in another --out"),
+    (dict(eval_fraction=0.2), "eval_fraction = 0.0, not 0.2.*; for another, begin a new run"),
     (dict(steps=3), "the run is at step 4 already, beyond --steps 3; name more steps than 4"),
 ])
 def test_what_a_run_keeps(place, change, message):
