@@ -1,6 +1,7 @@
 # make demo      train a small PaLM on this machine's CPU, look at it, sample from it
 # make test      the suite that shows that everything works here
 # make test-all  all tests
+# make lint      ruff and pyright
 # Each installs what it needs into .venv first.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ WORKERS ?= 2
 # for no newer jax.
 TRITON ?= $(if $(filter jax==0.11.2,$(JAX)),jax-triton==0.3.1 triton==3.6.0)
 
-.PHONY: help demo test test-all clean
+.PHONY: help demo test test-all lint clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -40,8 +41,12 @@ test-all: $(VENV)/installed
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
+
 demo: $(VENV)/installed-base
 	@$(VENV)/bin/python -m palm_haiku.demo
 
 clean:
-	rm -rf .venv* build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
