@@ -84,10 +84,25 @@ def division(x, params, mesh) -> Division:
   columns = meshes.partition(params["query"], 1, (meshes.HEAD_AXIS,), mesh)
   sequences = meshes.partition(x, 0, meshes.BATCH_AXES, mesh)
   positions = meshes.partition(x, 1, (meshes.SEQUENCE_AXIS,), mesh)
-  if (params["gate"].shape[1] % meshes.devices(mesh, columns)
+  if (params["up"].shape[1] % meshes.devices(mesh, columns)
       or set(columns) & {*sequences, *positions}):
     columns = ()
   return Division(sequences, positions, columns)
+
+
+def unfused(params) -> str | None:
+  """The first part of a layer that no backend's products have, in words; None if they have all.
+
+  Args:
+    params: weights or their types.
+  """
+  if params["key"].ndim == 3:
+    return f"one key and value head; got {params['key'].shape[1]}"
+  if "gate" not in params:
+    return "SwiGLU; got params without gate"
+  if "norm_bias" in params:
+    return "a norm without a bias; got params with norm_bias"
+  return None
 
 
 def on_one_device(x, params):

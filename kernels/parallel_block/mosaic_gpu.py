@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ..attention.mosaic_gpu_tiles import ROWS, TILE, WARPGROUP_ROWS
 from . import mosaic_gpu_product as product
 from . import xla
+from .fused import unfused
 from .mosaic_gpu_backward import input_gradient, swiglu_gradient  # noqa: F401
 from .mosaic_gpu_product import CHUNK, STORE
 
@@ -23,6 +24,8 @@ def unsupported(x, params, *, chip):
     return f"a Hopper GPU (h100, h200); got {chip}"
   if x.dtype not in (jnp.bfloat16, jnp.float16):
     return f"bfloat16 or float16; got {x.dtype}"
+  if problem := unfused(params):
+    return problem
   if x.shape[-1] % CHUNK:
     return f"dim a multiple of {CHUNK}; got {x.shape[-1]}"
   if params["gate"].shape[1] % CHUNK:

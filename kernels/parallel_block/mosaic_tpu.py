@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import cost, mesh as meshes, tuning
+from .fused import unfused
 from .mosaic_tpu_backward import input_gradient, swiglu_gradient
 from .mosaic_tpu_plan import (
     LANES, Pair, Sizes, contraction, dot, fit_columns, fit_sum, round_up, sum_of_products)
@@ -31,6 +32,8 @@ def unsupported(x, params, *, chip) -> str | None:
   """
   if x.dtype not in (jnp.bfloat16, jnp.float32):
     return f"bfloat16 or float32, for the matrix unit takes no float16; got {x.dtype}"
+  if problem := unfused(params):
+    return problem
   _, heads, dim_head = params["query"].shape
   dim, hidden = params["gate"].shape
   for name, size in (("dim", dim), ("hidden width", hidden)):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import triton_call, tuning
+from .fused import unfused
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _STEP = 64  # The contraction is walked in steps that divide this: no product masks its ends.
@@ -26,6 +27,8 @@ def unsupported(x, params, *, chip: str | None) -> str | None:
     return f"a GPU of {', '.join(triton_call.CHIPS)}; got {chip}"
   if x.dtype.name not in _DTYPES:
     return f"dtype in {{{', '.join(_DTYPES)}}}; got {x.dtype.name}"
+  if problem := unfused(params):
+    return problem
   sizes = dict(dim=x.shape[-1], dim_head=params["key"].shape[-1], hidden=params["gate"].shape[-1])
   for name, size in sizes.items():
     if size % _STEP:
