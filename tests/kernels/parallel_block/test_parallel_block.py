@@ -217,17 +217,20 @@ def test_the_op_is_what_the_module_calls():
       jax.jit(f.apply)(params, x), jax.jit(parallel_attention_ffn)(x, params["parallel_block"]))
 
 
-@pytest.mark.parametrize("chip", ["v6e", "h100", "a100"])
+@pytest.mark.parametrize("chip, backend", [("v6e", "mosaic_tpu"), ("h100", "mosaic_gpu"),
+                                           ("a100", "triton")])
 @pytest.mark.parametrize("changes, reason", [
     (dict(kv_heads=8), "one key and value head; got 8"), (dict(activation="gelu"), "SwiGLU"),
     (dict(norm_bias=True), "a norm without a bias")])
-def test_parts_of_a_layer_that_no_kernel_has_take_xla(chip, changes, reason):
+def test_parts_of_a_layer_that_no_kernel_has_take_xla(chip, backend, changes, reason):
   config = PaLMConfig(100, 4096, 1, 32, 128, **changes)
   layer = hk.transform(lambda: ParallelBlock(config).params())
   params, = jax.eval_shape(layer.init, jax.random.key(0)).values()
-  x = jax.ShapeDtypeStruct((1, 2048, 4096), jnp.bfloat16)
-  choice = kernels.explain("parallel_attention_ffn", x, params, chip=chip)
-  assert choice.implementation == "xla" and reason in choice.reason
-  key = jax.ShapeDtypeStruct((1, 2048, config.kv_heads, 128), jnp.bfloat16)
-  query = jax.ShapeDtypeStruct((1, 2048, 32, 128), jnp.bfloat16)
-  assert kernels.explain("flash_attention", query, key, key, chip=chip).implementation != "xla"
+  array = lambda *shape: jax.ShapeDtypeStruct((1, 2048, *shape), jnp.bfloat16)
+  block = functools.partial(kernels.explain, "parallel_attention_ffn", array(4096), params, chip=chip)
+  assert block().implementation == "xla"
+  with pytest.raises(ValueError, match=f"{backend} needs {reason}"):
+    block(implementation=backend)
+  key = array(config.kv_heads, 128)
+  attention = kernels.explain("flash_attention", array(32, 128), key, key, chip=chip)
+  assert attention.implementation == backend
