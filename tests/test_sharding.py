@@ -13,12 +13,16 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from palm_haiku import PaLM, PaLMConfig, distributed, sharding, train_step
 from palm_haiku.recipe import TrainConfig
 
-ARCHITECTURES = {"palm": {}, "palm-lite": dict(position="alibi", norm="rms", shared_kv=True)}
+ARCHITECTURES = {
+    "palm": {}, "palm-lite": dict(position="alibi", norm="rms", shared_kv=True),
+    "grouped": dict(kv_heads=2, qk_norm="layer", window=7, global_every=2, dim_ff=96),
+    "biases": dict(norm_bias=True, activation="gelu")}
 TOKENS = np.random.default_rng(0).integers(0, 130, (8, 33)).astype(np.int32)
 
 # 130 tokens, so that no axis of 4 divides the vocabulary.
 MESHES = [("fsdp-tensor", True, "palm"), ("data=2,fsdp=2,model=2", False, "palm-lite"),
-          ("data=2,seq=2,model=2", True, "palm-lite")]
+          ("data=2,seq=2,model=2", True, "palm-lite"), ("data=2,fsdp=2,model=2", True, "grouped"),
+          ("fsdp=2,model=4", False, "biases")]
 MORE_MESHES = [("data=8", False), ("fsdp", False), ("fsdp-tensor", True), ("fsdp=4,model=2", False),
                ("data=2,fsdp=2,model=2", False), ("data=2,fsdp=2,model=2", True),
                ("data=2,seq=2,model=2", True), ("fsdp=2,seq=4", False)]
