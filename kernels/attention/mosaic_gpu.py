@@ -12,12 +12,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import mesh, tuning
-from . import mosaic_gpu_tiles as tiles
+from ..core.constants import FAR, LOG2E, LOWEST
+from ..hopper import heads as packing, softmax, tiles
+from ..hopper.tiles import (
+    COL, COMPUTE, QUAD, ROW, ROWS, TILE, WARPGROUP_ROWS, across, down, fold)
+from . import mosaic_gpu_mask as masking
 from .mosaic_gpu_backward import backward as backward
-from .mosaic_gpu_tiles import COL, COMPUTE, FAR, LOG2E, QUAD, ROW, ROWS, TILE, WARPGROUP_ROWS
-from .mosaic_gpu_tiles import across, down, fold
-
-LOWEST = -1e30  # the running maximum of a row that has seen nothing: finite, so no inf - inf
 
 
 def unsupported(query, key, value, *, chip):
@@ -43,7 +43,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
   tile, head = lax.div(index, heads), lax.rem(index, heads)
   b, kv = lax.div(head, kv_heads), lax.rem(head, kv_heads)
   tile = pl.cdiv(q_ref.shape[1], ROWS) - 1 - tile  # under a causal mask the long ones first
-  rows = lambda start, size: tiles.rows_at(q_ref, b, kv, kv_heads, start, size)
+  rows = lambda start, size: packing.rows_at(q_ref, b, kv, kv_heads, start, size)
   bounds = bounds_ref.at[b if bounds_ref.shape[0] > 1 else 0, tile]
   lo, full_lo, full_hi, hi, offset = (bounds[i] for i in range(5))
   shared = v_ref is None
@@ -68,7 +68,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
     row0 = tile * ROWS + wg * WARPGROUP_ROWS
     row = row0 + plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROW)
     position = offset + lax.div(row, group)
-    visible = tiles.visible_keys(position, num_keys, is_causal=is_causal, window=window)
+    visible = masking.visible_keys(position, num_keys, is_causal=is_causal, window=window)
     slope = q_segment = None
     if slopes_ref is not None:
       at = pl.ds(lax.rem(row0, group), WARPGROUP_ROWS)
@@ -111,7 +111,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
         if q_segment is not None:
           keys = k_seg_ref.at[b, pl.ds(base, block)]
           segments = q_segment, plgpu.load(keys, layout=COL, optimized=False)
-        scores = tiles.mask_scores(scores, visible, base, segments)
+        scores = softmax.mask_scores(scores, visible, base, segments)
 
       high = fold(scores, jnp.maximum)
       if slope is None:
@@ -177,13 +177,13 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
   num_keys, kv_heads = key.shape[1:3]
   config = config or tuning.attention_mosaic_gpu(chip, dim)
   block, stages = config.block_kv, config.stages
-  bounds, q_segments, k_segments = tiles.key_blocks(
+  bounds, q_segments, k_segments = masking.key_blocks(
       query, key, block, segment_ids, query_offset, is_causal=is_causal, window=window)
-  left, right = tiles.reach(is_causal, window)
-  packed, key, value = tiles.whole_copies(tiles.pack(query, kv_heads), key, value)
+  left, right = masking.reach(is_causal, window)
+  packed, key, value = packing.pad_rows(packing.pack(query, kv_heads), key, value)
   num_tiles = bounds.shape[1]
   operands = [packed, key, value, bounds, q_segments, k_segments,
-              None if alibi_slopes is None else tiles.row_slopes(alibi_slopes, kv_heads)]
+              None if alibi_slopes is None else packing.row_slopes(alibi_slopes, kv_heads)]
   smem = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=tiles.TRANSFORMS)
   out, lse = plgpu.kernel(
       functools.partial(
@@ -214,5 +214,5 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
   )(*operands)
   # Inside shard_map what JAX knows of a kernel's results is their shapes.
   out, lse = mesh.varying_together(out, lse, *operands)[:2]
-  return (tiles.unpack(out, query.shape, kv_heads),
-          tiles.unpack_rows(lse, (batch, heads, length)))
+  return (packing.unpack(out, query.shape, kv_heads),
+          packing.unpack_rows(lse, (batch, heads, length)))

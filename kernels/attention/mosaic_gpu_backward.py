@@ -15,9 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import mesh, tuning
-from . import mosaic_gpu_tiles as tiles
-from .mosaic_gpu_tiles import COL, COMPUTE, FAR, LOG2E, ROW, ROWS, WARPGROUP_ROWS
-from .mosaic_gpu_tiles import across, down
+from ..core.constants import FAR, LOG2E
+from ..hopper import heads as packing, softmax, tiles
+from ..hopper.tiles import COL, COMPUTE, ROW, ROWS, WARPGROUP_ROWS, across, down
+from . import mosaic_gpu_mask as masking
 
 LSE, DELTA, POSITION, SLOPE = range(4)  # rows of the table that the dk, dv kernel reads
 
@@ -33,7 +34,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
   tile, head = lax.div(index, heads), lax.rem(index, heads)
   b, kv = lax.div(head, kv_heads), lax.rem(head, kv_heads)
   tile = pl.cdiv(q_ref.shape[1], ROWS) - 1 - tile
-  rows = lambda start, size: tiles.rows_at(q_ref, b, kv, kv_heads, start, size)
+  rows = lambda start, size: packing.rows_at(q_ref, b, kv, kv_heads, start, size)
   bounds = bounds_ref.at[b if bounds_ref.shape[0] > 1 else 0, tile]
   lo, full_lo, full_hi, hi, offset = (bounds[i] for i in range(5))
   shared = v_ref is None
@@ -100,8 +101,8 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
         if segment is not None:
           keys = k_seg_ref.at[b, pl.ds(base, block)]
           segments = segment, plgpu.load(keys, layout=COL, optimized=False)
-        visible = tiles.visible_keys(position, num_keys, is_causal=is_causal, window=window)
-        scores = tiles.mask_scores(scores, visible, base, segments)
+        visible = masking.visible_keys(position, num_keys, is_causal=is_causal, window=window)
+        scores = softmax.mask_scores(scores, visible, base, segments)
       weights = jnp.exp2(scores * factor + shift)
       if not shared:
         plgpu.barrier_wait(v_ready.at[v_slot])
@@ -171,7 +172,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
     for ref, smem in ((k_ref, k_smem), (v_ref, v_smem)):
       if ref is not None:
         plgpu.copy_gmem_to_smem(ref.at[b, pl.ds(tile * keys, keys), kv], smem, kv_ready)
-    rows = lambda ref, i: ref.at[tiles.rows_at(ref, b, kv, kv_heads, first_row(i), block)]
+    rows = lambda ref, i: ref.at[packing.rows_at(ref, b, kv, kv_heads, first_row(i), block)]
     table = lambda i: table_ref.at[b, kv, :, pl.ds(first_row(i), block)]
     tiles.feed(steps, [
         (stages, lambda i, slot: [(rows(q_ref, i), q_smem.at[slot]),
@@ -184,7 +185,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
   key0 = tile * keys + (0 if divided else wg * WARPGROUP_ROWS)
   here = pl.ds(0 if divided else wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
   k_tile, v_tile = k_smem.at[here], v_smem.at[here]
-  left, right = tiles.reach(is_causal, window)
+  left, right = masking.reach(is_causal, window)
 
   def weights_of(i, slot, masked):
     """exp2 of scaled, biased, masked scores less lse."""
@@ -320,26 +321,26 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   num_keys, kv_heads = key.shape[1:3]
   group, rows = heads // kv_heads, length * heads // kv_heads
   config = config or tuning.attention_mosaic_gpu(chip, dim)
-  left, right = tiles.reach(is_causal, window)
+  left, right = masking.reach(is_causal, window)
   segmented, shared = segment_ids is not None, value is None
   mask = dict(is_causal=is_causal, window=window)
 
   delta = jnp.einsum("bthd,bthd->bht", out, dout, preferred_element_type=jnp.float32)
   lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)  # exp2(anything - inf) is 0
   padded = pl.cdiv(rows, ROWS) * ROWS
-  table = [tiles.pack_rows(lse, kv_heads, padded, jnp.inf),
-           tiles.pack_rows(delta, kv_heads, padded, 0.0)]
+  table = [packing.pack_rows(lse, kv_heads, padded, jnp.inf),
+           packing.pack_rows(delta, kv_heads, padded, 0.0)]
   position = (jnp.arange(padded, dtype=jnp.int32) // group).astype(jnp.float32)
   table.append(jnp.broadcast_to(position, table[0].shape))
   slopes = None
   if alibi_slopes is not None:
-    slopes = tiles.row_slopes(alibi_slopes, kv_heads)
+    slopes = packing.row_slopes(alibi_slopes, kv_heads)
     every = jnp.tile(alibi_slopes.reshape(kv_heads, group), (1, pl.cdiv(padded, group)))
     table.append(jnp.broadcast_to(every[:, :padded] * LOG2E, table[0].shape))
   table = jnp.stack(table, axis=2)  # [B, kv_heads, 3 or 4, rows]
 
-  packed, packed_dout, all_keys, all_values = tiles.whole_copies(
-      tiles.pack(query, kv_heads), tiles.pack(dout, kv_heads), key, value)
+  packed, packed_dout, all_keys, all_values = packing.pad_rows(
+      packing.pack(query, kv_heads), packing.pack(dout, kv_heads), key, value)
   smem = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=tiles.TRANSFORMS)
   barriers = lambda n, arrivals=1: plgpu.Barrier(num_barriers=n, num_arrivals=arrivals)
   launch = functools.partial(
@@ -347,7 +348,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
       compiler_params=tiles.COMPILER_PARAMS)
 
   block = config.dq_block_kv
-  bounds, q_segments, k_segments = tiles.key_blocks(
+  bounds, q_segments, k_segments = masking.key_blocks(
       query, key, block, segment_ids, query_offset, **mask)
   operands = [packed, all_keys, all_values, packed_dout, table, bounds, q_segments, k_segments,
               slopes]
@@ -377,7 +378,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
 
   divided = dim > 128
   keys, block, stages = (WARPGROUP_ROWS if divided else ROWS), config.dkv_block_q, config.dkv_stages
-  bounds, q_segments, k_segments = tiles.row_blocks(
+  bounds, q_segments, k_segments = masking.row_blocks(
       query, key, keys, block, segment_ids, query_offset, **mask)
   blocks = bounds.shape[1]
   splits = tuning.splits(batch * kv_heads * blocks, group)
@@ -418,7 +419,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   dquery, dkey, *dvalue = mesh.varying_together(dquery, dkey, *dvalue, *operands)[:2 + len(dvalue)]
   grads = [x[:, :, :num_keys] for x in (dkey, *dvalue)]
   grads = [x.sum(0) if splits > 1 else x[0] for x in grads]
-  dquery = tiles.unpack(dquery, query.shape, kv_heads)
+  dquery = packing.unpack(dquery, query.shape, kv_heads)
   if shared:
     return dquery, sum(grads[1:], grads[0]).astype(key.dtype), None
   return dquery, grads[0].astype(key.dtype), grads[1].astype(key.dtype)

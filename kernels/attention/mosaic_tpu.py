@@ -15,11 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .. import cost, mesh as meshes, tuning
 from ..batching import folding_batch
+from ..core.constants import LOG2E, LOWEST
 from . import mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
 from .mosaic_tpu_backward import backward as backward
-from .mosaic_tpu_layout import LOG2E
 
-LOWEST = -1e30  # below every score; finite, so that an empty row's arithmetic stays finite
 SUM_ROWS = 16  # under the values (one bfloat16 tile), the first of ones: its product is the sum
 
 

@@ -16,8 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .. import cost, mesh as meshes, tuning
 from ..batching import folding_batch
+from ..core.constants import LOG2E
 from . import mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
-from .mosaic_tpu_layout import LOG2E
 
 
 @folding_batch

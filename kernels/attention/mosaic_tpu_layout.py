@@ -10,11 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-LOG2E = float(np.log2(np.e))
-FAR = 2**30  # a window that reaches this far hides nothing
+from ..core.constants import FAR, LOG2E
 
 
 def round_up(n: int, multiple: int) -> int:

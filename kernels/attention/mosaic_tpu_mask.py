@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from .mosaic_tpu_layout import FAR, pad, round_up
+from ..core.constants import FAR
+from .mosaic_tpu_layout import pad, round_up
 
 
 class Tile(NamedTuple):

@@ -6,15 +6,14 @@ inputs give the same bits.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .. import triton_call, tuning
+from ..core.constants import FAR, LOG2E
 
-_FAR = 2**30  # a window this wide is no bound
 _DIMS = (16, 32, 64, 128, 256)
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -90,12 +89,12 @@ def _positive_scale(query, scale):
 
 def _static(query_shape, key_shape, is_causal, scale, window, shared, chip):
   """What the kernels know when they are compiled."""
-  left, right = window or (_FAR, _FAR)
+  left, right = window or (FAR, FAR)
   right = min(right, 0) if is_causal else right
   return dict(
       chip=chip, GROUP=query_shape[2] // key_shape[2], KV_HEADS=key_shape[2], DIM=query_shape[3],
-      SCALE=abs(scale) or 1.0, LEFT=left if left < _FAR else None,
-      RIGHT=right if right < _FAR else None, SHARED=shared)
+      SCALE=abs(scale) or 1.0, LEFT=left if left < FAR else None,
+      RIGHT=right if right < FAR else None, SHARED=shared)
 
 
 def _extras(query, segment_ids, alibi_slopes, query_offset):
@@ -128,7 +127,7 @@ def _forward(static, query, key, value, segment_ids, slopes, offset):
 def _backward(static, query, key, value, out, lse, dout, segment_ids, slopes, offset):
   batch, length = query.shape[:2]
   extras = (segment_ids, slopes, offset)
-  lse2 = lse * math.log2(math.e)
+  lse2 = lse * LOG2E
   dquery, delta = _call(
       "dq", _blocks(static, query.dtype, "dq"), static, query, key, value, (out, lse2, dout),
       *extras, (jax.ShapeDtypeStruct(query.shape, query.dtype),

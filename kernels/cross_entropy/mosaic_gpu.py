@@ -13,15 +13,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import mesh, tuning
-from ..attention import mosaic_gpu_tiles as tiles
-from ..attention.mosaic_gpu_tiles import COMPUTE, LOG2E, QUAD, ROW, ROWS, TILE, WARPGROUP_ROWS
-from ..attention.mosaic_gpu_tiles import across, down, fold
-from .fused import LOWEST, merged
+from ..core.constants import LOG2E, LOWEST
+from ..hopper import tiles
+from ..hopper.product import CHUNK, STORE
+from ..hopper.tiles import (
+    COMPUTE, QUAD, ROW, ROWS, TILE, WARPGROUP_ROWS, across, down, fold, pad_rows)
+from .fused import merged
 from .xla import target_logit
-
-CHUNK = 64  # of the contraction in one slot: the 128 bytes of a swizzle
-STORE = 64  # columns of a store
-TILING = 8  # rows of an array that TMA copies are a multiple of this
 
 
 def unsupported(x, embedding, *, chip):
@@ -206,12 +204,6 @@ def _launch(kernel, name, x, rows, operands, out_type, scratch, *, walk, config)
   return mesh.varying_together(result, x, rows, *operands)[0]
 
 
-def _whole(x, multiple):
-  """The array with zeros below, up to a multiple of rows: what a tiled copy asks for."""
-  rows = pl.cdiv(x.shape[0], multiple) * multiple
-  return x if rows == x.shape[0] else jnp.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-
-
 def _walk(x, rows, config):
   return tuning.walk(pl.cdiv(x.shape[0], ROWS), pl.cdiv(rows.shape[0], config.columns),
                      x.shape[1] // CHUNK, config.stages)
@@ -220,7 +212,7 @@ def _walk(x, rows, config):
 def forward(x, embedding, targets, *, scale, num_valid, chip, config=None):
   """(top, total, logit), each float32[N]; the contract of every backend, in `fused`."""
   config = config or tuning.cross_entropy_mosaic_gpu(chip)
-  tokens, rows = _whole(x, TILING), _whole(embedding, TILING)
+  tokens, rows = pad_rows(x), pad_rows(embedding)
   walk = _walk(tokens, rows, config)
   valid = jnp.asarray(num_valid, jnp.int32)
   parts = _launch(
@@ -241,10 +233,10 @@ def logit_gradient(x, rows, targets, top, spread, peak, *, first, scale, num_val
   bounds = jnp.stack([jnp.clip(jnp.asarray(num_valid - first, jnp.int32), 0, shape[1]),
                       jnp.asarray(pl.cdiv(shape[1], config.columns), jnp.int32)])
   table = jnp.stack([top, spread, peak], axis=1)
-  x, rows = _whole(x, TILING), _whole(rows, TILING)
+  x, rows = pad_rows(x), pad_rows(rows)
   g = _launch(
       functools.partial(_gradient_kernel, scale=scale), "cross_entropy_gradient", x, rows,
-      [bounds, _whole(targets - first, ROWS), _whole(table, ROWS).T],
+      [bounds, pad_rows(targets - first, ROWS), pad_rows(table, ROWS).T],
       jax.ShapeDtypeStruct((x.shape[0], pl.cdiv(shape[1], STORE) * STORE), x.dtype),
       dict(g_smem=plgpu.SMEM(
           (COMPUTE, min(2, config.columns // STORE), WARPGROUP_ROWS, STORE), x.dtype,

@@ -14,9 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import mesh as meshes, tuning
-from .fused import LOWEST
+from ..core.constants import LOG2E, LOWEST
 
-LOG2E = 1.4426950408889634
 LANES, SUBLANES = 128, 8
 
 

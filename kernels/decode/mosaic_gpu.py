@@ -12,14 +12,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import mesh, tuning
-from ..attention import mosaic_gpu_tiles as tiles
-from ..attention.mosaic_gpu_tiles import COL, LOG2E, QUAD, ROW, TILE, across, down, fold
+from ..core.constants import LOG2E, LOWEST
+from ..hopper import heads as packing, softmax, tiles
+from ..hopper.tiles import COL, QUAD, ROW, TILE, across, down, fold
 from . import mosaic_gpu_merge, splits
 
 ROWS = tiles.WARPGROUP_ROWS  # M of one wgmma: (query, head of the group) pairs of a program
 BLOCK = 64  # positions of a tile
 PIECE = 16  # positions of a copy: no more than these are loaded past a sequence's end
-LOWEST = -1e30  # the running maximum of a row that has seen nothing: finite, so no inf - inf
 
 
 def unsupported(query, key, value, *, chip):
@@ -72,7 +72,7 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
   @pl.when(b >= 0)
   def attend():
     steps = pl.cdiv(end - lo, BLOCK)
-    rows = tiles.rows_at(q_ref, b, kv, kv_heads, row0, ROWS)  # mutant: rows
+    rows = packing.rows_at(q_ref, b, kv, kv_heads, row0, ROWS)  # mutant: rows
     plgpu.copy_gmem_to_smem(q_ref.at[rows], q_smem, q_ready)
     lax.fori_loop(0, jnp.minimum(steps, stages), lambda i, _: copy(i), None)
 
@@ -122,7 +122,7 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
       if slope is not None:
         scores += across(slope * (LOG2E / factor), shape) * down(fixed, shape)
       if masked:
-        scores = tiles.mask_scores(scores, (None, hi), lo + i * BLOCK, None)
+        scores = softmax.mask_scores(scores, (None, hi), lo + i * BLOCK, None)
 
       high = fold(scores, jnp.maximum)
       if slope is None:
@@ -191,7 +191,7 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
   dim, kv_heads = query.shape[3], key.shape[2]
   config = config or tuning.decode_mosaic_gpu(chip, dim, key.dtype.itemsize)
   stages, int8 = config.stages, key.dtype == jnp.int8
-  packed, = tiles.whole_copies(tiles.pack(query, kv_heads))
+  packed, = packing.pad_rows(packing.pack(query, kv_heads))
   num_rows = packed.shape[1]
   tiles_of_rows = pl.cdiv(num_rows, ROWS)
   rows = jax.ShapeDtypeStruct((len(lengths), num_rows, kv_heads, dim), query.dtype)
@@ -201,7 +201,7 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
   array = jax.ShapeDtypeStruct
   operands = [table, lengths, packed, key, value,
               *(None if x is None else x.swapaxes(1, 2) for x in (key_scales, value_scales)),
-              None if alibi_slopes is None else tiles.row_slopes(alibi_slopes, kv_heads)]
+              None if alibi_slopes is None else packing.row_slopes(alibi_slopes, kv_heads)]
   out_types = [array(packed.shape, query.dtype)]
   if limits.parts:
     out_types = [array((kv_heads, num_rows, limits.slots, dim), query.dtype),
@@ -245,4 +245,4 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
       out = [out[0].swapaxes(1, 2).reshape(packed.shape)]
   # Inside shard_map what JAX knows of a kernel's results is their shapes.
   out = mesh.varying_together(*out, *operands)[0]
-  return tiles.unpack(out, query.shape, kv_heads)
+  return packing.unpack(out, query.shape, kv_heads)

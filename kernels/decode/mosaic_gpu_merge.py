@@ -12,12 +12,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..attention import mosaic_gpu_tiles as tiles
-from ..attention.mosaic_gpu_tiles import COL, QUAD, ROW, TILE, across, down, fold
+from ..core.constants import LOWEST
+from ..hopper import softmax, tiles
+from ..hopper.tiles import COL, QUAD, ROW, TILE, across, down, fold
 from .splits import SPARE
 
 PARTS = 64  # of a tile
-LOWEST = -1e30  # the running maximum before the first part: finite, so no inf - inf
 
 
 def _kernel(starts_ref, parts_ref, lse_ref, out_ref, parts_smem, out_smem, ready,
@@ -53,7 +53,7 @@ def _kernel(starts_ref, parts_ref, lse_ref, out_ref, parts_smem, out_smem, ready
       acc, top, total = carry
       first = lo + i * PARTS
       lse2 = plgpu.load(lse_ref.at[kv, row, pl.ds(first, PARTS)], layout=COL, optimized=False)
-      scores = tiles.mask_scores(down(lse2, shape), (None, end), first, None)  # mutant: last part
+      scores = softmax.mask_scores(down(lse2, shape), (None, end), first, None)  # mutant: last part
       new_top = jnp.maximum(top, fold(scores, jnp.maximum).max(axis=1))
       decay = jnp.exp2(top - new_top)
       weights = jnp.exp2(scores - across(new_top, shape))

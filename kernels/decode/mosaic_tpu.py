@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import mesh as meshes, tuning
+from ..core.constants import LOWEST
 from .mosaic_tpu_plan import LANES, deal, fit, merge, powers, round_up
 
-LOWEST = -1e30  # below every score; finite, so that an empty row's arithmetic stays finite
 GRANULE = 32  # positions: a tile of int8, two of bfloat16; the end of a sequence is fetched to it
 
 

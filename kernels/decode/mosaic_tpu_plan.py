@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from .. import tuning
+from ..core.constants import LOG2E
 
-LOG2E = 1.4426950408889634
 LANES = 128
 
 

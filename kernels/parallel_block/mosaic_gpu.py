@@ -1,7 +1,7 @@
 """The parallel block for Hopper in Pallas Mosaic GPU: products with their neighbours fused in.
 
 How it works, and what it costs: docs/parallel_block.md. The products of the backward pass are in
-mosaic_gpu_backward.py, what all share in mosaic_gpu_product.py.
+mosaic_gpu_backward.py, the main loop is hopper/product.py.
 """
 
 import functools
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..attention.mosaic_gpu_tiles import ROWS, TILE, WARPGROUP_ROWS
-from . import mosaic_gpu_product as product
+from ..hopper import product, tiles
+from ..hopper.product import CHUNK, STORE
+from ..hopper.tiles import ROWS, TILE, WARPGROUP_ROWS, pad_rows
 from . import xla
 from .fused import unfused
 from .mosaic_gpu_backward import input_gradient, swiglu_gradient  # noqa: F401
-from .mosaic_gpu_product import CHUNK, STORE
 
 
 def unsupported(x, params, *, chip):
@@ -52,12 +52,12 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip):
   """
   num_tokens, dim = x.shape
   _, heads, dim_head = params["query"].shape
-  h = product.whole(xla.normalize(x, params["norm"], kind=norm, eps=eps))  # mutant: statistics
+  h = pad_rows(xla.normalize(x, params["norm"], kind=norm, eps=eps))  # mutant: statistics
   weights = [params["query"].reshape(dim, -1), params["key"], params.get("value"),
              params["gate"], params["up"]]
   tables = (None, None)
   if rotation is not None:  # a warpgroup reads its 64 rows of them without asking where they end
-    tables = [product.whole(table, 2 * ROWS) for table in rotation]
+    tables = [pad_rows(table, 2 * ROWS) for table in rotation]
   *of_heads, gate, up = (None if w is None else w.shape[1] for w in weights)
 
   def across(columns):
@@ -143,7 +143,7 @@ def _in_projection_kernel(h_ref, query_ref, key_ref, value_ref, gate_ref, up_ref
         gate, up = (total[:, at:at + STORE] for total in sums)
         there = here, pl.ds((column - head_tiles) * half + at, STORE)
         for i, (out, value) in enumerate(zip(
-            outs, (gate * product.sigmoid(gate) * up, gate, up))):
+            outs, (gate * tiles.sigmoid(gate) * up, gate, up))):
           product.store(ring, n * len(outs) + i, value, (True, out.at[there]))
 
   product.run(ring, [(depth, fill)], compute)
@@ -183,9 +183,9 @@ def out_projection(x, attended, act, attn_out, ff_out, *, chip):
     chip: "h100", "h200" or None.
   """
   num_tokens, dim = act.shape[0], ff_out.shape[1]
-  operands = [None if x is None else product.whole(x),
-              product.whole(attended.reshape(num_tokens, -1)), attn_out.reshape(-1, dim),
-              product.whole(act), ff_out]
+  operands = [None if x is None else pad_rows(x),
+              pad_rows(attended.reshape(num_tokens, -1)), attn_out.reshape(-1, dim),
+              pad_rows(act), ff_out]
   y, = product.launch(
       _out_projection_kernel, "out_projection", operands, [dim],
       lambda columns: (CHUNK, columns), copies=2, across=lambda columns: pl.cdiv(dim, columns),

@@ -6,9 +6,9 @@ transposed. Costs and figures: docs/parallel_block.md.
 
 from jax.experimental import pallas as pl
 
-from ..attention.mosaic_gpu_tiles import ROWS
-from . import mosaic_gpu_product as product
-from .mosaic_gpu_product import CHUNK, STORE
+from ..hopper import product, tiles
+from ..hopper.product import CHUNK, STORE
+from ..hopper.tiles import ROWS, pad_rows
 
 
 def swiglu_gradient(dy, gate, up, ff_out, *, chip):
@@ -25,7 +25,7 @@ def swiglu_gradient(dy, gate, up, ff_out, *, chip):
   hidden = gate.shape[1]
   return tuple(product.launch(
       _swiglu_gradient_kernel, "swiglu_gradient",
-      [*(product.whole(a) for a in (dy, gate, up)), ff_out], [hidden] * 3,
+      [*(pad_rows(a) for a in (dy, gate, up)), ff_out], [hidden] * 3,
       lambda columns: (columns, CHUNK), copies=2, across=lambda columns: pl.cdiv(hidden, columns),
       num_tokens=gate.shape[0], dtype=dy.dtype, chip=chip))
 
@@ -45,7 +45,7 @@ def _swiglu_gradient_kernel(dy_ref, gate_ref, up_ref, ff_out_ref, dgate_ref, dup
     for i in range(columns // STORE):
       gate, up = product.take(ring, first + depth + i, ring.a, ring.b)
       dact = total[:, i * STORE:(i + 1) * STORE]
-      s = product.sigmoid(gate)
+      s = tiles.sigmoid(gate)
       silu = gate * s
       there = product.rows_of(row), pl.ds(column * columns + i * STORE, STORE)
       for n, (out, value) in enumerate((  # mutant: gate's gradient
@@ -72,7 +72,7 @@ def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip):
            (dkey, params["key"]), (dvalue, params.get("value")),
            (dgate, params["gate"]), (dup, params["up"])]
   operands = [a for gradient, weight in terms if gradient is not None
-              for a in (product.whole(gradient), weight)]
+              for a in (pad_rows(gradient), weight)]
   dh, = product.launch(
       _input_gradient_kernel, "input_gradient", operands, [dim],
       lambda columns: (columns, CHUNK), copies=2, across=lambda columns: pl.cdiv(dim, columns),

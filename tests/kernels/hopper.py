@@ -11,7 +11,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from palm_haiku.kernels.attention import mosaic_gpu_tiles
+from palm_haiku.kernels.hopper import tiles
 
 
 class Race(AssertionError):
@@ -34,7 +34,7 @@ def interpret(detect_races: bool = True, products: bool = False):
   unoptimized = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", True)  # they would cost more than they save
   with (mock.patch.object(gpu_callbacks, "wgmma", functools.partial(_wgmma, products)),
-        mock.patch.object(mosaic_gpu_tiles, "product_onto", _product_onto),
+        mock.patch.object(tiles, "product_onto", _product_onto),
         plgpu.force_gpu_interpret_mode(params)):
     try:
       yield

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from palm_haiku.kernels import alibi_slopes, flash_attention
-from palm_haiku.kernels.attention import mosaic_gpu, mosaic_gpu_backward
-from palm_haiku.kernels.attention import mosaic_gpu_tiles as tiles
+from palm_haiku.kernels.attention import mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_mask
+from palm_haiku.kernels.hopper import heads, tiles
 from tests import mutants
 from tests.kernels import hopper
 from tests.kernels.attention import contract
@@ -188,12 +188,12 @@ MISTAKES = {  # the case that notices it, the module, the place in it, and what 
     "no commit of the result": (Case(), mosaic_gpu, "commit of the result", *DROPPED),
     "no commit of a wide result": (
         Case(dim_head=256), mosaic_gpu, "commit of the result", *DROPPED),
-    "sees the next key": (Case(), tiles, *OFF_BY_ONE),
-    "slopes of another head": (Case(num_queries=60, num_keys=60), tiles, "slopes",
+    "sees the next key": (Case(), mosaic_gpu_mask, *OFF_BY_ONE),
+    "slopes of another head": (Case(num_queries=60, num_keys=60), heads, "slopes",
                                "alibi_slopes", "jnp.roll(alibi_slopes, 1)"),
-    "the last block of keys is skipped": (FEW, tiles, "key blocks", r"some_hi, (\w+)",
+    "the last block of keys is skipped": (FEW, mosaic_gpu_mask, "key blocks", r"some_hi, (\w+)",
                                           r"some_hi - \1, \1"),
-    "the last block of rows is skipped": (FEW, tiles, "row blocks", r"some_hi, (\w+)",
+    "the last block of rows is skipped": (FEW, mosaic_gpu_mask, "row blocks", r"some_hi, (\w+)",
                                           r"some_hi - \1, \1"),
 }
 USUAL = ("no wait for the values", "sees the next key")
@@ -219,7 +219,7 @@ def _backward_of(arrays, results):
 @pytest.mark.full
 def test_a_mask_off_by_one_in_the_backward_is_noticed():
   arrays, good = run(Case())
-  with mutants.planted(tiles, OFF_BY_ONE):
+  with mutants.planted(mosaic_gpu_mask, OFF_BY_ONE):
     wrong = _backward_of(arrays, good)
   assert contract.errors(Case(), arrays, wrong).keys() == {"dquery", "dkey", "dvalue"}
 

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from jax.sharding import AxisType, PartitionSpec as P
 
 from palm_haiku.kernels import parallel_attention_ffn, tuning
-from palm_haiku.kernels.parallel_block import (
-    mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_product)
+from palm_haiku.kernels.hopper import product
+from palm_haiku.kernels.parallel_block import mosaic_gpu, mosaic_gpu_backward
 from tests.kernels import hopper
 from tests.kernels.parallel_block import contract
 from tests.kernels.parallel_block.contract import Case
@@ -192,19 +192,19 @@ MISTAKES = {  # the module, a function that it spoils, the mistake
     "the value's gradient is left out": (mosaic_gpu_backward, "input_gradient", Mistake(
         "terms", r"\(dvalue, .*?\)\)", "(None, None)")),
     "a slot is read before it is full": (
-        mosaic_gpu_product, "out_projection", Mistake("full", *DROPPED)),
+        product, "out_projection", Mistake("full", *DROPPED)),
     "a slot is refilled while it is read": (
-        mosaic_gpu_product, "out_projection", Mistake("free", *DROPPED)),
+        product, "out_projection", Mistake("free", *DROPPED)),
     "what an epilogue reads is refilled": (
-        mosaic_gpu_product, "swiglu_gradient", Mistake("taken", *DROPPED)),
+        product, "swiglu_gradient", Mistake("taken", *DROPPED)),
     "a result is copied before it is written": (
-        mosaic_gpu_product, "out_projection", Mistake("written", *DROPPED)),
+        product, "out_projection", Mistake("written", *DROPPED)),
     "a result is overwritten before it is copied": (
-        mosaic_gpu_product, "in_projection", Mistake("copied", *DROPPED)),
+        product, "in_projection", Mistake("copied", *DROPPED)),
     "the last tile's products stay in the accumulator": (
-        mosaic_gpu_product, "input_gradient", Mistake("accumulator", "(?s).+", one_accumulator)),
+        product, "input_gradient", Mistake("accumulator", "(?s).+", one_accumulator)),
     "both blocks of a pair take the same rows": (
-        mosaic_gpu_product, "input_gradient", Mistake("pair", r"lax.axis_index\('pair'\)", "0")),
+        product, "input_gradient", Mistake("pair", r"lax.axis_index\('pair'\)", "0")),
 }
 MISTAKEN = Case(tokens=150, dim=256, heads=1, hidden=256), Plan(processors=2)
 

@@ -1,4 +1,4 @@
-"""What the parallel block's Hopper kernels share: a persistent matrix product, fed by a ring.
+"""The matrix product of Hopper kernels: persistent blocks, fed by a ring of slots.
 
 A block of the grid walks over tiles of 128 rows by some columns. Of its three warpgroups two
 compute, on 64 rows each, and the third fills the slots of a ring, which run on from tile to tile.
@@ -15,14 +15,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import mesh, tuning
-from ..attention import mosaic_gpu_tiles as tiles
-from ..attention.mosaic_gpu_tiles import COMPUTE, ROWS, TILE, WARPGROUP_ROWS
+from . import tiles
+from .tiles import COMPUTE, ROWS, TILE, TILING, WARPGROUP_ROWS
 
 CHUNK = 64  # of the contraction in a slot: the 128 bytes of a swizzle
 STORE = 64  # columns of a store
 # Of 504, as for attention, but with 24 the copies of several products spill 12 bytes.
 COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
-TILING = 8  # rows of an array that TMA copies are a multiple of this
 
 
 class Ring(NamedTuple):
@@ -190,18 +189,6 @@ def store(ring, i, value, *targets):
   plgpu.commit_smem()  # mutant: written
   for condition, target in targets:
     pl.when(condition)(functools.partial(plgpu.copy_smem_to_gmem, slot, target))
-
-
-def sigmoid(x):
-  """1 / (1 + exp(-x)) by two fast instructions; a division would take ten."""
-  root = lax.rsqrt(1 + jnp.exp(-x))
-  return root * root
-
-
-def whole(x, multiple=TILING):
-  """The array with zeros below, up to a multiple of rows."""
-  missing = -x.shape[0] % multiple
-  return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) if missing else x
 
 
 def launch(kernel, name, operands, widths, slot, *, copies, across, num_tokens, dtype, chip):

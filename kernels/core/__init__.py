@@ -1,0 +1,1 @@
+"""What every op goes through, whatever the op and the chip."""
