@@ -14,8 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .. import mesh, tuning
 from ..core.constants import FAR, LOG2E, LOWEST
 from ..hopper import heads as packing, softmax, tiles
-from ..hopper.tiles import (
-    COL, COMPUTE, QUAD, ROW, ROWS, TILE, WARPGROUP_ROWS, across, down, fold)
+from ..hopper.tiles import COL, COMPUTE, QUAD, ROW, ROWS, TILE, WARPGROUP_ROWS, across, down, fold
 from . import mosaic_gpu_mask as masking
 from .mosaic_gpu_backward import backward as backward
 

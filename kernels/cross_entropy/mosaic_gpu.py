@@ -17,7 +17,17 @@ from ..core.constants import LOG2E, LOWEST
 from ..hopper import tiles
 from ..hopper.product import CHUNK, STORE
 from ..hopper.tiles import (
-    COMPUTE, QUAD, ROW, ROWS, TILE, WARPGROUP_ROWS, across, down, fold, pad_rows)
+  COMPUTE,
+  QUAD,
+  ROW,
+  ROWS,
+  TILE,
+  WARPGROUP_ROWS,
+  across,
+  down,
+  fold,
+  pad_rows,
+)
 from .fused import merged
 from .xla import target_logit
 
