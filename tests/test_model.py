@@ -1,3 +1,6 @@
+import dataclasses
+import json
+
 import chex
 import haiku as hk
 import jax
@@ -63,7 +66,63 @@ def check_against_numpy(architecture, heads, depth, length, half, ff_mult):
                                atol=2e-6)
 
 
+# Each option of the architecture, alone or with those that it meets.
+OPTIONS = pytest.mark.parametrize("options", [
+    dict(window=5, global_every=2, kv_heads=2, qk_norm="layer", rope_theta=100.0, dim_ff=13),
+    dict(window=4, **LITE), dict(norm_bias=True, activation="gelu", kv_heads=4),
+    dict(window=6, global_every=2, position="alibi", qk_norm="l2", norm="rms")], ids=str)
+
+
+@pytest.mark.full
+@OPTIONS
+def test_options_match_numpy_and_finite_differences_in_float64(options):
+  config = PaLMConfig(11, 12, 3, 4, 6, **options)
+  with jax.enable_x64(True):
+    model, params, tokens = make(config, 17, dtype=jnp.float64)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+    got = jax.jit(model.apply)(params, tokens)
+    np.testing.assert_allclose(got, numpy_palm.palm(params, np.asarray(tokens), config), atol=2e-6)
+    loss = jax.jit(lambda params: jnp.square(model.apply(params, tokens)).sum())
+    grads = jax.jit(jax.grad(loss))(params)
+    rng = np.random.default_rng(1)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+      step = 1e-5 * rng.normal(size=grad.shape)
+      moved = [jax.tree_util.tree_map_with_path(
+          lambda at, x, sign=sign: x + sign * step if at == path else x, params)
+          for sign in (1, -1)]
+      slope = (loss(moved[0]) - loss(moved[1])) / 2
+      np.testing.assert_allclose((grad * step).sum(), slope, rtol=1e-4, atol=1e-9 * abs(slope) + 1e-8,
+                                 err_msg=str(path))
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(kv_heads=3), "kv_heads must divide heads; got 3 and 4"),
+    (dict(kv_heads=0), "kv_heads must be a positive integer"),
+    (dict(dim_ff=1.5), "dim_ff must be a positive integer"),
+    (dict(global_every=2), "global_every is for models with a window"),
+    (dict(norm_bias=True, norm="rms"), "norm_bias needs norm='layer'"),
+    (dict(qk_norm="rms"), "qk_norm must be one of None, l2, layer; got 'rms'"),
+    (dict(activation="relu"), "activation must be one of swiglu, gelu"),
+    (dict(rope_theta=0.0), "rope_theta must be positive"), (dict(window=0), "window must be")])
+def test_options_that_do_not_fit_are_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    PaLMConfig(11, 12, 2, 4, 6, **changes)
+
+
+def test_the_hidden_width_follows_dim_unless_it_is_free():
+  config = PaLMConfig(11, 12, 2, 4, 6)
+  assert config.dim_ff == 48 and dataclasses.replace(config, dim=10, ff_mult=2).dim_ff == 20
+  free = PaLMConfig(11, 12, 2, 4, 6, dim_ff=13)
+  assert dataclasses.replace(free, dim=10).dim_ff == 13
+  for one in (config, free):
+    assert PaLMConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(one)))) == one
+  old = dict(num_tokens=11, dim=12, depth=2, heads=4, qk_norm=False)  # as version 0.1 stored it
+  assert PaLMConfig.from_dict(old).qk_norm is None
+  assert PaLMConfig.from_dict(old | {"qk_norm": True}).qk_norm == "l2"
+
+
 @pytest.mark.parametrize("name, count", [
+    ("falcon-7b", 6_921_720_704), ("tiny-aya", 3_349_227_520), ("command-r7b", 8_028_033_024),
     ("palm-540b", 540_356_474_880), ("palm-62b", 62_495_662_080), ("palm-8b", 8_632_012_800),
     ("palm-lite", 29_757_952), ("palm-tiny", None), ("palm-small", None), ("palm-lite-tiny", None)])
 def test_parameter_counts(name, count):
