@@ -57,7 +57,7 @@ def rows() -> list[dict]:
                    weights=mib(about["weights"]), arrays=mib(about["arrays"]),
                    **{name: mib(n) or "" for name, n in saved.items()})
         for chip in CHIPS:
-          chip_ = aot.TARGETS[chip]
+          chip_ = aot.chip(chip)
           seconds = about["flops"] / (chip_.tflops * 1e12)
           row[chip] = f"{1 + 2 * sum(saved.values()) / chip_.bandwidth / seconds:.2f}x"
         found.append(row)

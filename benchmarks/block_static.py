@@ -13,7 +13,8 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from palm_haiku.kernels import aot, tuning
+from palm_haiku.kernels import aot
+from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.aot import llo
 from palm_haiku.kernels.parallel_block import mosaic_tpu, mosaic_tpu_plan, xla
 
@@ -155,7 +156,7 @@ def cycles(report) -> float:
 
 def main(argv=None) -> int:
   parser = argparse.ArgumentParser(prog="python -m benchmarks.block_static", description=__doc__)
-  parser.add_argument("targets", nargs="*", default=list(tuning.VMEM))
+  parser.add_argument("targets", nargs="*", default=list(chips.TPUS))
   parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BxTxDxHxDhxM")
   parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
   parser.add_argument("--no-xla", action="store_true", help="this project's kernels alone")

@@ -10,7 +10,8 @@ import sys
 import jax
 
 from palm_haiku import kernels
-from palm_haiku.kernels import aot, tuning
+from palm_haiku.kernels import aot
+from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.aot import llo
 from palm_haiku.kernels.decode import mosaic_tpu
 
@@ -95,7 +96,7 @@ def figures(target: str, **shape) -> Figures:
 
 def main(targets) -> int:
   rows = []
-  for target in targets or tuning.VMEM:
+  for target in targets or chips.TPUS:
     for shape in SHAPES:
       try:
         found = figures(target, **shape)

@@ -18,7 +18,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from palm_haiku.kernels import aot, backend
+from palm_haiku.kernels import backend
+from palm_haiku.kernels.core import chips
 
 from . import results, table
 from .peers import Absent
@@ -143,7 +144,7 @@ def run(result: dict, cases: list[Callable[[], Case]], out=None, rounds: int = R
 
 
 def _calls(case) -> int:
-  chip = aot.TARGETS.get(backend.target().chip)
+  chip = chips.CHIPS.get(backend.target().chip)
   if not chip:
     return CPU_CALLS
   at_best = max(case.flops / (chip.tflops * 1e12), case.bytes / chip.bandwidth)
@@ -197,5 +198,5 @@ def own(op: str) -> list[str]:
 
 def peak_tflops() -> float | None:
   """The published bf16 peak of this machine's chip."""
-  chip = backend.target().chip
-  return aot.TARGETS[chip].tflops if chip in aot.TARGETS else None
+  chip = chips.CHIPS.get(backend.target().chip)
+  return chip and chip.tflops

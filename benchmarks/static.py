@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from palm_haiku.kernels import aot
+from palm_haiku.kernels.core import chips
 
 from . import attention_steps, peers, results, table
 from .shapes import Attention
@@ -324,8 +325,8 @@ def _once(rows):
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m benchmarks static", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--targets", nargs="+", default=[*GPUS, *TPUS], choices=list(aot.TARGETS),
-                      metavar="CHIP", help=f"of {', '.join(aot.TARGETS)}; "
+  parser.add_argument("--targets", nargs="+", default=[*GPUS, *TPUS], choices=list(chips.ALL),
+                      metavar="CHIP", help=f"of {', '.join(chips.ALL)}; "
                       f"default {' '.join(GPUS + TPUS)}")
   parser.add_argument("--implementations", nargs="+", metavar="NAME",
                       help="of mosaic_gpu, mosaic_tpu, triton, xla, "

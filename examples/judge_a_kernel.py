@@ -15,6 +15,7 @@ import jax
 
 from palm_haiku import kernels
 from palm_haiku.kernels import aot
+from palm_haiku.kernels.core import chips
 
 
 def attention(implementation, num_queries, dim_head, heads):
@@ -28,7 +29,7 @@ def attention(implementation, num_queries, dim_head, heads):
 
 def main(argv=None) -> aot.Report:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("chip", choices=sorted(aot.TARGETS))
+  parser.add_argument("chip", choices=sorted(chips.ALL))
   parser.add_argument("--implementation", default="auto", help="of the attention (default auto)")
   parser.add_argument("--seq-len", type=int, default=2048)
   parser.add_argument("--dim-head", type=int, default=128)

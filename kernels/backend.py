@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 
 from . import compat, mesh, triton_call, tuning
+from .core import chips
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton")
 
@@ -18,14 +19,6 @@ KERNELS = {
     "parallel_attention_ffn": _EVERY,  # of its products; attention is another op
     "linear_cross_entropy": _EVERY,
     "decode_attention": _EVERY,
-}
-
-# JAX's name of a chip (lower case, by its beginning) and ours.
-_CHIPS = {
-    "nvidia a100": "a100", "nvidia h100": "h100", "nvidia h200": "h200", "nvidia b200": "b200",
-    "nvidia geforce rtx 4090": "rtx4090", "tpu v4": "v4", "tpu v5 lite": "v5e", "tpu v5e": "v5e",
-    "tpu v5p": "v5p", "tpu v5": "v5p", "tpu v6 lite": "v6e", "tpu v6e": "v6e", "tpu7x": "tpu7x",
-    "tpu v7x": "tpu7x",
 }
 
 
@@ -40,7 +33,7 @@ class Target(NamedTuple):
   """What is compiled for."""
 
   platform: str  # "cpu", "gpu", "tpu"
-  chip: str | None  # "h200", "v5e", ...; None for one that has no name here
+  chip: str | None  # "h200", "v5e", "sm_86", ... (`chips.name`); None for one that has no name
 
 
 # Where the op runs that another one is part of, whose arrays are traced: a `Target`.
@@ -63,9 +56,15 @@ def target(*arrays: jax.Array | None) -> Target:
     if isinstance(device, str):
       device = jax.devices(device)[0]
   platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
-  kind = device.device_kind.lower()
-  chip = next((name for prefix, name in _CHIPS.items() if kind.startswith(prefix)), None)
-  return Target(platform, chip)
+  return Target(platform, chips.name(device.device_kind, _capability(device, platform)))
+
+
+def _capability(device, platform: str) -> str | None:
+  """The compute capability of a GPU, which an abstract device does not know of its kind."""
+  if platform != "gpu" or hasattr(device, "compute_capability"):
+    return getattr(device, "compute_capability", None)
+  return next((getattr(same, "compute_capability", None) for same in jax.devices()
+               if same.device_kind == device.device_kind), None)
 
 
 # What is compiled for a v4, the oldest TPU with the least memory, runs on all.
@@ -100,7 +99,8 @@ def explain(op: str, *shapes, implementation: str = "auto", chip: str | None = N
       says what the answer depends on.
     implementation: what the caller would pass to the op.
     chip: "a100", "rtx4090", "h100", "h200", "b200", "v4", "v5e", "v5p", "v6e", "tpu7x" or "cpu";
-      None for where the arrays are, or else the default device.
+      for another GPU its compute capability, such as "sm_86" for an RTX 3090; None for where the
+      arrays are, or else the default device.
 
   Raises:
     ValueError: an unknown op, implementation or chip, or a backend asked for by name that cannot
@@ -134,7 +134,9 @@ def choose(op: str, implementation: str, *arrays, on: Target, needs: str | None 
 
   if implementation == "auto":
     if fitting not in KERNELS[op]:
-      return Choice("xla", f"{op} has no fused kernel for {on.chip or on.platform}")
+      lacks = on.platform == "gpu" and triton_call.unfit(on.chip)
+      return Choice("xla", f"{op} has no fused kernel for {on.chip or on.platform}"
+                    + (f": triton needs {lacks}" if lacks else ""))
     problem = needs or tuning.unknown(on.chip, op)
     if arrays and not problem:
       problem = (kernel_module(op, fitting).unsupported(*arrays, chip=on.chip)
@@ -142,6 +144,8 @@ def choose(op: str, implementation: str, *arrays, on: Target, needs: str | None 
     if problem:
       return Choice("xla", f"{fitting} needs {problem}")
     reason = f"the fused kernel for {on.chip}"
+    if (configs := chips.ALL[on.chip].configs) != on.chip:
+      reason += f", with the block sizes of {configs}"
     if op == "flash_attention":
       reason += " (xla where alibi_slopes are differentiated)"
     return Choice(fitting, reason if arrays else (
@@ -164,8 +168,7 @@ def choose(op: str, implementation: str, *arrays, on: Target, needs: str | None 
 
 
 def _named(chip: str) -> Target:
-  platforms = {"cpu": "cpu"} | dict.fromkeys(triton_call.CHIPS, "gpu") | dict.fromkeys(
-      tuning.VMEM, "tpu")
+  platforms = {"cpu": "cpu"} | dict.fromkeys(chips.GPUS, "gpu") | dict.fromkeys(chips.TPUS, "tpu")
   if chip not in platforms:
     raise ValueError(f"chip must be one of {', '.join(platforms)}; got {chip!r}")
   return Target(platforms[chip], None if chip == "cpu" else chip)
@@ -208,8 +211,8 @@ def _fitting(on: Target) -> str | None:
   """The backend that was written for a chip."""
   if on.platform == "tpu":
     return "mosaic_tpu"
-  if on.chip in ("h100", "h200"):
+  if on.chip in chips.HOPPER:
     return "mosaic_gpu"
-  if on.platform == "gpu":
+  if on.platform == "gpu" and not triton_call.unfit(on.chip):
     return "triton"
   return None

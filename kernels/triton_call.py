@@ -12,15 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from . import compat, mesh
+from .core import chips
 
-# Compute capability, shared memory of one thread block in bytes, and streaming multiprocessors.
-CHIPS = {
-    "a100": (80, 166_912, 108),
-    "rtx4090": (89, 101_376, 128),
-    "h100": (90, 232_448, 132),
-    "h200": (90, 232_448, 132),
-    "b200": (100, 232_448, 148),
-}
+
+def unfit(chip: str | None) -> str | None:
+  """What keeps Triton kernels from a chip, in words, or None."""
+  if chip is None or chip in chips.GPUS:
+    return None
+  known = sorted({gpu.capability for gpu in chips.GPUS.values()})
+  return ("a GPU with bfloat16 in its tensor cores, of compute capability "
+          f"{', '.join(f'{major}.{minor}' for major, minor in known)}; got {chip}")
 
 
 def problem() -> str | None:
@@ -60,7 +61,7 @@ def call(kernel, *inputs, out_types: tuple[jax.ShapeDtypeStruct, ...], grid: int
     kernel: its parameters are the inputs, then pointers to the outputs, then the constants.
     inputs: arrays, and Python integers.
     out_types: shapes and dtypes of the outputs.
-    chip: a name of CHIPS to compile for; None for the first GPU of this machine.
+    chip: the name of a GPU to compile for; None for the first one of this machine.
     constants: values of the kernel's `constexpr` parameters.
 
   Raises:
@@ -77,9 +78,10 @@ def call(kernel, *inputs, out_types: tuple[jax.ShapeDtypeStruct, ...], grid: int
                    backend_options={"ptx_version": 90, "enable_fp_fusion": True})
   else:
     options = dict(out_shape=out_types)
+  major, minor = chips.GPUS[chip].capability if chip in chips.GPUS else (None, None)
   outputs = jax_triton.triton_call(
       *inputs, kernel=kernel, grid=(grid,), num_warps=num_warps, num_stages=num_stages,
-      compute_capability=CHIPS[chip][0] if chip in CHIPS else None, **options, **constants)
+      compute_capability=None if major is None else 10 * major + minor, **options, **constants)
   # jax-triton's outputs do not say over which manual mesh axes they vary.
   arrays = tuple(x for x in inputs if isinstance(x, jax.Array))
   return mesh.varying_together(*outputs, *arrays)[:len(out_types)]

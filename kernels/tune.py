@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from . import alibi, backend, tuning
-
-SHARED_MEMORY = 227 * 1024  # bytes that a block may have on Hopper
+from .core import chips
 
 # Each kernel's fields of `tuning.AttentionMosaicGpu`, and what they may be.
 SPACE = {
@@ -61,7 +60,7 @@ def tune(dim_heads=(64, 128, 256), *, chip: str | None = None, batch: int = 1, l
       for values in itertools.product(*space.values()):
         fields = dict(zip(space, values))
         config = best._replace(**fields)
-        if shared_memory(kernel, config, dim_head) > SHARED_MEMORY:
+        if shared_memory(kernel, config, dim_head) > chips.hopper(chip).shared_memory:
           continue
         judge = _seconds if measured else _instructions
         figure, problem = judge(kernel, config, chip, dim_head, shape)

@@ -3,6 +3,8 @@
 import json
 from typing import NamedTuple
 
+from .core import chips
+
 
 # What `unknown` asks of arrays, in words.
 LEAST = {"flash_attention": "128 queries or more", "linear_cross_entropy": "128 tokens or more",
@@ -16,8 +18,9 @@ def unknown(chip: str | None, op: str, array=None) -> str | None:
   Args:
     array: the op's first, or its type; None for what any would be kept by.
   """
-  if chip is None:
-    return "a chip of known block sizes"
+  if chip not in chips.ALL:
+    return f"a chip of known block sizes; got {chip or 'one of no known name'}"
+  chip = chips.ALL[chip].configs
   better = f"figures better than XLA's products have, to be chosen unasked, on a {chip}"
   if op == "parallel_attention_ffn" and chip not in PARALLEL_BLOCK_AUTO:
     return better
@@ -121,7 +124,7 @@ ATTENTION_MOSAIC_GPU = {
 
 def attention_mosaic_gpu(chip: str | None, dim_head: int) -> AttentionMosaicGpu:
   """Tiles for a chip; those of an h200 where it is not known."""
-  return ATTENTION_MOSAIC_GPU[chip or "h200", dim_head]
+  return ATTENTION_MOSAIC_GPU[chips.hopper(chip).configs, dim_head]
 
 
 def load(path: str) -> None:
@@ -172,10 +175,7 @@ CROSS_ENTROPY_MOSAIC_GPU = {chip: _CROSS_ENTROPY_HOPPER for chip in ("h100", "h2
 
 def cross_entropy_mosaic_gpu(chip: str | None) -> CrossEntropyMosaicGpu:
   """Tiles for a chip; those of an h200 where it is not known."""
-  return CROSS_ENTROPY_MOSAIC_GPU[chip or "h200"]
-
-
-HOPPER_PROCESSORS = 132  # streaming multiprocessors
+  return CROSS_ENTROPY_MOSAIC_GPU[chips.hopper(chip).configs]
 
 
 class ParallelBlockMosaicGpu(NamedTuple):
@@ -205,10 +205,10 @@ def parallel_block_mosaic_gpu(chip: str | None, rows: int, across) -> ParallelBl
     across: across(columns) is how many tiles wide the result is, 0 if tiles can't be so narrow.
   """
   def time(config):  # in bytes from the L2 cache for each step of the contraction
-    waves = -(-rows * across(config.columns) // HOPPER_PROCESSORS)
+    waves = -(-rows * across(config.columns) // chips.hopper(chip).multiprocessors)
     return waves * (128 + config.columns // 2)
 
-  return min((config for config in PARALLEL_BLOCK_MOSAIC_GPU[chip or "h200"]
+  return min((config for config in PARALLEL_BLOCK_MOSAIC_GPU[chips.hopper(chip).configs]
               if across(config.columns)), key=time)
 
 
@@ -237,7 +237,7 @@ CROSS_ENTROPY_TRITON = {
 
 def cross_entropy_triton(chip: str | None, itemsize: int) -> CrossEntropyTriton:
   """Tiles for a chip, or the smallest ones; a step is as many bytes deep in every dtype."""
-  blocks = CROSS_ENTROPY_TRITON[chip or "rtx4090"]
+  blocks = CROSS_ENTROPY_TRITON[chips.gpu(chip).configs]
   return blocks if itemsize == 2 else blocks._replace(columns=64, depth=32)
 
 
@@ -292,13 +292,13 @@ def decode_triton(chip: str | None, dim_head: int, rows: int, dtype) -> DecodeTr
     rows: that there are.
     dtype: of the queries.
   """
-  most = 128 if dtype.itemsize == 2 else 32
+  most, configs = 128 if dtype.itemsize == 2 else 32, chips.gpu(chip).configs
   if dim_head == 256:
-    most = 16 if dtype.itemsize == 4 else {None: 32, "rtx4090": 32, "a100": 64}.get(chip, 128)
+    most = 16 if dtype.itemsize == 4 else {"rtx4090": 32, "a100": 64}.get(configs, 128)
   rows = min(max(16, 1 << (rows - 1).bit_length()), most)
   keys = 16_384 // dtype.itemsize // max(dim_head, 128 if rows > 32 else 64)
   return DecodeTriton(
-      rows, keys, 4 if rows < 128 else 8, 2 if chip in (None, "rtx4090") else 3)
+      rows, keys, 4 if rows < 128 else 8, 2 if configs == "rtx4090" else 3)
 
 
 class DecodeMosaicGpu(NamedTuple):
@@ -325,7 +325,7 @@ DECODE_MOSAIC_GPU = {(chip, *key): value
 
 def decode_mosaic_gpu(chip: str | None, dim_head: int, itemsize: int) -> DecodeMosaicGpu:
   """For a chip and an itemsize of the cache; that of an h200 where the chip is not known."""
-  return DECODE_MOSAIC_GPU[chip or "h200", dim_head, itemsize]
+  return DECODE_MOSAIC_GPU[chips.hopper(chip).configs, dim_head, itemsize]
 
 
 class TpuBlocks(NamedTuple):
@@ -340,8 +340,6 @@ class TpuBlocks(NamedTuple):
   ahead: int  # score tiles computed before the softmax of an earlier one
   cores: int  # that the blocks of rows are dealt to
 
-
-VMEM = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128, "tpu7x": 64}  # MiB of one core
 
 # Figures: useful share of the matrix units' peak, in %, at T 8192 / 2048; causal MQA, 16 heads,
 # ALiBi, bfloat16; static cycles of libtpu 0.0.52. What chose a value, on a v6e unless said:
@@ -555,7 +553,7 @@ PARALLEL_BLOCK_NORM = 4096  # numbers of x in a program of the norm: 32 a thread
 
 def parallel_block_triton(chip: str | None, itemsize: int, contraction: int) -> ParallelBlockTriton:
   """Tiles for a chip, or the smallest ones; contraction is how long all products of a sum are."""
-  long, short = PARALLEL_BLOCK_TRITON[chip or "rtx4090"]
+  long, short = PARALLEL_BLOCK_TRITON[chips.gpu(chip).configs]
   if itemsize == 4:
     return long._replace(columns=64, depth=32)
   return short if contraction <= PARALLEL_BLOCK_SHORT else long

@@ -19,22 +19,10 @@ from palm_haiku import (
     data, distributed, lora, memory, pretrained, runlog, sharding, terminal)
 from palm_haiku.checkpoint import CheckpointError
 from palm_haiku.config import PaLMConfig
+from palm_haiku.kernels.core import chips
 from palm_haiku.recipe import TrainConfig, change_of_rate, load_config, resumed
 from palm_haiku.rundir import RunDirectory
 from palm_haiku.train_step import TrainState, program
-
-# Dense bfloat16 FLOP/s of a chip, from its maker's data sheet, by JAX's name of it.
-PEAK_FLOPS = {
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 2307e12,
-}
 
 _ERRORS = (ValueError, CheckpointError, OSError)  # of the run's directory
 
@@ -236,13 +224,13 @@ class _Run:
   def _speed(self, tokens_per_second) -> dict[str, float]:
     """Throughput and, on a chip of known peak, its utilisation (PaLM, appendix B)."""
     config, speed = self.config, {"tokens_per_second": tokens_per_second}
-    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    peak = chips.peak(jax.devices()[0].device_kind)
     if peak:
       model, hardware = (config.model.train_flops_per_token(config.seq_len),
                          config.model.train_flops_per_token(config.seq_len, remat=config.remat))
-      chips = 1 if self.program.batch_sharding is None else jax.device_count()
-      speed["mfu"] = tokens_per_second * model / (peak * chips)
-      speed["hfu"] = tokens_per_second * hardware / (peak * chips)
+      devices = 1 if self.program.batch_sharding is None else jax.device_count()
+      speed["mfu"] = tokens_per_second * model / (peak * devices)
+      speed["hfu"] = tokens_per_second * hardware / (peak * devices)
     return speed
 
   def _is_spike(self, row, recent) -> bool:

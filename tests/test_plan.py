@@ -11,9 +11,8 @@ import jax
 import pytest
 
 from palm_haiku import PaLMConfig, cli, configs, kernels, plan, sharding
-from palm_haiku.hardware import NETWORKS
 from palm_haiku.kernels.aot import hlo, targets
-from palm_haiku.plan import child, command, flops, transfers
+from palm_haiku.plan import child, command, flops, machine, transfers
 from palm_haiku.recipe import TrainConfig
 from palm_haiku.train_step import program
 
@@ -309,10 +308,10 @@ def test_a_small_sweep(capsys, tmp_path):
   assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_every_chip_that_is_planned_for_has_sources():
-  for name, network in NETWORKS.items():
-    assert name in targets.TARGETS and network.source
-    assert network.dims == {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}.get(name, 1)
+def test_every_chip_that_is_planned_for_has_a_network():
+  for name, chip in machine.PLANNED.items():
+    assert chip.memory and chip.network.inside > chip.network.between
+    assert chip.network.dims == {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}.get(name, 1)
 
 
 @pytest.mark.parametrize("written, shape", [

@@ -9,13 +9,14 @@ or from a shell, for a function of arrays or one that returns (function, argumen
     python -m palm_haiku.kernels.aot v6e path/to/file.py:build seq=2048
 """
 
+from ..core.chips import Gpu, Tpu
 from .build import compile
 from .errors import AotError, UnknownDump
 from .jobs import Job, job, report, run, run_all
 from .llo import Steps
 from .report import GpuKernel, Report, TpuKernel
-from .targets import TARGETS, Gpu, Tpu, chip, devices, environment
+from .targets import chip, devices, environment
 
-__all__ = ["TARGETS", "AotError", "Gpu", "GpuKernel", "Job", "Report", "Steps", "Tpu", "TpuKernel",
+__all__ = ["AotError", "Gpu", "GpuKernel", "Job", "Report", "Steps", "Tpu", "TpuKernel",
            "UnknownDump", "chip", "compile", "devices", "environment", "job", "report", "run",
            "run_all"]

@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 
+from ..core import chips
 from . import AotError, Steps, report
-from .targets import TARGETS
 
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64",
            "s8": "int8", "i8": "int8", "s32": "int32", "i32": "int32", "s64": "int64",
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
       "  python -m palm_haiku.kernels.aot v6e lab.py:splash seq=2048 --active 0.75 --edge 0.5\n\n"
       "Exit status: 0 clean, 3 something is wrong with a kernel (spills, serialized wgmma, a\n"
       "T x S buffer), 1 no report.")
-  parser.add_argument("target", help=f"{', '.join(TARGETS)}, or a pod such as v4:12x16x16*2")
+  parser.add_argument("target", help=f"{', '.join(chips.ALL)}, or a pod such as v4:12x16x16*2")
   parser.add_argument("function", help="MODULE:NAME or FILE.py:NAME")
   parser.add_argument("rest", nargs="*", metavar="SHAPE|NAME=VALUE", help="arrays as in "
                       "bf16[2,1024,128], and static keyword arguments; without any array the "

@@ -2,9 +2,10 @@
 
 import dataclasses
 
+from ..core.chips import Gpu, Tpu
 from . import llo, ptxas, sass
 from .hlo import Buffer
-from .targets import Gpu, Tpu, chip
+from .targets import chip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .. import cost, mesh as meshes, tuning
 from ..batching import folding_batch
+from ..core import chips
 from ..core.constants import LOG2E, LOWEST
 from . import mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
 from .mosaic_tpu_backward import backward as backward
@@ -36,16 +37,16 @@ def unsupported(query, key, value, *, chip) -> str | None:
     return f"dim_head of at most 256; got {dim}"
   if chip is None:
     return None
-  if chip not in tuning.VMEM:
-    return f"one of the chips {', '.join(tuning.VMEM)}; got {chip}"
+  if chip not in chips.TPUS:
+    return f"one of the chips {', '.join(chips.TPUS)}; got {chip}"
   itemsize = query.dtype.itemsize
   for backward_too, blocks in enumerate(tuning.attention_mosaic_tpu(chip, dim)):
     plan = layout.fit(blocks, length=query.shape[1], group=query.shape[2] // key.shape[2],
                       num_keys=key.shape[1], itemsize=itemsize)
     taken = layout.vmem_bytes(plan, dim=dim, itemsize=itemsize, shared=value is None,
                               backward=bool(backward_too)) / 2**20
-    if taken > tuning.VMEM[chip]:
-      return (f"blocks within the {tuning.VMEM[chip]} MiB of VMEM of a {chip}; "
+    if taken > chips.tpu(chip).vmem:
+      return (f"blocks within the {chips.tpu(chip).vmem} MiB of VMEM of a {chip}; "
               f"{'backward' if backward_too else 'forward'} takes {taken:.1f} MiB")
   return None
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import triton_call, tuning
+from ..core import chips
 from ..core.constants import FAR, LOG2E
 
 _DIMS = (16, 32, 64, 128, 256)
@@ -26,8 +27,8 @@ def unsupported(query, key, value, *, chip: str | None) -> str | None:
     chip: a name such as "a100"; None for any GPU.
   """
   del value
-  if chip is not None and chip not in triton_call.CHIPS:
-    return f"a GPU of {', '.join(triton_call.CHIPS)}; got {chip}"
+  if trouble := triton_call.unfit(chip):
+    return trouble
   if query.dtype.name not in _DTYPES:
     return f"dtype in {{{', '.join(_DTYPES)}}}; got {query.dtype.name}"
   if query.shape[-1] not in _DIMS:
@@ -108,7 +109,7 @@ def _extras(query, segment_ids, alibi_slopes, query_offset):
 
 def _blocks(static, dtype, kernel):
   """Tile sizes of one kernel: "forward", "dq" or "dkv"."""
-  table = tuning.ATTENTION_TRITON[static["chip"] or "rtx4090"]
+  table = tuning.ATTENTION_TRITON[chips.gpu(static["chip"]).configs]
   blocks = table[max(static["DIM"], 64)][("forward", "dq", "dkv").index(kernel)]
   if dtype.itemsize == 4:
     blocks = blocks._replace(rows=blocks.rows // 2, keys=blocks.keys // 2)
@@ -165,7 +166,7 @@ def _splits(static, batch, length, num_keys, blocks):
   """
   programs = batch * static["KV_HEADS"] * -(-num_keys // blocks.keys)
   tiles = -(-length * static["GROUP"] // blocks.rows)
-  multiprocessors = triton_call.CHIPS[static["chip"] or "rtx4090"][2]
+  multiprocessors = chips.gpu(static["chip"]).multiprocessors
   wanted = min(2 * multiprocessors // programs, static["GROUP"], tiles, 8)
   return 1 << max(wanted, 1).bit_length() - 1
 

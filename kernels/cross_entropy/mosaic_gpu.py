@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import mesh, tuning
+from ..core import chips
 from ..core.constants import LOG2E, LOWEST
 from ..hopper import tiles
 from ..hopper.product import CHUNK, STORE
@@ -34,8 +35,8 @@ from .xla import target_logit
 
 def unsupported(x, embedding, *, chip):
   """The first requirement that the operands fail, or None."""
-  if chip not in (None, "h100", "h200"):
-    return f"a Hopper GPU (h100, h200); got {chip}"
+  if chip not in (None, *chips.HOPPER):
+    return f"a Hopper GPU ({', '.join(chips.HOPPER)}); got {chip}"
   if x.dtype not in (jnp.bfloat16, jnp.float16):
     return f"bfloat16 or float16; got {x.dtype}"
   if x.shape[-1] % CHUNK:

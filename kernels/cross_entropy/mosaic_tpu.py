@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import mesh as meshes, tuning
+from ..core import chips
 from ..core.constants import LOG2E, LOWEST
 
 LANES, SUBLANES = 128, 8
@@ -30,13 +31,13 @@ def unsupported(x, embedding, *, chip) -> str | None:
     return f"bfloat16 or float32, for the matrix unit takes no float16; got {x.dtype}"
   if chip is None:
     return None
-  if chip not in tuning.VMEM:
-    return f"one of the chips {', '.join(tuning.VMEM)}; got {chip}"
+  if chip not in chips.TPUS:
+    return f"one of the chips {', '.join(chips.TPUS)}; got {chip}"
   dim, itemsize = round_up(x.shape[-1], LANES), x.dtype.itemsize
   for name, blocks in zip(("forward", "backward"), tuning.cross_entropy_mosaic_tpu(chip)):
     taken = fit(blocks, chip, x.shape[0], embedding.shape[0], dim, itemsize).vmem_bytes / 2**20
-    if taken > tuning.VMEM[chip]:
-      return (f"tiles of {LANES} tokens within the {tuning.VMEM[chip]} MiB of VMEM of a {chip}; "
+    if taken > chips.tpu(chip).vmem:
+      return (f"tiles of {LANES} tokens within the {chips.tpu(chip).vmem} MiB of VMEM of a {chip}; "
               f"{name} takes {taken:.1f} MiB for a dimension of {dim}")
   return None
 
@@ -203,7 +204,7 @@ def fit(blocks, chip, num_tokens, num_rows, dim, itemsize) -> Plan:
             + 4 * 4 * (LANES + 2 * SUBLANES) * tokens
             + 4 * tile * chunk * (blocks.together + 2) + max(staged, 2**21))
 
-  while vmem_bytes() > tuning.VMEM[chip or "v4"] * 2**20:
+  while vmem_bytes() > chips.tpu(chip).vmem * 2**20:
     # More tokens are fewer passes over the embedding, so they are the last to go.
     if rows > chunk:
       rows = round_up(rows // 2, chunk)
@@ -215,7 +216,7 @@ def fit(blocks, chip, num_tokens, num_rows, dim, itemsize) -> Plan:
     else:
       break
   tiles = (tokens // tile) * (rows // chunk)
-  counted, there = vmem_bytes(), tuning.VMEM[chip or "v4"] * 2**20
+  counted, there = vmem_bytes(), chips.tpu(chip).vmem * 2**20
   # The count is out by up to 1 MiB (a v5p, 8192 wide), so a kernel may take some of what is left.
   taken = max(counted, min(counted + 2**22, there))
   return Plan(tokens, rows, tile, chunk, min(blocks.together, tiles),

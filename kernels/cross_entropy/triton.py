@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import triton_call, tuning
+from ..core import chips
 from .fused import merged
 from .xla import target_logit
 
@@ -21,8 +22,8 @@ def unsupported(x, embedding, *, chip: str | None) -> str | None:
     x, embedding: arrays or `jax.ShapeDtypeStruct`, as for `forward`.
     chip: a name such as "a100"; None for any GPU.
   """
-  if chip is not None and chip not in triton_call.CHIPS:
-    return f"a GPU of {', '.join(triton_call.CHIPS)}; got {chip}"
+  if trouble := triton_call.unfit(chip):
+    return trouble
   if x.dtype.name not in _DTYPES:
     return f"dtype in {{{', '.join(_DTYPES)}}}; got {x.dtype.name}"
   if x.shape[-1] % 16:
@@ -61,7 +62,7 @@ def _call(name, x, rows, others, out_types, *, scale, chip):
   walk = 1  # A loop around the gradient's epilogue keeps its addresses in registers: 1212 spilled.
   if name == "forward":
     walk = tuning.walk(tiles, columns, -(-dim // blocks.depth), blocks.stages,
-                       triton_call.CHIPS[chip or "rtx4090"][2])
+                       chips.gpu(chip).multiprocessors)
   splits = -(-columns // walk)
   return triton_call.call(
       getattr(triton_kernels, f"{name}_kernel"), x, rows, *others, num_tokens, num_rows, splits,

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import mesh, tuning
+from ..core import chips
 from ..core.constants import LOG2E, LOWEST
 from ..hopper import heads as packing, softmax, tiles
 from ..hopper.tiles import COL, QUAD, ROW, TILE, across, down, fold
@@ -25,8 +26,8 @@ PIECE = 16  # positions of a copy: no more than these are loaded past a sequence
 def unsupported(query, key, value, *, chip):
   """The first requirement that the operands fail, or None."""
   del value
-  if chip not in (None, "h100", "h200"):
-    return f"a Hopper GPU (h100, h200); got {chip}"
+  if chip not in (None, *chips.HOPPER):
+    return f"a Hopper GPU ({', '.join(chips.HOPPER)}); got {chip}"
   if query.dtype not in (jnp.bfloat16, jnp.float16):
     return f"queries of bfloat16 or float16; got {query.dtype}"
   if query.shape[-1] not in (64, 128, 256):

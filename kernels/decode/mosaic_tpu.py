@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import mesh as meshes, tuning
+from ..core import chips
 from ..core.constants import LOWEST
 from .mosaic_tpu_plan import LANES, deal, fit, merge, powers, round_up
 
@@ -35,14 +36,14 @@ def unsupported(query, key, value, *, chip) -> str | None:
     return f"a cache of a multiple of 8 positions, which copies end with; got {key.shape[1]}"
   if chip is None:
     return None
-  if chip not in tuning.VMEM:
-    return f"one of the chips {', '.join(tuning.VMEM)}; got {chip}"
+  if chip not in chips.TPUS:
+    return f"one of the chips {', '.join(chips.TPUS)}; got {chip}"
   if chip == "v4" and key.dtype == jnp.int8:
     return "caches in the dtype of query on a v4, which widens int8 too slowly; got int8"
   plan = fit(query, key, value, chip)
   taken = plan.vmem_bytes / 2**20
-  if taken > tuning.VMEM[chip]:
-    return (f"a block of {plan.size} positions within the {tuning.VMEM[chip]} MiB of VMEM of a "
+  if taken > chips.tpu(chip).vmem:
+    return (f"a block of {plan.size} positions within the {chips.tpu(chip).vmem} MiB of VMEM of a "
             f"{chip}; with {plan.rows} rows for a key/value head it takes {taken:.1f} MiB")
   return None
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from .. import tuning
+from ..core import chips
 from ..core.constants import LOG2E
 
 LANES = 128
@@ -61,7 +62,7 @@ def fit(query, key, value, chip, blocks=None) -> Plan:
       min(size, round_up(max_len, LANES)), slots, chunk, cores, sequences, kv_heads, num_queries,
       heads // kv_heads, dim, max_len, query.dtype.itemsize, key.dtype.itemsize,
       1 if value is None else 2)
-  while plan.size > LANES and plan.vmem_bytes > tuning.VMEM[chip or "v4"] * 2**20:
+  while plan.size > LANES and plan.vmem_bytes > chips.tpu(chip).vmem * 2**20:
     plan = plan._replace(size=round_up(plan.size // 2, LANES))
   return plan
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import triton_call, tuning
+from ..core import chips
 from . import splits
 
 _DIMS = (16, 32, 64, 128, 256)
@@ -26,8 +27,8 @@ def unsupported(query, key, value, *, chip: str | None) -> str | None:
     chip: a name such as "a100"; None for any GPU.
   """
   del value
-  if chip is not None and chip not in triton_call.CHIPS:
-    return f"a GPU of {', '.join(triton_call.CHIPS)}; got {chip}"
+  if trouble := triton_call.unfit(chip):
+    return trouble
   if query.dtype.name not in _DTYPES:
     return f"queries of dtype in {{{', '.join(_DTYPES)}}}; got {query.dtype.name}"
   if query.shape[-1] not in _DIMS:
@@ -63,7 +64,7 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
   rows = num_queries * heads // kv_heads
   blocks = tuning.decode_triton(chip, dim, rows, query.dtype)
   tiles = -(-rows // blocks.rows)
-  programs = _PROGRAMS * triton_call.CHIPS[chip or "rtx4090"][2] // tiles
+  programs = _PROGRAMS * chips.gpu(chip).multiprocessors // tiles
   limits = splits.limits(query, key, blocks.keys, programs)
   table, starts = splits.split(lengths, limits)
 

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import mesh, tuning
+from ..core import chips
 from . import tiles
 from .tiles import COMPUTE, ROWS, TILE, TILING, WARPGROUP_ROWS
 
@@ -221,7 +222,7 @@ def launch(kernel, name, operands, widths, slot, *, copies, across, num_tokens, 
       out_type=[None if width is None else jax.ShapeDtypeStruct((rows, width), dtype)
                 for width in widths],
       grid=(min(pl.cdiv(down, size) * across(config.columns),
-                tuning.HOPPER_PROCESSORS // size),),
+                chips.hopper(chip).multiprocessors // size),),
       grid_names=("block",),
       **(dict(cluster=(2,), cluster_names=("pair",)) if together else {}),
       num_threads=COMPUTE + 1,

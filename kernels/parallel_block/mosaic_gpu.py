@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ..core import chips
 from ..hopper import product, tiles
 from ..hopper.product import CHUNK, STORE
 from ..hopper.tiles import ROWS, TILE, WARPGROUP_ROWS, pad_rows
@@ -20,8 +21,8 @@ from .mosaic_gpu_backward import input_gradient, swiglu_gradient  # noqa: F401
 
 def unsupported(x, params, *, chip):
   """The first requirement that x [M, D] or the params fail, or None."""
-  if chip not in (None, "h100", "h200"):
-    return f"a Hopper GPU (h100, h200); got {chip}"
+  if chip not in (None, *chips.HOPPER):
+    return f"a Hopper GPU ({', '.join(chips.HOPPER)}); got {chip}"
   if x.dtype not in (jnp.bfloat16, jnp.float16):
     return f"bfloat16 or float16; got {x.dtype}"
   if problem := unfused(params):

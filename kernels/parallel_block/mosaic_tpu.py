@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import cost, mesh as meshes, tuning
+from ..core import chips
 from .fused import unfused
 from .mosaic_tpu_backward import input_gradient, swiglu_gradient
 from .mosaic_tpu_plan import (
@@ -43,12 +44,12 @@ def unsupported(x, params, *, chip) -> str | None:
     return f"dim_head in {{64, 128, 256}}; got {dim_head}"
   if chip is None:
     return None
-  if chip not in tuning.VMEM:
-    return f"one of the chips {', '.join(tuning.VMEM)}; got {chip}"
+  if chip not in chips.TPUS:
+    return f"one of the chips {', '.join(chips.TPUS)}; got {chip}"
   sizes = Sizes(x.shape[0], dim, heads, dim_head, hidden, x.dtype.itemsize)
   for name, plan in sizes.plans(chip).items():
-    if plan.vmem_bytes > tuning.VMEM[chip] * 2**20:
-      return (f"blocks within the {tuning.VMEM[chip]} MiB of VMEM of a {chip}; {name} takes "
+    if plan.vmem_bytes > chips.tpu(chip).vmem * 2**20:
+      return (f"blocks within the {chips.tpu(chip).vmem} MiB of VMEM of a {chip}; {name} takes "
               f"{plan.vmem_bytes / 2**20:.1f} MiB for dim {dim}, hidden width {hidden}")
   return None
 

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import cost, mesh as meshes, tuning
+from ..core import chips
 
 LANES = 128
 
@@ -64,7 +65,7 @@ def fit_columns(blocks, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim
 
   With heads, it is the in-projection: two products a step, and queries and keys as well.
   """
-  limit = tuning.VMEM[chip or "v4"] * 2**20
+  limit = chips.tpu(chip).vmem * 2**20
   products, width = (2, round_up(dim_head, LANES)) if heads else (1, 0)
 
   def plan(most, depth, columns, query_columns):
@@ -100,7 +101,7 @@ def fit_columns(blocks, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim
 
 def fit_sum(blocks, chip, num_tokens, dim, stages, itemsize, transposed=False) -> Plan:
   """For sums of products [M, K] x [K, dim]; stages: the K of each, and how many products."""
-  limit = tuning.VMEM[chip or "v4"] * 2**20
+  limit = chips.tpu(chip).vmem * 2**20
 
   def plan(most, columns, work):
     depths = tuple(next((d for d in depths_of(size) if d * number * most * columns <= work),

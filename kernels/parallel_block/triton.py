@@ -23,8 +23,8 @@ def unsupported(x, params, *, chip: str | None) -> str | None:
     x, params: arrays or `jax.ShapeDtypeStruct`, as for `in_projection`.
     chip: a name such as "a100"; None for any GPU.
   """
-  if chip is not None and chip not in triton_call.CHIPS:
-    return f"a GPU of {', '.join(triton_call.CHIPS)}; got {chip}"
+  if trouble := triton_call.unfit(chip):
+    return trouble
   if x.dtype.name not in _DTYPES:
     return f"dtype in {{{', '.join(_DTYPES)}}}; got {x.dtype.name}"
   if problem := unfused(params):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from palm_haiku.hardware import ACHIEVED, NETWORKS
+from palm_haiku.hardware import ACHIEVED
 from palm_haiku.kernels.aot import targets
 from palm_haiku.plan import transfers
 from palm_haiku.plan.machine import Machine, check
@@ -43,7 +43,8 @@ def estimate(config: TrainConfig, machine: Machine, compiled: dict[str, Any]) ->
   """
   from palm_haiku.plan.flops import flops_per_token
 
-  chip, network = targets.chip(machine.chip), NETWORKS[machine.chip]
+  chip = targets.chip(machine.chip)
+  network = chip.network
   peak, achieved = chip.tflops * 1e12, ACHIEVED.get(machine.chip, 1.0)
   tokens = config.batch_size * config.seq_len
   # Parameters, moments and gradients pass through memory; weights once more in each pass over a
@@ -61,7 +62,7 @@ def estimate(config: TrainConfig, machine: Machine, compiled: dict[str, Any]) ->
   used = compiled["state_bytes"] + compiled["temporary_bytes"] + compiled["code_bytes"]
   return {
       "chips": machine.chips, "params": config.model.num_params, "hbm_per_chip_bytes": used,
-      "hbm_limit_bytes": int(network.hbm), "fits": used <= network.hbm,
+      "hbm_limit_bytes": int(chip.memory), "fits": used <= chip.memory,
       "flops_per_chip": tokens * flops / machine.chips, "step_seconds": step,
       "mfu": tokens * model / machine.chips / peak / step,
       "hfu": tokens * flops / machine.chips / peak / step,

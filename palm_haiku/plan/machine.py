@@ -6,9 +6,13 @@ import re
 import types
 
 from palm_haiku import sharding
-from palm_haiku.hardware import NETWORKS
 from palm_haiku.kernels.aot import targets
+from palm_haiku.kernels.core import chips
 from palm_haiku.recipe import TrainConfig
+
+
+# What is known of a chip's memory and links.
+PLANNED = {name: chip for name, chip in chips.CHIPS.items() if chip.network}
 
 
 class PlanError(Exception):
@@ -23,9 +27,9 @@ class Machine:
   slices: int = 1  # or nodes
 
   def __post_init__(self):
-    if self.chip not in NETWORKS:
+    if self.chip not in PLANNED:
       raise ValueError(f"no topology is called {self.topology!r}; there are slices of TPUs such as "
-                       f"v5p:4x4x4, and GPUs such as h200:8, of {', '.join(NETWORKS)}")
+                       f"v5p:4x4x4, and GPUs such as h200:8, of {', '.join(PLANNED)}")
     if self.platform == "tpu":
       object.__setattr__(self, "topology", f"{self.chip}:{self._slice()}")
     form = r"\d+(x\d+){1,2}" if self.platform == "tpu" else r"\d+"
@@ -40,7 +44,7 @@ class Machine:
   def _slice(self) -> str:
     """The shape in full, where the topology has a number of chips or leaves out a 1."""
     shape = self.topology.partition(":")[2]
-    dims = NETWORKS[self.chip].dims
+    dims = PLANNED[self.chip].network.dims
     if re.fullmatch("[0-9]+", shape) and (size := int(shape)).bit_count() == 1:
       power = size.bit_length() - 1
       sizes = sorted(2 ** ((power + i) // dims) for i in range(dims))
@@ -56,7 +60,7 @@ class Machine:
 
   @property
   def platform(self) -> str:
-    return targets.platform(self.chip) if self.chip in targets.TARGETS else ""
+    return targets.platform(self.chip) if self.chip in chips.ALL else ""
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -80,7 +84,7 @@ class Machine:
     targets.devices(self.chip)  # names the wheel that is missing
     return list(topologies.get_topology_desc(
         platform="cuda", topology_name=self.chip, topology=f"1x{self.slices}x{self.shape[0]}",
-        target_config=targets.chip(self.chip).target_config()).devices)
+        target_config=targets.target_config(targets.chip(self.chip))).devices)
 
 
 def check(config: TrainConfig, machine: Machine) -> None:

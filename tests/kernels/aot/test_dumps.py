@@ -8,6 +8,7 @@ import pytest
 
 from palm_haiku.kernels.aot import child, elf, hlo, llo, ptxas, sass, targets
 from palm_haiku.kernels.aot.errors import AotError, UnknownDump
+from palm_haiku.kernels.core import chips
 
 _DATA = pathlib.Path(__file__).parent / "data"
 
@@ -108,7 +109,7 @@ def test_unknown_ptxas_report_is_refused(change):
 
 def _loop_schedule(bundles=None, utilization=None, chip="v5e"):
   return llo.parse("loop", bundles or recorded("loop.bundles"),
-                   utilization or recorded("loop.utilization"), targets.TARGETS[chip])
+                   utilization or recorded("loop.utilization"), chips.CHIPS[chip])
 
 
 def test_bundles_loops_and_trips():
@@ -221,13 +222,13 @@ def test_unknown_bundles_are_refused(bundles, utilization):
 
 def test_a_folder_without_kernels_is_refused(tmp_path):
   with pytest.raises(UnknownDump, match="dumped no"):
-    llo.read(tmp_path, targets.TARGETS["v5e"])
+    llo.read(tmp_path, chips.CHIPS["v5e"])
   (tmp_path / "1-loop-66-packed-bundles-post-ra.txt").write_text(recorded("loop.bundles"))
   with pytest.raises(UnknownDump, match="no utilization"):
-    llo.read(tmp_path, targets.TARGETS["v5e"])
+    llo.read(tmp_path, chips.CHIPS["v5e"])
   (tmp_path / "1-loop-69-pre-delay_hlo-static-per-bundle-utilization.txt").write_text(
       recorded("loop.utilization"))
-  schedule, = llo.read(tmp_path, targets.TARGETS["v5e"])
+  schedule, = llo.read(tmp_path, chips.CHIPS["v5e"])
   assert schedule.name == "loop"
 
 
@@ -346,7 +347,7 @@ def test_a_missing_tool_is_named(name, wheel, monkeypatch):
 
 @pytest.mark.parametrize("name, flops, clock", [("v6e", 524288, 1.751e9), ("v4", 131072, 1.049e9)])
 def test_peaks(name, flops, clock):
-  chip = targets.TARGETS[name]
+  chip = chips.CHIPS[name]
   assert chip.flops_per_cycle == flops
   assert chip.clock == pytest.approx(clock, rel=1e-3)
 

@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from palm_haiku.kernels import alibi_slopes, flash_attention, tuning
+from palm_haiku.kernels import alibi_slopes, flash_attention
 from palm_haiku.kernels.attention import mosaic_tpu, mosaic_tpu_layout as layout
 from palm_haiku.kernels.attention import mosaic_tpu_mask as masking
+from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.tuning import TpuBlocks
 
 from tests.kernels.attention import contract
@@ -252,7 +253,7 @@ def test_through_the_op_with_vmap_and_a_head_dim_that_is_padded():
     (dict(dim_head=256), "v4", "blocks within the 8 MiB of VMEM of a v4; forward takes 1"),
 ])
 def test_what_a_chip_cannot_do_is_said(monkeypatch, change, chip, message):
-  monkeypatch.setitem(tuning.VMEM, "v4", 8)
+  monkeypatch.setitem(chips.TPUS, "v4", dataclasses.replace(chips.TPUS["v4"], vmem=8))
   case = Case(**{"heads": 16, "num_queries": 8192, "num_keys": 8192, **change})
   array = lambda length, heads: jax.ShapeDtypeStruct(
       (1, length, heads, case.dim_head), jnp.dtype(case.dtype))
@@ -260,7 +261,7 @@ def test_what_a_chip_cannot_do_is_said(monkeypatch, change, chip, message):
   assert message in mosaic_tpu.unsupported(query, key, key, chip=chip)
 
 
-@pytest.mark.parametrize("chip", tuning.VMEM)
+@pytest.mark.parametrize("chip", chips.TPUS)
 @pytest.mark.parametrize("dim_head", [64, 128, 256])
 @pytest.mark.parametrize("heads, kv_heads", [(16, 1), (16, 16), (12, 4), (71, 1)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -9,6 +9,7 @@ import pytest
 
 from palm_haiku.kernels import alibi_slopes, flash_attention, triton_call, tuning
 from palm_haiku.kernels.attention import triton
+from palm_haiku.kernels.core import chips
 from tests.kernels.attention import contract
 
 aot = pytest.importorskip("palm_haiku.kernels.aot")
@@ -54,7 +55,7 @@ def check(report, dim_head):
   for kernel in kernels:
     spills = max(kernel.resources.spill_stores, kernel.resources.spill_loads)
     assert spills <= (64 if dim_head == 256 else 0), kernel
-    assert kernel.shared_memory <= triton_call.CHIPS[report.target][1]
+    assert kernel.shared_memory <= chips.GPUS[report.target].shared_memory
     # What triton 3.6 writes for dk and dv on Hopper, ptxas serializes: slower, and not ours to mend.
     assert not kernel.resources.serialized or triton_version() < (3, 7), kernel
     assert kernel.code.main_loop.mix.get(TENSOR_CORES[report.target]), kernel
@@ -131,7 +132,7 @@ def test_tiles_fit_the_shared_memory_of_every_chip():
   for chip, table in tuning.ATTENTION_TRITON.items():
     for dim_head, kernels in table.items():
       for blocks in kernels:
-        assert 2 * dim_head * (blocks.rows + 2 * blocks.keys) <= triton_call.CHIPS[chip][1]
+        assert 2 * dim_head * (blocks.rows + 2 * blocks.keys) <= chips.GPUS[chip].shared_memory
         assert blocks.rows % 16 == 0 and blocks.keys % 16 == 0
 
 

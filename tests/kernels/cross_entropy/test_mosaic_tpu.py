@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from palm_haiku.kernels import aot, linear_cross_entropy, tuning
+from palm_haiku.kernels import aot, linear_cross_entropy
+from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.cross_entropy import mosaic_tpu
 from palm_haiku.kernels.tuning import CrossEntropyTpu
 
@@ -142,7 +143,7 @@ def test_what_it_cannot_take_is_named():
   assert "bfloat16 or float32" in ask(None, 512, "float16")
   assert "one of the chips v4" in ask("v9", 512)
   assert "within the 16 MiB of VMEM of a v4" in ask("v4", 18_432)
-  for chip in tuning.VMEM:
+  for chip in chips.TPUS:
     assert ask(chip, 4096) is None
     assert chip == "v4" or ask(chip, 18_432) is None
 
@@ -160,7 +161,7 @@ def test_compiles_for_a_chip_with_no_logits_in_memory():
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("chip", tuning.VMEM)
+@pytest.mark.parametrize("chip", chips.TPUS)
 @pytest.mark.parametrize("dim, dtype", [
     (512, "bfloat16"), (4096, "bfloat16"), (8192, "bfloat16"), (1000, "float32")])
 def test_compiles_within_the_vmem_that_is_counted(chip, dim, dtype):

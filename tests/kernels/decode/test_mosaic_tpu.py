@@ -15,7 +15,8 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks import decode_static
-from palm_haiku.kernels import alibi_slopes, aot, decode_attention, tuning
+from palm_haiku.kernels import alibi_slopes, aot, decode_attention
+from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.decode import mosaic_tpu
 from palm_haiku.kernels.tuning import DecodeTpu
 
@@ -207,7 +208,7 @@ def test_what_it_cannot_take_is_named(chip, change, message):
   assert message in problem and "\n" not in problem
 
 
-@pytest.mark.parametrize("chip", tuning.VMEM)
+@pytest.mark.parametrize("chip", chips.TPUS)
 @pytest.mark.parametrize("cache", ["bfloat16", "int8", "float32"])
 def test_the_table_fits_the_chip(chip, cache):
   for dim in (64, 128, 256, 512):
@@ -249,7 +250,7 @@ def test_its_copies_take_longer_everywhere(chip, heads, dim, cache):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("chip", tuning.VMEM)
+@pytest.mark.parametrize("chip", chips.TPUS)
 @pytest.mark.parametrize("shape", [
     dict(heads=3, dim=80, cache="bfloat16", length=1000),
     dict(heads=8, dim=64, cache="bfloat16", length=8),

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from palm_haiku.kernels import alibi_slopes, decode_attention, triton_call, tuning
+from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.decode import splits, triton, xla
 from tests import triton_interpreter
 from tests.kernels import contract as bound
@@ -199,7 +200,7 @@ def struct(length=128, heads=1, dim_head=64, dtype="bfloat16"):
 @pytest.mark.parametrize("query, key, chip, message", [
     (struct(1, 16, 80), struct(dim_head=80), "a100", r"dim_head in {16, 32, .*, 256}; got 80"),
     (struct(1, dtype="float64"), struct(), "a100", "queries of dtype in {.*}; got float64"),
-    (struct(1), struct(), "v5e", "a GPU of a100, .*; got v5e"),
+    (struct(1), struct(), "v5e", "a GPU with .* of compute capability 8.0, .*; got v5e"),
     (struct(1), struct(2**28, 8), "h200", r"fewer than 2\^31 positions x heads"),
 ])
 def test_requirements_are_named(query, key, chip, message):
@@ -258,7 +259,7 @@ def compiled(chip, **options):
     spills = max(kernel.resources.spill_stores, kernel.resources.spill_loads)
     assert spills == 0 and not kernel.resources.serialized, kernel
   assert set(attend.code.main_loop.mix) & TENSOR_CORES, attend
-  assert attend.shared_memory <= triton_call.CHIPS[chip][1]
+  assert attend.shared_memory <= chips.GPUS[chip].shared_memory
   return report
 
 

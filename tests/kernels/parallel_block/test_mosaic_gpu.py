@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from jax.sharding import AxisType, PartitionSpec as P
 
 from palm_haiku.kernels import parallel_attention_ffn, tuning
+from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.hopper import product
 from palm_haiku.kernels.parallel_block import mosaic_gpu, mosaic_gpu_backward
 from tests.kernels import hopper
@@ -40,9 +41,9 @@ TABLE = Plan(256, 4, True, 132, tuning.TOGETHER)
 @contextlib.contextmanager
 def planned(plan):
   config = tuning.ParallelBlockMosaicGpu(plan.columns, plan.stages, plan.together)
-  with mock.patch.multiple(
-      tuning, parallel_block_mosaic_gpu=lambda *_: config, HOPPER_PROCESSORS=plan.processors,
-      TOGETHER=plan.side_by_side):
+  chip = dataclasses.replace(chips.GPUS["h200"], multiprocessors=plan.processors)
+  with mock.patch.dict(chips.GPUS, h200=chip), mock.patch.multiple(
+      tuning, parallel_block_mosaic_gpu=lambda *_: config, TOGETHER=plan.side_by_side):
     yield
 
 

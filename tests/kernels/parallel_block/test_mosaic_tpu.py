@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from palm_haiku.kernels import aot, tuning
+from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.parallel_block import mosaic_tpu, mosaic_tpu_backward, mosaic_tpu_plan
 from palm_haiku.kernels.tuning import ProductTpu
 from tests.kernels.parallel_block import contract
@@ -186,7 +187,7 @@ def test_what_it_cannot_take_is_named():
   assert ask(None, dim_head=512) == "dim_head in {64, 128, 256}; got 512"
   assert "one of the chips v4" in ask("v9")
   assert "within the 16 MiB of VMEM of a v4" in ask("v4", dim=65_536)
-  for chip in tuning.VMEM:
+  for chip in chips.TPUS:
     assert ask(chip) is None
     assert ask(chip, dim=512, hidden=1536, heads=1, dim_head=64) is None
     assert chip == "v4" or ask(chip, dim=18_432, hidden=73_728 // 12, heads=4) is None
@@ -222,7 +223,7 @@ def test_compiles_for_a_chip():
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("chip", tuning.VMEM)
+@pytest.mark.parametrize("chip", chips.TPUS)
 @pytest.mark.parametrize("sizes", [
     (8192, 4096, 16, 256, 16_384, "bfloat16"), (2047, 2048, 16, 128, 8192, "bfloat16"),
     (8192, 1024, 16, 64, 4096, "bfloat16"), (33, 512, 8, 64, 2048, "bfloat16"),
