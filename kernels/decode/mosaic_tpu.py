@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import mesh as meshes, tuning
+from .. import mesh as meshes
 from ..core import chips
 from ..core.constants import LOWEST
 from .mosaic_tpu_plan import LANES, deal, fit, merge, powers, round_up
