@@ -13,9 +13,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import mesh, tuning
 from ..core import chips
-from ..core.constants import FAR, LOG2E, LOWEST
+from ..core.constants import FAR, LOG2E
 from ..hopper import heads as packing, softmax, tiles
-from ..hopper.tiles import COL, COMPUTE, QUAD, ROW, ROWS, TILE, WARPGROUP_ROWS, across, down, fold
+from ..hopper.tiles import COL, COMPUTE, ROW, ROWS, WARPGROUP_ROWS, across, down
 from . import mosaic_gpu_mask as masking
 from .mosaic_gpu_backward import backward as backward
 
@@ -77,9 +77,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
       at = pl.ds(row0, WARPGROUP_ROWS)
       q_segment = plgpu.load(q_seg_ref.at[b, at], layout=ROW, optimized=False)
     q_tile = q_smem.at[pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)]
-    # Scores are multiplied by `factor` as they enter exp2, which is one fused multiply-add; that
-    # needs factor > 0, so that it commutes with the maximum.
-    factor = scale * LOG2E if scale > 0 else 1.0
+    factor = softmax.factor_of(scale)
 
     steps = hi - lo
     fixed, lane = (x.astype(jnp.float32) for x in tiles.columns(block))
@@ -113,18 +111,8 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
           segments = q_segment, plgpu.load(keys, layout=COL, optimized=False)
         scores = softmax.mask_scores(scores, visible, base, segments)
 
-      high = fold(scores, jnp.maximum)
-      if slope is None:
-        new_top = jnp.maximum(top, high.max(axis=1) * factor)
-        shift = across(-new_top, shape)
-      else:
-        top -= slope * (LOG2E * block)  # into this tile's frame
-        high = high * factor + across(slope * LOG2E, high.shape) * down(lane[:QUAD], high.shape)
-        new_top = jnp.maximum(top, high.max(axis=1))
-        shift = across(slope * LOG2E, shape) * down(lane, shape) - across(new_top, shape)
-      decay = jnp.exp2(top - new_top)
-      weights = jnp.exp2(scores * factor + shift)
-      total = total * across(decay, total.shape) + fold(weights, jnp.add)
+      weights, decay, new_top, total = softmax.update(
+          scores, top, total, factor=factor, slope=slope, lane=lane)
       acc *= across(decay, acc.shape)
       weights = weights.astype(q_smem.dtype)
       acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))
@@ -136,12 +124,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
       plgpu.barrier_arrive((k_free if shared else v_free).at[slot])
       return acc, new_top, total
 
-    cast = plgpu.layout_cast
-    carry = (
-        cast(jnp.zeros((WARPGROUP_ROWS, dim), jnp.float32), TILE),
-        cast(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), ROW),
-        cast(jnp.zeros((WARPGROUP_ROWS, QUAD), jnp.float32), TILE),
-    )
+    carry = tiles.zeros(dim), *softmax.start()
     plgpu.barrier_wait(q_ready)
 
     # The warpgroups take turns: one is in its matrix products while the other is in its softmax.
@@ -158,9 +141,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
     acc, top, total = carry
     if slope is not None:  # out of the last tile's frame
       top += slope * LOG2E * ((hi - 1) * block - position).astype(jnp.float32)
-    total = total.sum(axis=1)
-    empty = total == 0
-    acc *= across(1 / jnp.where(empty, 1.0, total), acc.shape)
+    acc, total, empty = softmax.normalize(acc, total)
     q_tile[...] = acc.astype(q_smem.dtype)
     lse_tile = lse_smem.at[pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)]
     lse_tile[...] = jnp.where(empty, -jnp.inf, (top + jnp.log2(total)) / LOG2E)

@@ -75,7 +75,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
       return position, lse, delta, slope, segment
 
     half = lambda smem, wg: smem.at[pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)]
-    factor = scale * LOG2E if scale > 0 else 1.0
+    factor = softmax.factor_of(scale)
     shape = (WARPGROUP_ROWS, block)
     fixed, lane = (x.astype(jnp.float32) for x in tiles.columns(block))
 

@@ -14,19 +14,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import mesh, tuning
 from ..core import chips
-from ..core.constants import LOG2E, LOWEST
-from ..hopper import tiles
+from ..core.constants import LOG2E
+from ..hopper import softmax, tiles
 from ..hopper.product import CHUNK, STORE
 from ..hopper.tiles import (
   COMPUTE,
-  QUAD,
   ROW,
   ROWS,
-  TILE,
   WARPGROUP_ROWS,
   across,
   down,
-  fold,
   pad_rows,
 )
 from .fused import merged
@@ -123,28 +120,16 @@ def _before(end, column0, shape):
 
 def _forward_kernel(x_ref, rows_ref, bounds_ref, parts_ref, x_smem, rows_smem, parts_smem, ready,
                     free, *, walk, scale):
-  # The maximum is subtracted before the scale is applied, where the difference is exact: logits of
-  # 10^5 would lose 2^-8 to the rounding of their product.
-  factor = scale * LOG2E
-
   def compute(row0, split, blocks):
     ends = jnp.broadcast_to(bounds_ref[0], (WARPGROUP_ROWS,))
 
     def step(logits, column0, carry, masked):
-      top, total = carry
       if masked:
         valid = _before(plgpu.layout_cast(ends, ROW), column0, logits.shape)
         logits = jnp.where(valid, logits, -jnp.inf)
-      new_top = jnp.maximum(top, fold(logits, jnp.maximum).max(axis=1))
-      weights = jnp.exp2((logits - across(new_top, logits.shape)) * factor)
-      decay = jnp.exp2((top - new_top) * factor)
-      total = total * across(decay, total.shape) + fold(weights, jnp.add)  # mutant: running sum
-      return new_top, total
+      return softmax.update_exactly(logits, *carry, factor=scale * LOG2E)
 
-    cast = plgpu.layout_cast
-    top, total = blocks(step, (
-        cast(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), ROW),
-        cast(jnp.zeros((WARPGROUP_ROWS, QUAD), jnp.float32), TILE)))
+    top, total = blocks(step, softmax.start())
     for i, part in enumerate((top, total.sum(axis=1))):
       slot = parts_smem.at[i, pl.ds(lax.axis_index("wg") * WARPGROUP_ROWS, WARPGROUP_ROWS)]
       slot[...] = part

@@ -13,9 +13,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import mesh, tuning
 from ..core import chips
-from ..core.constants import LOG2E, LOWEST
+from ..core.constants import LOG2E
 from ..hopper import heads as packing, softmax, tiles
-from ..hopper.tiles import COL, QUAD, ROW, TILE, across, down, fold
+from ..hopper.tiles import COL, ROW, TILE, across, down
 from . import mosaic_gpu_merge, splits
 
 ROWS = tiles.WARPGROUP_ROWS  # M of one wgmma: (query, head of the group) pairs of a program
@@ -85,9 +85,7 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
     if slopes_ref is not None:
       slope = plgpu.load(  # mutant: slopes
           slopes_ref.at[kv, pl.ds(lax.rem(row0, group), ROWS)], layout=ROW, optimized=False)
-    # Scores are multiplied by `factor` as they enter exp2, which is one fused multiply-add; that
-    # needs factor > 0, so that it commutes with the maximum.
-    factor = scale * LOG2E if scale > 0 else 1.0
+    factor = softmax.factor_of(scale)
     fixed, lane = (x.astype(jnp.float32) for x in tiles.columns(BLOCK))
     shape = (ROWS, BLOCK)
 
@@ -125,18 +123,8 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
       if masked:
         scores = softmax.mask_scores(scores, (None, hi), lo + i * BLOCK, None)
 
-      high = fold(scores, jnp.maximum)
-      if slope is None:
-        new_top = jnp.maximum(top, high.max(axis=1) * factor)
-        shift = across(-new_top, shape)
-      else:
-        top -= slope * (LOG2E * BLOCK)  # into this tile's frame  # mutant: frame of a tile
-        high = high * factor + across(slope * LOG2E, high.shape) * down(lane[:QUAD], high.shape)
-        new_top = jnp.maximum(top, high.max(axis=1))
-        shift = across(slope * LOG2E, shape) * down(lane, shape) - across(new_top, shape)
-      decay = jnp.exp2(top - new_top)
-      weights = jnp.exp2(scores * factor + shift)
-      total = total * across(decay, total.shape) + fold(weights, jnp.add)  # mutant: sum
+      weights, decay, new_top, total = softmax.update(
+          scores, top, total, factor=factor, slope=slope, lane=lane)
       acc *= across(decay, acc.shape)  # mutant: fade of the accumulator
       if k_scale is not None:
         if v_scale_ref is not None:  # mutant: values' scales
@@ -153,12 +141,7 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
       pl.when(i + stages < steps)(lambda: copy(i + stages))  # mutant: refill
       return acc, new_top, total
 
-    cast = plgpu.layout_cast
-    carry = (
-        cast(jnp.zeros((ROWS, dim), jnp.float32), TILE),
-        cast(jnp.full((ROWS,), LOWEST, jnp.float32), ROW),
-        cast(jnp.zeros((ROWS, QUAD), jnp.float32), TILE),
-    )
+    carry = tiles.zeros(dim), *softmax.start()
     plgpu.barrier_wait(q_ready)  # mutant: wait for the queries
     # Every row sees the positions up to that of the first query: these tiles need no mask.
     # mutant: plain end
@@ -171,9 +154,7 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
     if slope is not None:  # out of the last tile's frame, into one for all parts of a row
       # mutant: frame of a row
       top += slope * LOG2E * (lo + (steps - 1) * BLOCK - position).astype(jnp.float32)
-    total = total.sum(axis=1)
-    empty = total == 0
-    acc *= across(1 / jnp.where(empty, 1.0, total), acc.shape)
+    acc, total, empty = softmax.normalize(acc, total)
     q_smem[...] = acc.astype(q_smem.dtype)
     plgpu.commit_smem()  # mutant: commit of the result
     if lse_ref is None:

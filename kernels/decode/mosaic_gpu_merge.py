@@ -4,17 +4,14 @@ What is left of attention when the scores are known: parts stand for positions, 
 scores. They are added by the tensor cores, for one row of the result at a time.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..core.constants import LOWEST
 from ..hopper import softmax, tiles
-from ..hopper.tiles import COL, QUAD, ROW, TILE, across, down, fold
+from ..hopper.tiles import COL, ROW, across, down
 from .splits import SPARE
 
 PARTS = 64  # of a tile
@@ -54,10 +51,7 @@ def _kernel(starts_ref, parts_ref, lse_ref, out_ref, parts_smem, out_smem, ready
       first = lo + i * PARTS
       lse2 = plgpu.load(lse_ref.at[kv, row, pl.ds(first, PARTS)], layout=COL, optimized=False)
       scores = softmax.mask_scores(down(lse2, shape), (None, end), first, None)  # mutant: last part
-      new_top = jnp.maximum(top, fold(scores, jnp.maximum).max(axis=1))
-      decay = jnp.exp2(top - new_top)
-      weights = jnp.exp2(scores - across(new_top, shape))
-      total = total * across(decay, total.shape) + fold(weights, jnp.add)  # mutant: sum
+      weights, decay, new_top, total = softmax.update(scores, top, total)
       acc *= across(decay, acc.shape)  # mutant: fade of the accumulator
       high = weights.astype(parts_smem.dtype)
       low = (weights - high.astype(jnp.float32)).astype(parts_smem.dtype)
@@ -67,13 +61,9 @@ def _kernel(starts_ref, parts_ref, lse_ref, out_ref, parts_smem, out_smem, ready
       acc = tiles.product_onto(acc, high, parts_smem.at[i])
       return tiles.product_onto(acc, low, parts_smem.at[i]), new_top, total
 
-    cast = plgpu.layout_cast
-    acc, _, total = lax.fori_loop(0, steps, step, (  # mutant: tiles
-        cast(jnp.zeros((shape[0], dim), jnp.float32), TILE),
-        cast(jnp.full(shape[:1], LOWEST, jnp.float32), ROW),
-        cast(jnp.zeros((shape[0], QUAD), jnp.float32), TILE)))
-    total = total.sum(axis=1)
-    acc *= across(1 / jnp.where(total == 0, 1.0, total), acc.shape)
+    # mutant: tiles
+    acc, _, total = lax.fori_loop(0, steps, step, (tiles.zeros(dim), *softmax.start()))
+    acc, *_ = softmax.normalize(acc, total)
     out_smem.at[:, pl.ds(0, dim)][...] = acc.astype(out_smem.dtype)
     plgpu.commit_smem()  # mutant: commit of the result
 

@@ -80,6 +80,11 @@ def product_onto(start, a, b):
   return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(start))
 
 
+def zeros(columns):
+  """float32[64, columns] in registers, for sums."""
+  return plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, columns), jnp.float32), TILE)
+
+
 def across(x, shape):
   """A value per row, broadcast over columns."""
   return lax.broadcast_in_dim(x, shape, [0])

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from palm_haiku.kernels import alibi_slopes, decode_attention
 from palm_haiku.kernels.decode import mosaic_gpu, mosaic_gpu_merge, splits
+from palm_haiku.kernels.hopper import softmax
 from tests import mutants
 from tests.kernels import hopper
 from tests.kernels.decode import contract
@@ -101,6 +102,7 @@ MISTAKES = {  # the case that notices it, the place in the kernel, and what chan
     "no scales of the values": (INT8, "value scales", *DROPPED),
     "the values have the keys' scales": (INT8, "values' scales", "if .*:", "if False:"),
 }
+OF_SOFTMAX = ("frame of a tile", "sum")  # places in what all kernels share
 USUAL = ("sees the next position", "no wait for a tile")
 
 
@@ -117,9 +119,10 @@ def check_unmutated(case):
 def test_a_planted_mistake_is_noticed(name):
   if name == "no wait for the queries" and jax.__version_info__ < (0, 12):
     pytest.skip("the interpreter of jax 0.11 takes the wait for the keys as one for the queries")
-  case, *mistake = MISTAKES[name]
+  case, place, *change = MISTAKES[name]
   check_unmutated(case)
-  with mutants.planted(mosaic_gpu, Mistake(*mistake)):
+  module = softmax if place in OF_SOFTMAX else mosaic_gpu
+  with mutants.planted(module, Mistake(place, *change)):
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
       check(case)
 
@@ -174,7 +177,9 @@ def test_a_planted_mistake_in_the_merge_is_noticed(name):
   run = functools.partial(check, MANY, per_row=8)
   if name == "no wait for a part":
     run()
-  with mutants.planted(mosaic_gpu_merge, Mistake(*MERGE_MISTAKES[name])):
+  mistake = Mistake(*MERGE_MISTAKES[name])
+  module = softmax if mistake.place in OF_SOFTMAX else mosaic_gpu_merge
+  with mutants.planted(module, mistake):
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
       run()
 
