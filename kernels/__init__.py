@@ -2,7 +2,7 @@
 
 from .alibi import alibi_slopes
 from .attention import flash_attention
-from .backend import IMPLEMENTATIONS, explain
+from .backend import IMPLEMENTATIONS, Implementation, explain
 from .cross_entropy import linear_cross_entropy
 from .decode import decode_attention
 from .parallel_block import parallel_attention_ffn
@@ -11,6 +11,7 @@ from .tuning import load as load_tuning
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "Implementation",
     "alibi_slopes",
     "decode_attention",
     "explain",

@@ -2,14 +2,15 @@
 
 import importlib
 import types
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
 from . import compat, mesh, triton_call, tuning
 from .core import chips
 
-IMPLEMENTATIONS = ("auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton")
+Implementation = Literal["auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton"]
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 _EVERY = ("mosaic_gpu", "mosaic_tpu", "triton")
 
@@ -40,11 +41,12 @@ class Target(NamedTuple):
 placed = jax.make_user_context(None)
 
 
-def target(*arrays: jax.Array | None) -> Target:
+def target(*operands: compat.Array | None) -> Target:
   """The device that arrays are committed to, else that of their mesh or of the mesh in context,
   else the default one."""
-  arrays = [x for x in arrays if isinstance(x, jax.Array)]
+  arrays = [x for x in operands if isinstance(x, jax.Array)]
   committed = [x for x in arrays if compat.is_known(x) and x.committed]
+  device: Any
   if committed:
     device = next(iter(committed[0].sharding.device_set))
   else:
@@ -55,7 +57,7 @@ def target(*arrays: jax.Array | None) -> Target:
     device = jax.config.jax_default_device or jax.devices()[0]
     if isinstance(device, str):
       device = jax.devices(device)[0]
-  platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+  platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, str(device.platform))
   return Target(platform, chips.name(device.device_kind, _capability(device, platform)))
 
 
@@ -73,9 +75,9 @@ ANY_TPU_MESH = jax.sharding.AbstractMesh((1,), ("_",), abstract_device=jax.shard
     device_kind="TPU v4", num_cores=1, platform="tpu"))
 
 
-def undecided(*arrays: jax.Array | None) -> bool:
+def undecided(*operands: compat.Array | None) -> bool:
   """Whether a program is traced of which nothing says where it will run."""
-  arrays = [x for x in arrays if isinstance(x, jax.Array)]
+  arrays = [x for x in operands if isinstance(x, jax.Array)]
   return (not any(compat.is_known(x) for x in arrays) and placed.value is None
           and mesh.current(*arrays).abstract_device is None)
 
@@ -126,7 +128,8 @@ def choose(op: str, implementation: str, *arrays, on: Target, needs: str | None 
   if implementation == "xla":
     return Choice("xla", "asked for by name")
   fitting = _fitting(on)
-  symbolic = [x.shape for x in jax.tree.leaves(arrays) if not all(isinstance(n, int) for n in x.shape)]
+  symbolic = [x.shape for x in jax.tree.leaves(arrays)
+              if not all(isinstance(n, int) for n in x.shape)]
   if symbolic:
     needs = needs or f"dimensions that are known when it is compiled; got {symbolic[0]}"
   elif arrays:

@@ -4,8 +4,12 @@ import functools
 import inspect
 
 import jax
+import jax.core
 import numpy as np
 from jax._src import config, core
+
+# Of arguments that need not be on a device: slopes, ids, offsets, targets.
+Array = jax.Array | np.ndarray
 
 
 def interpreting() -> bool:

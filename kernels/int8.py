@@ -28,7 +28,7 @@ class Int8(NamedTuple):
 
 
 def quantize(matrix) -> Int8:
-  """The nearest int8 matrix, by one scale for each column of float[K, N]; zero columns stay zero."""
+  """The nearest int8 matrix, by a scale for each column of float[K, N]; zero columns stay zero."""
   matrix = matrix.astype(jnp.float32)
   scales = jnp.abs(matrix).max(0) / 127
   return Int8(jnp.round(matrix / jnp.where(scales == 0, 1, scales)).astype(jnp.int8), scales)

@@ -1,16 +1,19 @@
 """Integers of any width as the int32 that kernels compute with, none of them cut."""
 
 import functools
+from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from . import mesh as meshes
-from .compat import under_jit
+from .compat import Array, under_jit
 
 
-def known(array) -> np.ndarray | None:
+def known(array: ArrayLike | None) -> np.ndarray | None:
   """The numbers of an array; None where it is traced, or partly in other processes."""
   if array is None or isinstance(array, jax.core.Tracer):
     return None
@@ -19,13 +22,13 @@ def known(array) -> np.ndarray | None:
   return np.asarray(array)
 
 
-def exceeds(number, limit) -> bool:
+def exceeds(number: Any, limit: Any) -> bool:
   """Whether number > limit, as far as it is known: not of a dimension that is exported as any."""
   return isinstance(number, int) and isinstance(limit, int) and number > limit
 
 
-def clamped(numbers, low: int, high: int) -> jax.Array | np.ndarray:
-  """int32 numbers, those outside [low, high] replaced by the nearer end, in place of their low bits.
+def clamped(numbers: ArrayLike, low: int, high: int) -> Any:
+  """int32 numbers, those outside [low, high] replaced by the nearer end, not by their low bits.
 
   Args:
     numbers: integers of any width, an array or a number.
@@ -45,7 +48,7 @@ def clamped(numbers, low: int, high: int) -> jax.Array | np.ndarray:
   return numbers.astype(np.int32) if hasattr(numbers, "astype") else np.int32(numbers)
 
 
-def same_ids(query_ids, key_ids) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]:
+def same_ids(query_ids: Array, key_ids: Array) -> tuple[Array, Array]:
   """int32 ids, equal where the given ones are and in their order.
 
   Args:
@@ -53,13 +56,14 @@ def same_ids(query_ids, key_ids) -> tuple[jax.Array | np.ndarray, jax.Array | np
   """
   ids = query_ids, key_ids
   if all(x.dtype.itemsize < 4 or x.dtype == jnp.int32 for x in ids):
-    return tuple(x.astype(jnp.int32) for x in ids)
+    return query_ids.astype(jnp.int32), key_ids.astype(jnp.int32)
   if not any(isinstance(x, jax.Array) for x in ids):
     if all(x.min() >= -2**31 and x.max() < 2**31 for x in ids):
-      return tuple(x.astype(np.int32) for x in ids)
+      return query_ids.astype(np.int32), key_ids.astype(np.int32)
     wide = object if any(x.max() >= 2**63 for x in ids) else np.int64
     values = np.unique(np.concatenate([x.astype(wide).ravel() for x in ids]))
-    return tuple(np.searchsorted(values, x.astype(wide)).astype(np.int32) for x in ids)
+    rank = lambda x: np.searchsorted(values, x.astype(wide)).astype(np.int32)
+    return rank(query_ids), rank(key_ids)
   query, key = (tuple(map(jnp.asarray, _words(x))) for x in ids)
   return (meshes.partitioned(lambda *words: _ranks(words[:3], words[3:]), *query, *key),
           meshes.partitioned(lambda *words: _ranks(words[:3], words[3:]), *key, *query))

@@ -6,6 +6,8 @@ below; over any other axis the work is repeated.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
@@ -120,7 +122,7 @@ def reshard(array: jax.Array, spec: PartitionSpec, mesh: jax.sharding.AbstractMe
   return jax.reshard(array, jax.sharding.NamedSharding(mesh, wanted))
 
 
-def partitioned(f, array: jax.Array, *arrays) -> jax.Array:
+def partitioned(f: Callable, array: jax.Array, *arrays) -> Any:
   """f(array, *arrays), laid out as `array`; within f, all layouts are XLA's partitioner's choice.
 
   For what is sharded over Explicit axes in ways that the operations of f have no rule for.
@@ -138,7 +140,7 @@ def out_shape(shape: tuple[int, ...], dtype, *arrays: jax.Array | None) -> jax.S
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)
 
 
-def varying_together(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
+def varying_together(*arrays: jax.Array | None) -> tuple[Any, ...]:
   """The arrays, typed as varying over the same manual mesh axes.
 
   Inside `shard_map`, that is where JAX puts the sum over devices of the cotangent of an array

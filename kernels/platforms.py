@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
@@ -22,7 +23,7 @@ class Kernel:
   platforms: tuple[str, ...]  # "cuda", "rocm", "tpu"
   function: Callable  # of the arrays and `options`, to a tree as plain JAX's
   options: Hashable
-  tree: jax.tree_util.PyTreeDef  # of the arrays
+  tree: Any  # of the arrays: a PyTreeDef
   mesh: jax.sharding.AbstractMesh | None = None  # whose device it is compiled for, if it says so
   maps: tuple[tuple[tuple[int | None, ...], int], ...] = ()  # axes of the leaves, size; by `vmap`
 

@@ -356,8 +356,8 @@ _SMALL = dict(area=2**18, major=2048, cores=2)  # 16 MiB of VMEM
 
 # On a v4, major 2048 gives 89.4 and 1024 gives 85.5 (backward, dim_head 128). Forward at 128, area
 # 2**20 with rows 4096 and major 4096 gives 67.6 and documents of 512 cost 1.48 times their share;
-# rows 2048 gives 64.8, area 2**18 with major 2048 gives 63.5 and 1.97 times. Backward at 256, chunk 512
-# does not fit beside major 2048, which gives 87.9 in place of 85.7.
+# rows 2048 gives 64.8, area 2**18 with major 2048 gives 63.5 and 1.97 times. Backward at 256, chunk
+# 512 does not fit beside major 2048, which gives 87.9 in place of 85.7.
 # On a tpu7x, backward at 256, area 2**22 and major 2048: documents cost 1.25 times their share;
 # 2**20 and 8192, 1.67 times, for 88.2 / 76.5 in place of 84.9 / 80.4. 2**22 and 8192 do not fit.
 # (chip, dim_head up to): forward, backward.
@@ -392,7 +392,7 @@ class CrossEntropyTpu(NamedTuple):
   together: int  # tiles in straight-line code
 
 
-# Figures: useful share of the matrix units' peak, in %, at dim 4096; static cycles of libtpu 0.0.52.
+# Figures: useful share of the matrix units' peak, in %, at dim 4096; cycles of libtpu 0.0.52.
 # What chose a value:
 #   together 2 gives 95.9 and 1 gives 92.8 (v5p, forward), 96.9 and 94.4 (v5p, gradient);
 #   together 8 / 4 / 2 gives 93.0 / 88.7 / 79.7 (v6e, forward); 16 gives 95.2 in 17,000 bundles.
@@ -436,10 +436,10 @@ class ParallelBlockTpu(NamedTuple):
 #   code 2**29 on a v5 and 2**31 on a v6e are some 8,000 bundles in straight line. Of the sums 4,000
 #   give 92.0 and 8,000 give 94.1 (v5e), 80.5 and 86.2 (v6e, half the rows).
 #   work: in-projection, 1024 rows of a v6e with 256 columns give 86.6, 2048 with 512 give 91.9;
-#   sums, 2**30 gives 94.5 / 94.4, 2**31 gives 95.6 / 95.1 (v5p, out / gradient of the norm's result).
+#   sums, 2**30 gives 94.5 / 94.4, 2**31 gives 95.6 / 95.1 (v5p, out / gradient of norm(x)).
 #   rows: FLOPs for a byte of weights; a v6e needs 560.
-#   part: 128 / 256 / 512 gives 86.7 / 86.6 / 86.9 (in-projection, v6e, 1024 rows). SwiGLU's gradient
-#   on a v6e, 512 columns: 62.3 / 86.8 / 85.1; with 1024 columns 256 gives 91.3.
+#   part: 128 / 256 / 512 gives 86.7 / 86.6 / 86.9 (in-projection, v6e, 1024 rows). SwiGLU's
+#   gradient on a v6e, 512 columns: 62.3 / 86.8 / 85.1; with 1024 columns 256 gives 91.3.
 _BLOCK_V5 = ParallelBlockTpu(  # v5e 93.2, 93.2, 96.6, 93.1; v5p 95.0, 95.6, 95.6, 95.1
     in_projection=ProductTpu(rows=1024, columns=1024, work=2**31, code=2**29, part=128),
     out_projection=ProductTpu(rows=1024, columns=1024, work=2**31, code=2**29, part=256),
@@ -467,12 +467,13 @@ PARALLEL_BLOCK_MOSAIC_TPU = {
     "v4": _BLOCK_V4, "v5e": _BLOCK_V5, "v5p": _BLOCK_V5, "v6e": _BLOCK_V6E, "tpu7x": _BLOCK_7X}
 
 
-# From which dim on `auto` takes the kernels: where their static cycles together are fewer than XLA's
-# for the same steps (`benchmarks.block_static`, `benchmarks.layer_static`). GPUs were not timed.
-# At 1024, 16 heads of 64, 16,384 tokens, ms of a layer forward, and with its gradients, XLA's second:
-# 3.64, 3.74 and 11.1, 11.3 (v5e), 1.59, 1.62 and 4.84, 5.04 (v5p), 1.09, 1.24 and 3.46, 3.90 (v6e).
-# In float32 it takes XLA's, which multiply in one pass of bfloat16 unless asked for more, the kernels
-# in six: 74 and 395 thousand cycles (v5e, SwiGLU's gradient, 1,024 tokens of dim 1024).
+# From which dim on `auto` takes the kernels: where their static cycles together are fewer than
+# XLA's for the same steps (`benchmarks.block_static`, `benchmarks.layer_static`). GPUs were not
+# timed. At 1024, 16 heads of 64, 16,384 tokens, ms of a layer forward, and with its gradients,
+# XLA's second: 3.64, 3.74 and 11.1, 11.3 (v5e), 1.59, 1.62 and 4.84, 5.04 (v5p), 1.09, 1.24 and
+# 3.46, 3.90 (v6e). In float32 it takes XLA's, which multiply in one pass of bfloat16 unless asked
+# for more, the kernels in six: 74 and 395 thousand cycles (v5e, SwiGLU's gradient, 1,024 tokens of
+# dim 1024).
 PARALLEL_BLOCK_AUTO = {"v5e": 1024, "v5p": 1024, "v6e": 1024}
 
 
@@ -541,11 +542,11 @@ PARALLEL_BLOCK_TRITON = {
 }
 
 # Up to here two programs share a multiprocessor, for one's epilogue to run under the other's
-# products. Outside of its main loop a warp of `swiglu_gradient` issues some 3,300 instructions: with
-# two warps to a scheduler 6,600 clocks, as long as 6 steps of 64 take on Hopper, while no other
-# program runs. Tiles of 128 columns read a quarter more of shared memory than it delivers in that
-# time (128 bytes a clock), so they take 1,280 clocks where those of 256 take 1,024: with nothing
-# else counted, the two are level at 26 steps for `swiglu_gradient` and, with some 1,300
+# products. Outside of its main loop a warp of `swiglu_gradient` issues some 3,300 instructions:
+# with two warps to a scheduler 6,600 clocks, as long as 6 steps of 64 take on Hopper, while no
+# other program runs. Tiles of 128 columns read a quarter more of shared memory than it delivers in
+# that time (128 bytes a clock), so they take 1,280 clocks where those of 256 take 1,024: with
+# nothing else counted, the two are level at 26 steps for `swiglu_gradient` and, with some 1,300
 # instructions, at 10 for `in_projection`.
 PARALLEL_BLOCK_SHORT = 1024
 PARALLEL_BLOCK_NORM = 4096  # numbers of x in a program of the norm: 32 a thread in 71 registers

@@ -5,6 +5,7 @@ import importlib.util
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ def forward_and_backward(function: Callable, args: tuple, kwargs: dict):
       merged = [next(values) if f else leaf for leaf, f in zip(leaves, floating, strict=True)]
       return function(*jax.tree.unflatten(tree, merged), **kwargs)
 
-    out, pull = jax.vjp(of_floating, *[l for l, f in zip(leaves, floating, strict=True) if f])
+    out, pull = jax.vjp(of_floating, *[leaf for leaf, f in zip(leaves, floating, strict=True) if f])
     return out, pull(cotangent)
 
   cotangent = jax.eval_shape(lambda *a: function(*a, **kwargs), *args)
@@ -96,12 +97,13 @@ def resolve(reference: str) -> Callable:
       path = pathlib.Path(where).resolve()
       sys.path.insert(0, str(path.parent))
       spec = importlib.util.spec_from_file_location(path.stem, path)
+      assert spec and spec.loader  # a name that ends in .py has both
       module = importlib.util.module_from_spec(spec)
       sys.modules[path.stem] = module
       spec.loader.exec_module(module)
     else:
       module = importlib.import_module(where)
-    found = module
+    found: Any = module
     for part in name.split("."):
       found = getattr(found, part)
     return found

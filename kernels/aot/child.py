@@ -64,7 +64,7 @@ def _report(job, folder) -> Report:
   compiled = lowered.compile({"xla_dump_to": str(folder / "xla")} if cuda else None)
 
   memory = compiled.memory_analysis()
-  text = compiled.as_text()
+  text = compiled.as_text() or ""
   loops = " while(" in text
   if cuda:
     kernels = _gpu_kernels(compiled, folder, targets.chip(job.target))

@@ -156,8 +156,8 @@ _EXIT = re.compile(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT
 def calls(text: str) -> tuple[dict[str, int], bool]:
   """How often each instruction runs, by name, and whether all loops around them are known.
 
-  A loop is known if it counts from one constant to another in steps of a third, as JAX's do; another
-  one counts once.
+  A loop is known if it counts from one constant to another in steps of a third, as JAX's do; any
+  other counts once.
   """
   computations, inside, entry = {}, None, None
   for line in text.splitlines():

@@ -17,6 +17,8 @@ from .errors import AotError
 from .llo import Steps
 from .report import Report
 
+ONCE = Steps()
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -38,7 +40,7 @@ class Job:
 
 def report(function: Callable | str, *args, target: str, backward: bool = False,
            square: tuple[int, int] | None = None, flops: float | None = None,
-           steps: Steps | Mapping[str, Steps] = Steps(), timeout: float = 600, **kwargs) -> Report:
+           steps: Steps | Mapping[str, Steps] = ONCE, timeout: float = 600, **kwargs) -> Report:
   """Compiles a function for a chip that is not here and says what its kernels are made of.
 
   Args:
@@ -68,8 +70,8 @@ def report(function: Callable | str, *args, target: str, backward: bool = False,
                  steps=steps, **kwargs), timeout)
 
 
-def job(function, *args, target, backward=False, square=None, flops=None, steps=Steps(),
-        **kwargs) -> Job:
+def job(function, *args, target, backward=False, square=None, flops=None,
+        steps: Steps | Mapping[str, Steps] = ONCE, **kwargs) -> Job:
   """What `report` would run, as a value; arguments as there."""
   targets.chip(target)
   steps = {"": steps} if isinstance(steps, Steps) else dict(steps)
@@ -140,7 +142,8 @@ def _environment(job, folder):
     return wanted
   for name in ("mosaic", "triton"):
     (folder / name).mkdir()
-  ptxas.tool("nvdisasm"), ptxas.tool("cuobjdump")  # needed later: said now if they are missing
+  for name in ("nvdisasm", "cuobjdump"):
+    ptxas.tool(name)  # needed later: said now if they are missing
   return wanted | {
       # XLA and Mosaic take the ptxas that PATH names first: the one that the report names.
       "PATH": os.pathsep.join([os.path.dirname(ptxas.tool("ptxas")), os.environ.get("PATH", "")]),

@@ -141,7 +141,7 @@ class Report:
 
     None where a kernel has a loop of unknown trips: say them with `Steps`.
     """
-    kernels = self.kernels_named(part)
+    kernels = [k for k in self.kernels_named(part) if isinstance(k, TpuKernel)]
     if not isinstance(self.chip, Tpu) or any(k.schedule.unknown for k in kernels):
       return None
     return sum(k.cycles * k.calls for k in kernels) / self.chip.clock
@@ -160,8 +160,8 @@ class Report:
     if isinstance(self.chip, Tpu):
       seconds = self.seconds()
       text = f"static estimate: {seconds * 1e6:.1f} us" if seconds else "no estimate"
-      if seconds and self.flops:
-        text += f", {100 * self.utilization():.1f}% of the chip's peak does useful work"
+      if utilization := self.utilization():
+        text += f", {100 * utilization:.1f}% of the chip's peak does useful work"
       if not seconds:
         text += ": say how often the loops marked above run (Steps)"
       elif self.loops:

@@ -77,8 +77,8 @@ class Function:
   def main_loop(self) -> Loop | None:
     """The innermost loop with the most tensor-core instructions, or the longest one."""
     inner = [loop for loop in self.loops if loop.innermost]
-    return max(inner, key=lambda l: (l.tensor, -l.instructions if l.tensor else l.instructions),
-               default=None)
+    size = lambda loop: -loop.instructions if loop.tensor else loop.instructions
+    return max(inner, key=lambda loop: (loop.tensor, size(loop)), default=None)
 
   @property
   def tensor_loops(self) -> tuple[Loop, ...]:
@@ -189,7 +189,7 @@ def _blocks(code, labels):
   starts = sorted(leaders)
   block_of = {start: block for block, start in enumerate(starts)}
   successors = []
-  for block, start in enumerate(starts):
+  for block in range(len(starts)):
     last = code[(starts[block + 1] if block + 1 < len(starts) else len(code)) - 1]
     base = last.opcode.partition(".")[0]
     nexts = []

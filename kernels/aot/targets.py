@@ -74,7 +74,8 @@ def devices(target: str) -> list:
           platform="cuda", topology_name=target, target_config=target_config(what),
           topology="1x1x1").devices)
     except Exception as error:  # NotImplementedError: the plugin was not loaded.
-      raise AotError(f"XLA's CUDA compiler does not start for {target!r}: {error!r}"[:300]) from None
+      message = f"XLA's CUDA compiler does not start for {target!r}: {error!r}"
+      raise AotError(message[:300]) from None
 
   if not importlib.util.find_spec("libtpu"):
     raise missing_wheel("the TPU compiler", "libtpu")

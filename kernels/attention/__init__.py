@@ -2,13 +2,15 @@
 
 import math
 import operator
-from typing import Literal
+from collections.abc import Sequence
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from .. import backend, compat, guards, integers, platforms
+from ..compat import Array
 from . import fused, xla
 
 
@@ -18,12 +20,12 @@ def flash_attention(
     value: jax.Array,
     *,
     is_causal: bool = True,
-    alibi_slopes: jax.Array | None = None,
-    scale: float | None = None,
-    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    alibi_slopes: Array | Sequence[float] | None = None,
+    scale: float | jax.Array | None = None,
+    segment_ids: Array | tuple[Array, Array] | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    query_offset: int | jax.Array = 0,
-    implementation: Literal["auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton"] = "auto",
+    query_offset: int | Array = 0,
+    implementation: backend.Implementation = "auto",
 ) -> jax.Array:
   """softmax(scale * q k^T + slope * (kv_pos - q_pos)) v, with no [T, S] array in memory.
 
@@ -73,11 +75,11 @@ def flash_attention(
   shared = value is key
   query = query.reshape(batch, num_queries, heads, dim_head)
   key = key.reshape(batch, num_keys, kv_heads, dim_head)
-  value = None if shared else value.reshape(batch, num_keys, kv_heads, dim_head)
+  values = None if shared else value.reshape(batch, num_keys, kv_heads, dim_head)
   scale = default_scale(dim_head) if scale is None else scale
-  on = backend.target(query, key, value)
+  on = backend.target(query, key, values)
   name = backend.choose(
-      "flash_attention", implementation, query, key, value, on=on,
+      "flash_attention", implementation, query, key, values, on=on,
       needs="a scale that is known when it is compiled; multiply query by it, or "
       "pass implementation='xla'"
       if isinstance(scale, jax.core.Tracer) else None).implementation
@@ -93,9 +95,9 @@ def flash_attention(
                  scale=scale)
   static = {name: dynamic.pop(name) for name in ("query_offset", "scale")
             if isinstance(dynamic[name], int | float)}
-  out = _attention(query, key, value, dynamic, static=tuple(static.items()), is_causal=is_causal,
+  out = _attention(query, key, values, dynamic, static=tuple(static.items()), is_causal=is_causal,
                    window=window, name=name, auto=implementation == "auto",
-                   undecided=implementation == "auto" and backend.undecided(query, key, value),
+                   undecided=implementation == "auto" and backend.undecided(query, key, values),
                    chip=backend.chip_for(name, on))
   return out.reshape(*lead, num_queries, heads, dim_head)
 

@@ -151,7 +151,7 @@ def _forward(options, *arrays):
 def _backward(options, residuals, dout):
   if not isinstance(residuals, tuple):  # the derivative of plain JAX
     if type(dout) is jax.custom_derivatives.SymbolicZero:
-      dout = jnp.zeros(dout.shape, dout.dtype)
+      dout = jnp.zeros(dout.shape, dout.dtype)  # pyright: ignore[reportArgumentType]
     *gradients, dslopes = residuals(dout)
     return (*gradients, None, dslopes, None)
   query, key, value, segment_ids, slopes, offset, out, lse = residuals

@@ -180,7 +180,7 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
       thread_name="wg",
       kernel_name="flash_attention_forward",
       compiler_params=tiles.COMPILER_PARAMS,
-      scratch_types=dict(
+      scratch_types=dict(  # pyright: ignore[reportArgumentType]
           q_smem=smem((ROWS, dim)),
           k_smem=smem((stages, block, dim)),
           v_smem=None if value is None else smem((stages, block, dim)),

@@ -7,6 +7,7 @@ run to run.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, 
           across(-delta, shape), half(dout_smem, here), v_smem.at[v_slot].T)
       if not shared:
         plgpu.barrier_arrive(v_free.at[v_slot])
-      dscores = (weights * centered).astype(q_smem.dtype)
+      dscores = (weights * centered).astype(q_smem.dtype)  # pyright: ignore[reportOperatorIssue]
       plgpu.wgmma(dq_acc, dscores, k_smem.at[k_slot])
       plgpu.wgmma_wait(0)
       plgpu.barrier_arrive(k_free.at[k_slot])
@@ -191,7 +192,8 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
     """exp2 of scaled, biased, masked scores less lse."""
     scores = tiles.product(shape, k_tile, q_smem.at[slot].T)
     column = lambda which: plgpu.load(table_smem.at[slot, which], layout=COL, optimized=False)
-    shift, row = -column(LSE), None
+    shift: Any = -column(LSE)
+    row: Any = None
     if alibi or masked:
       row = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROW)
       row = across(row.astype(jnp.float32), shape)
@@ -204,7 +206,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
     scores += down(shift, shape)
     if masked:
       distance = row + down(ahead, shape)
-      seen = distance <= right if right < FAR else None
+      seen: Any = distance <= right if right < FAR else None
       if left < FAR:
         seen = distance >= -left if seen is None else seen & (distance >= -left)
       if q_seg_ref is not None:
@@ -246,7 +248,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
       plgpu.copy_smem_to_gmem(own, target)
       plgpu.wait_smem_to_gmem(0)
 
-  def whole(i, slot, masked, dk_acc, dv_acc=None):
+  def whole(i, slot, masked, dk_acc, dv_acc: Any = None):
     plgpu.barrier_wait(q_ready.at[slot])
     weights = weights_of(i, slot, masked)
     plgpu.barrier_wait(dout_ready.at[slot])
@@ -363,7 +365,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
       grid=(bounds.shape[1] * batch * kv_heads,),
       grid_names=("block",),
       kernel_name="flash_attention_dq",
-      scratch_types=dict(
+      scratch_types=dict(  # pyright: ignore[reportArgumentType]
           q_smem=smem((ROWS, dim)),
           dout_smem=smem((ROWS, dim)),
           k_smem=smem((k_stages, block, dim)),
@@ -396,7 +398,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
       grid=(blocks, splits, batch * kv_heads),
       grid_names=("tile", "split", "head"),
       kernel_name="flash_attention_dkv",
-      scratch_types=dict(
+      scratch_types=dict(  # pyright: ignore[reportArgumentType]
           k_smem=smem((keys, dim)),
           v_smem=None if shared else smem((keys, dim)),
           q_smem=smem((stages, block, dim)),
@@ -421,7 +423,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   grads = [x.sum(0) if splits > 1 else x[0] for x in grads]
   dquery = packing.unpack(dquery, query.shape, kv_heads)
   if shared:
-    return dquery, sum(grads[1:], grads[0]).astype(key.dtype), None
+    return dquery, functools.reduce(jnp.add, grads).astype(key.dtype), None
   return dquery, grads[0].astype(key.dtype), grads[1].astype(key.dtype)
 
 

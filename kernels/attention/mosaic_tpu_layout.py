@@ -6,7 +6,7 @@ position r // group and belongs to head r % group. For multi-query attention tha
 of the causal mask wastes little.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def pad(x: jax.Array, axis: int, size: int, mode: str = "constant") -> jax.Array
   return jnp.pad(x, widths, mode=mode)
 
 
-def widen(x: jax.Array | None) -> jax.Array | None:
+def widen(x: jax.Array | None) -> Any:  # None of None
   """[..., D] with zeros up to the next width that fills whole tiles."""
   if x is None or x.shape[-1] == 64:
     return x

@@ -159,6 +159,7 @@ class Ranges:
     # ids do not differ, and it is all that the rows see (as in the first block, or in short
     # documents).
     size = plan.block_rows // plan.group
+    rows_min = rows_max = keys_min = keys_max = np.zeros((batch, 0))  # without ids
     if edges and segment_ids is not None:
       ids = (pad(jnp.repeat(segment_ids[0], plan.group, axis=1), 1, plan.num_rows, "edge"),
              pad(segment_ids[1], 1, round_up(plan.padded_keys, size), "edge"))

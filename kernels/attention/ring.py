@@ -106,12 +106,12 @@ class Ring:
     tour = _tour(self.size, query, key, options)
 
     def part(pair, columns):
-      q, o, l, do, q_ids = self._take(rows, pair.rows)
+      q, o, rows_lse, do, q_ids = self._take(rows, pair.rows)
       k, v, k_ids = self._take(columns, pair.columns)
 
       def compute():
         gradients = self.backend.backward(
-            q, k, v, o, l.swapaxes(1, 2), do, **self._keywords(pair, q_ids, k_ids, options))
+            q, k, v, o, rows_lse.swapaxes(1, 2), do, **self._keywords(pair, q_ids, k_ids, options))
         return jax.tree.map(lambda x: x.astype(jnp.float32), tuple(gradients))
 
       return _where(pair.seen, compute, lambda: _zeros(q, k, v))

@@ -2,26 +2,27 @@
 
 import functools
 import math
-from typing import Literal
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from .. import backend, compat, guards, integers, mesh as meshes, platforms
+from ..compat import Array
 from . import fused, xla
 
 
 def linear_cross_entropy(
     x: jax.Array,
     embedding: jax.Array,
-    targets: jax.Array,
+    targets: Array,
     *,
-    z_loss: float = 0.0,
-    scale: float = 1.0,
+    z_loss: float | jax.Array = 0.0,
+    scale: float | jax.Array = 1.0,
     weights: jax.Array | None = None,
-    implementation: Literal["auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton"] = "auto",
+    implementation: backend.Implementation = "auto",
 ) -> tuple[jax.Array, jax.Array]:
   """-log softmax(scale * x @ embedding.T)[target] + z_loss * log^2 Z, per token.
 
@@ -50,7 +51,7 @@ def linear_cross_entropy(
   References:
     PaLM (arXiv:2204.02311, section 5) for the z-loss; Cut Cross-Entropy (arXiv:2411.09009).
   """
-  targets = targets if hasattr(targets, "dtype") else np.asarray(targets)
+  targets = targets if isinstance(targets, Array) else np.asarray(targets)
   _check(x, embedding, targets, weights)
   on = backend.target(x, embedding)
   name = backend.choose(

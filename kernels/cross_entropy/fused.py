@@ -100,7 +100,7 @@ class Options:
   chip: str | None
   scale: float
   num_valid: int | None  # None where it is an array
-  platforms: tuple[str, ...] = ()  # that have the kernels; empty where the program is for them alone
+  platforms: tuple[str, ...] = ()  # that have the kernels; empty if the program is for them alone
 
   def keywords(self, num_valid):
     """The keyword arguments of a backend's functions."""

@@ -7,6 +7,7 @@ logits of one block at a time exist.
 import functools
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 # Logits that exist at one time, 32 MiB in float32. Loss and gradients of 2048 tokens, dim 512,

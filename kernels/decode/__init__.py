@@ -2,14 +2,16 @@
 
 import functools
 import math
-from typing import Literal
+from collections.abc import Sequence
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from .. import backend, compat, guards, integers, mesh as meshes, platforms
 from ..attention import default_scale, window_of
+from ..compat import Array
 from . import fused, xla
 
 
@@ -17,14 +19,14 @@ def decode_attention(
     query: jax.Array,
     key_cache: jax.Array,
     value_cache: jax.Array,
-    lengths: jax.Array,
+    lengths: Array | int,
     *,
-    alibi_slopes: jax.Array | None = None,
-    scale: float | None = None,
+    alibi_slopes: Array | Sequence[float] | None = None,
+    scale: float | jax.Array | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     key_scales: jax.Array | None = None,
     value_scales: jax.Array | None = None,
-    implementation: Literal["auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton"] = "auto",
+    implementation: backend.Implementation = "auto",
 ) -> jax.Array:
   """softmax(scale * q k^T + slope * (kv_pos - q_pos)) v over what is filled of a cache.
 
@@ -153,7 +155,8 @@ def _check(query, key, value, lengths, slopes, key_scales, value_scales):
   if heads % kv_heads:
     raise ValueError(f"{kv_heads} key/value heads do not divide {heads} query heads")
   if integers.exceeds(query.shape[-3], key.shape[-3]):
-    raise ValueError(f"{query.shape[-3]} queries do not fit in a cache of {key.shape[-3]} positions")
+    raise ValueError(
+        f"{query.shape[-3]} queries do not fit in a cache of {key.shape[-3]} positions")
   if slopes is not None and np.shape(slopes) != (heads,):
     raise ValueError(f"alibi_slopes must be [{heads}], one per query head; got {np.shape(slopes)}")
   scales = {"key_scales": key_scales}

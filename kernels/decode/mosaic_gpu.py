@@ -208,7 +208,7 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
       grid_names=("block",),
       kernel_name="decode_attention",
       compiler_params=tiles.COMPILER_PARAMS,
-      scratch_types=dict(
+      scratch_types=dict(  # pyright: ignore[reportArgumentType]
           q_smem=plgpu.SMEM((ROWS, dim), query.dtype, transforms=_transforms(query.dtype, dim)),
           k_smem=tile(key, stages), v_smem=tile(value, stages),
           k_scale_smem=column(key_scales), v_scale_smem=column(value_scales),

@@ -207,8 +207,8 @@ def launch(kernel, name, operands, widths, slot, *, copies, across, num_tokens, 
   together = config.together and down > 1
   size = 2 if together else 1
   smem = functools.partial(plgpu.SMEM, dtype=dtype, transforms=tiles.TRANSFORMS)
-  barriers = dict(num_barriers=config.stages)
-  free = plgpu.Barrier(num_arrivals=COMPUTE, **barriers)
+  barriers: dict[str, Any] = dict(num_barriers=config.stages)
+  free: Any = plgpu.Barrier(num_arrivals=COMPUTE, **barriers)
   if together:
     free = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=COMPUTE, **barriers)
 
@@ -224,7 +224,8 @@ def launch(kernel, name, operands, widths, slot, *, copies, across, num_tokens, 
       grid=(min(pl.cdiv(down, size) * across(config.columns),
                 chips.hopper(chip).multiprocessors // size),),
       grid_names=("block",),
-      **(dict(cluster=(2,), cluster_names=("pair",)) if together else {}),
+      cluster=(2,) if together else (),
+      cluster_names=("pair",) if together else (),
       num_threads=COMPUTE + 1,
       thread_name="wg",
       kernel_name=name,

@@ -1,12 +1,14 @@
 """One transformer layer: attention and feed-forward side by side, from one norm."""
 
-from typing import Literal, Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .. import attention, backend, compat, guards, integers
+from ..compat import Array
 from . import fused, xla
 
 
@@ -19,13 +21,13 @@ def parallel_attention_ffn(
     rotary: bool = True,
     rope_theta: float = 10_000.0,
     xpos_scale_base: int | None = None,
-    alibi_slopes: jax.Array | None = None,
+    alibi_slopes: Array | Sequence[float] | None = None,
     is_causal: bool = True,
-    segment_ids: jax.Array | None = None,
+    segment_ids: Array | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    query_offset: int | jax.Array = 0,
+    query_offset: int | Array = 0,
     kv_cache: tuple[jax.Array, ...] | None = None,
-    implementation: Literal["auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton"] = "auto",
+    implementation: backend.Implementation = "auto",
 ):
   """x + attention(norm(x)) + feed_forward(norm(x)), the parallel block of PaLM.
 
@@ -85,20 +87,20 @@ def parallel_attention_ffn(
                   segment_ids=segment_ids, local_window_size=local_window_size,
                   query_offset=0 if np.ndim(query_offset) else query_offset)
   name = backend.choose(fused.OP, implementation, x, params, on=on).implementation
-  if segment_ids is not None:
-    segment_ids = integers.same_ids(*attention.pair(segment_ids))
+  ids = None if segment_ids is None else integers.same_ids(*attention.pair(segment_ids))
   if alibi_slopes is not None and not isinstance(alibi_slopes, jax.Array):
     alibi_slopes = np.asarray(alibi_slopes)
-  query_offset = _offset(query_offset)
-  if isinstance(query_offset, int) and integers.exceeds(attention.xla.BLOCK_Q + 1, length) and not compat.under_jit():
-    query_offset = np.int32(query_offset)  # so that a loop that decodes compiles one program
-  dynamic = dict(alibi_slopes=alibi_slopes, segment_ids=segment_ids)
-  static = dict(
+  offset = _offset(query_offset)
+  if (isinstance(offset, int) and integers.exceeds(attention.xla.BLOCK_Q + 1, length)
+      and not compat.under_jit()):
+    offset = np.int32(offset)  # so that a loop that decodes compiles one program
+  dynamic: dict[str, Any] = dict(alibi_slopes=alibi_slopes, segment_ids=ids)
+  static: dict[str, Any] = dict(
       norm=norm, norm_eps=float(norm_eps), rotary=rotary, rope_theta=float(rope_theta),
       xpos_scale_base=xpos_scale_base, is_causal=is_causal,
       local_window_size=attention.window_of(local_window_size),
       implementation=implementation)
-  (static if isinstance(query_offset, int) else dynamic)["query_offset"] = query_offset
+  (static if isinstance(offset, int) else dynamic)["query_offset"] = offset
   if name == "xla" and implementation == "auto" and backend.undecided(x, *params.values()):
     on = None  # nor is it decided of the attention in it
   return _block(x, dict(params), kv_cache, dynamic, static=tuple(static.items()), name=name, on=on)

@@ -82,7 +82,7 @@ def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip, blocks=Non
   Returns:
     [M, D].
   """
-  (num_tokens, hidden), dim = dgate.shape, params["query"].shape[0]
+  num_tokens, dim = len(dgate), params["query"].shape[0]
   flat = lambda x, rows: x.reshape(rows, -1)
   keys = [Pair(dkey, params["key"])]
   if dvalue is not None:
