@@ -78,8 +78,9 @@ ANY_TPU_MESH = jax.sharding.AbstractMesh((1,), ("_",), abstract_device=jax.shard
 def undecided(*operands: compat.Array | None) -> bool:
   """Whether a program is traced of which nothing says where it will run."""
   arrays = [x for x in operands if isinstance(x, jax.Array)]
-  return (not any(compat.is_known(x) for x in arrays) and placed.value is None
-          and mesh.current(*arrays).abstract_device is None)
+  return (any(isinstance(x, jax.core.Tracer) for x in arrays)
+          and not any(compat.is_known(x) and x.committed for x in arrays)
+          and placed.value is None and mesh.current(*arrays).abstract_device is None)
 
 
 def kernel_module(op: str, implementation: str) -> types.ModuleType:

@@ -101,23 +101,24 @@ def parallel_attention_ffn(
       local_window_size=attention.window_of(local_window_size),
       implementation=implementation)
   (static if isinstance(offset, int) else dynamic)["query_offset"] = offset
-  if name == "xla" and implementation == "auto" and backend.undecided(x, *params.values()):
-    on = None  # nor is it decided of the attention in it
-  return _block(x, dict(params), kv_cache, dynamic, static=tuple(static.items()), name=name, on=on)
+  undecided = implementation == "auto" and backend.undecided(x, *params.values())
+  return _block(x, dict(params), kv_cache, dynamic, static=tuple(static.items()), name=name,
+                chip=backend.chip_for(name, on), undecided=undecided,
+                on=None if undecided else on)  # nor is it decided of the attention in it
 
 
 @compat.compiled_once
-def _block(x, params, kv_cache, dynamic, *, static, name, on):
+def _block(x, params, kv_cache, dynamic, *, static, name, chip, undecided, on):
   options = dynamic | dict(static, kv_cache=kv_cache)
   x, params = jax.tree.map(jnp.asarray, (x, params))
   with backend.placed(on):
     if name == "xla":
       return xla.parallel_attention_ffn(x, params, **options)
-    x = guards.reverse_only(guards.only_on(x, fused.OP, name), fused.OP)
+    x = guards.reverse_only(x if undecided else guards.only_on(x, fused.OP, name), fused.OP)
     params = {weight: guards.reverse_only(array, fused.OP) for weight, array in params.items()}
     return fused.parallel_attention_ffn(
-        x, params, backend=backend.kernel_module(fused.OP, name),
-        chip=backend.chip_for(name, on), **options)
+        x, params, backend=backend.kernel_module(fused.OP, name), chip=chip,
+        platforms=guards.platforms(name) if undecided else (), **options)
 
 
 def _offset(offset):

@@ -37,6 +37,7 @@ from .. import mesh as meshes
 from ..batching import folding_vmap
 from ..compat import promoting
 from ..guards import not_differentiable
+from ..platforms import here_or
 from . import xla
 
 OP = "parallel_attention_ffn"
@@ -53,6 +54,12 @@ class Options:
   chip: str | None
   norm: str
   eps: float
+  platforms: tuple[str, ...] = ()  # that have the kernels; empty where the program is for them alone
+
+  def run(self, plain, kernel, *arrays):
+    """The backend's kernel of (tokens, others), plain JAX where a platform has none."""
+    kernel = folding_vmap(kernel)
+    return (here_or(promoting(plain), kernel, self.platforms) if self.platforms else kernel)(*arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +133,8 @@ def on_one_device(x, params):
           {name: share(name, weight) for name, weight in params.items()})
 
 
-def parallel_attention_ffn(x, params, *, backend, chip, norm, norm_eps, rotary, rope_theta,
-                           xpos_scale_base, query_offset, **attention_options):
+def parallel_attention_ffn(x, params, *, backend, chip, platforms, norm, norm_eps, rotary,
+                           rope_theta, xpos_scale_base, query_offset, **attention_options):
   """See the op of the same name; it has a gradient and no other derivative.
 
   What the first step makes is named "block_query", "block_key", "block_value", "block_act",
@@ -138,7 +145,7 @@ def parallel_attention_ffn(x, params, *, backend, chip, norm, norm_eps, rotary, 
   without_batch = lambda a: a.reshape(*lead, *a.shape[1:])
   stream = with_batch(x)
   by = division(stream, params, mesh)
-  options = Options(backend, chip, norm, norm_eps)
+  options = Options(backend, chip, norm, norm_eps, platforms)
   positions = jnp.asarray(query_offset)[..., None] + jnp.arange(x.shape[-2])
   # In the kernel, unless something comes between or keys are needed as they were before.
   rotated = (rotary and "value" in params and "key_scale" not in params
@@ -233,10 +240,23 @@ def project_in(options, x, weights, rotation):
 
 
 def _in_projection(options, x, weights, rotation, keep):
-  kernel = folding_vmap(lambda tokens, weights: options.backend.in_projection(
-      tokens[0], weights, tokens[1], norm=options.norm, eps=options.eps, keep=keep,
-      chip=options.chip))
-  made = zip(("query", "key", "value", "act", "gate", "up"), kernel((x, rotation), weights))
+  def kernel(tokens, weights):
+    return options.backend.in_projection(
+        tokens[0], weights, tokens[1], norm=options.norm, eps=options.eps, keep=keep,
+        chip=options.chip)
+
+  def plain(tokens, weights):
+    x, rotation = tokens
+    h = xla.normalize(x, weights["norm"], kind=options.norm, eps=options.eps)
+    made = {name: xla.project(h, w) for name, w in weights.items() if name != "norm"}
+    query, key, gate, up = (made[name] for name in ("query", "key", "gate", "up"))
+    if rotation is not None:
+      query, key = xla.rotate_by(query, rotation), xla.rotate_by(key[:, None], rotation)[:, 0]
+    return (query, key, made.get("value"), xla.activate(gate, up),
+            *((gate, up) if keep else (None, None)))
+
+  made = zip(("query", "key", "value", "act", "gate", "up"),
+             options.run(plain, kernel, (x, rotation), weights))
   return {name: out for name, out in made if out is not None}
 
 
@@ -254,9 +274,13 @@ def _project_in_backward(options, residuals, cotangents):
     d |= dict(query=xla.rotate_by(d["query"], back),
               key=xla.rotate_by(d["key"][:, None], back)[:, 0])
   d = {name: d.get(name) for name in ("query", "key", "value", "gate", "up")}
-  kernel = folding_vmap(lambda tokens, weights: options.backend.input_gradient(
-      *tokens, weights, chip=options.chip))
-  dh = kernel(tuple(d.values()), weights)
+
+  def plain(tokens, weights):
+    matrix = lambda a: a.reshape(len(a), -1)
+    return sum(matrix(dy) @ matrix(weights[name]).T for name, dy in zip(d, tokens) if dy is not None)
+
+  dh = options.run(plain, lambda tokens, weights: options.backend.input_gradient(
+      *tokens, weights, chip=options.chip), tuple(d.values()), weights)
   h, back = jax.vjp(
       functools.partial(xla.normalize, kind=options.norm, eps=options.eps), x, weights["norm"])
   dx, dnorm = back(dh)
@@ -267,9 +291,14 @@ def _project_in_backward(options, residuals, cotangents):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def project_out(options, x, attended, hidden, weights):
   """The last step: x + attended @ attn_out + act @ ff_out; hidden is {"act", "gate", "up"}."""
-  kernel = folding_vmap(lambda tokens, weights: options.backend.out_projection(
-      *tokens, *weights, chip=options.chip))
-  return kernel((x, attended, hidden["act"]), tuple(weights[name] for name in _OUT))
+  def plain(tokens, weights):
+    x, attended, act = tokens
+    y = xla.project(attended, weights[0], axes=2) + xla.project(act, weights[1])
+    return y if x is None else x + y
+
+  return options.run(plain, lambda tokens, weights: options.backend.out_projection(
+      *tokens, *weights, chip=options.chip),
+      (x, attended, hidden["act"]), tuple(weights[name] for name in _OUT))
 
 
 def _project_out_forward(options, x, attended, hidden, weights):
@@ -281,9 +310,14 @@ def _project_out_forward(options, x, attended, hidden, weights):
 def _project_out_backward(options, residuals, dy):
   without_x, attended, gate, up, weights = residuals
   dy = _not_differentiable(dy)
-  kernel = folding_vmap(lambda tokens, ff_out: options.backend.swiglu_gradient(
-      *tokens, ff_out, chip=options.chip))
-  dgate, dup, act = kernel((dy, gate, up), weights["ff_out"])
+
+  def plain(tokens, ff_out):
+    dy, gate, up = tokens
+    act, back = jax.vjp(xla.activate, gate, up)
+    return *back(dy @ ff_out.T), act
+
+  dgate, dup, act = options.run(plain, lambda tokens, ff_out: options.backend.swiglu_gradient(
+      *tokens, ff_out, chip=options.chip), (dy, gate, up), weights["ff_out"])
   attn_out = weights["attn_out"]
   dattended = jnp.einsum("md,hed->mhe", dy, attn_out)
   dweights = dict(

@@ -10,7 +10,7 @@ import pytest
 from jax import export
 
 from palm_haiku import kernels
-from palm_haiku.kernels import platforms
+from palm_haiku.kernels import platforms, tuning
 
 SLOPES = jnp.array([0.5, 0.1])
 
@@ -93,3 +93,24 @@ def test_derivatives_and_maps_are_those_of_plain_jax():
   for got, wanted in zip(jax.tree.leaves(jax.jit(results, static_argnums=0)(f)),
                          jax.tree.leaves(results(want))):
     np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+@pytest.mark.full
+def test_the_block_for_the_cpu_of_a_machine_with_a_tpu(monkeypatch):
+  devices, tpu = jax.devices, types.SimpleNamespace(platform="tpu", device_kind="TPU v5p")
+  monkeypatch.setattr(jax, "devices", lambda *a: devices(*a) if a else [tpu])
+  monkeypatch.setattr(tuning, "unknown", lambda *a: None)
+  x, gain, query, weight = array(1, 16, 128), array(128), array(128, 1, 128), array(128, 128) / 16
+  params = dict(norm=gain, query=query / 16, key=weight, value=weight, gate=weight, up=weight,
+                attn_out=query.reshape(1, 128, 128), ff_out=weight)
+  assert kernels.explain("parallel_attention_ffn", x, params).implementation == "mosaic_tpu"
+
+  def f(x, norm, implementation):
+    weights = params | dict(norm=norm)  # the others are constants, which decide nothing
+    y = kernels.parallel_attention_ffn(x, weights, implementation=implementation)
+    return jnp.square(y.astype(jnp.float32)).sum()
+
+  gradients = jax.jit(jax.value_and_grad(f, (0, 1)), static_argnums=2)
+  for got, want in zip(*(jax.tree.leaves(gradients(x, gain, name)) for name in ("auto", "xla"))):
+    np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=0.02,
+                               atol=0.02 * np.abs(np.float32(want)).max())
