@@ -158,11 +158,10 @@ def load_tokenizer(name: str):
   if name == "bytes":
     return ByteTokenizer()
   path = pathlib.Path(os.path.expanduser(name))
-  if path.is_file():
+  is_json = path.is_dir() or path.suffix == ".json"
+  if path.is_file() and not is_json:
     with open(path, "rb") as file:
       is_json = file.read(1) == b"{"
-  else:
-    is_json = path.is_dir() or path.suffix == ".json"
   if not is_json:
     return SentencePieceTokenizer(name)
   from palm_haiku.hub import tokenizer

@@ -163,7 +163,9 @@ class RunDirectory:
     """Metadata of the newest checkpoint; raises as `load`."""
     step = self.checkpoints.latest()
     if step is None:
-      raise ValueError(f"{self.path} holds no checkpoint")
+      raise ValueError(f"{self.path} holds no checkpoint"
+                       + (", nor the config.json of a model of the hub" if self.path.is_dir()
+                          else ", for there is no such directory"))
     return self.checkpoints.metadata(step) | {"step": step}
 
   def _is_run(self) -> bool:

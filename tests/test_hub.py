@@ -185,6 +185,14 @@ def break_(path, fields=None, tensors=None, drop=None):
      "rope scaling of type 'yarn'"),
     ("grouped", dict(fields=dict(rope_scaling=dict(type="linear"), rope_parameters=None)),
      "rope scaling of type 'linear'"),
+    ("grouped", dict(fields=dict(rope_scaling=dict(type="linear"), rope_parameters=dict(
+        rope_theta=1e4))), "rope scaling of type 'linear'"),
+    ("grouped", dict(fields=dict(rope_parameters=dict(full_attention=dict(rope_type="default")))),
+     "by the kind of layer"),
+    ("grouped", dict(fields=dict(logit_scale=None)), "logit_scale must be a number; got None"),
+    ("grouped", dict(fields=dict(rope_parameters=7)), "cohere model is damaged"),
+    ("grouped", dict(fields=dict(head_dim=None, num_attention_heads=0)), "cohere model is damaged"),
+    ("grouped", dict(fields=dict(model_type=["cohere"])), "is not supported"),
     ("windows", dict(fields=dict(layer_types=["full_attention"] + ["sliding_attention"] * 6)),
      "layer 1 is sliding_attention"),
     ("windows", dict(drop="model-00002-of-00003.safetensors"),
@@ -199,6 +207,8 @@ def break_(path, fields=None, tensors=None, drop=None):
     ("grouped", dict(tensors={"lm_head.weight": np.zeros((37, 24), np.float32)}),
      "untied embeddings are not supported"),
     ("grouped", dict(tensors={"model.norm.weight": np.zeros(24, np.int8)}), "not quantised"),
+    ("grouped", dict(tensors={"model.norm.weight": np.zeros(24, ml_dtypes.float8_e4m3fn)}),
+     "F8_E4M3, which is not supported"),
     ("falcon", dict(fields=dict(new_decoder_architecture=True)), "new_decoder_architecture"),
     ("falcon", dict(fields=dict(alibi=True)), "alibi = True"),
 ])

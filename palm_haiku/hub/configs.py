@@ -15,13 +15,15 @@ def from_json(fields: Mapping[str, Any]) -> PaLMConfig:
     HubError: a field that is missing, or a value that is not supported; the message names it.
   """
   kind = fields.get("model_type")
-  if kind not in FAMILIES:
+  if not isinstance(kind, str) or kind not in FAMILIES:
     raise HubError(f"model_type {kind!r} is not supported; there are {', '.join(FAMILIES)}, and "
                    "PaLM-rlhf-pytorch's state dicts")
   try:
     return _falcon(fields) if kind == "falcon" else _cohere(fields, kind)
   except KeyError as error:
     raise HubError(f"config.json of a {kind} model lacks {error}") from None
+  except (TypeError, AttributeError, ZeroDivisionError) as error:
+    raise HubError(f"config.json of a {kind} model is damaged: {error}") from None
 
 
 def _cohere(fields, kind) -> PaLMConfig:
@@ -34,8 +36,8 @@ def _cohere(fields, kind) -> PaLMConfig:
   return PaLMConfig(
       num_tokens=fields["vocab_size"], dim=dim, depth=depth, heads=heads,
       dim_head=_dim_head(fields, dim, heads), kv_heads=fields.get("num_key_value_heads") or heads,
-      dim_ff=fields["intermediate_size"], norm_eps=fields.get("layer_norm_eps", 1e-5),
-      rope_theta=_rope_theta(fields), logits_scale=fields.get("logit_scale", 0.0625),
+      dim_ff=fields["intermediate_size"], norm_eps=_number(fields, "layer_norm_eps", 1e-5),
+      rope_theta=_rope_theta(fields), logits_scale=_number(fields, "logit_scale", 0.0625),
       qk_norm="layer" if fields.get("use_qk_norm") else None,
       window=window, global_every=global_every)
 
@@ -47,7 +49,7 @@ def _falcon(fields) -> PaLMConfig:
   return PaLMConfig(
       num_tokens=fields["vocab_size"], dim=dim, depth=fields["num_hidden_layers"], heads=heads,
       dim_head=_dim_head(fields, dim, heads), dim_ff=fields.get("ffn_hidden_size") or 4 * dim,
-      norm_eps=fields.get("layer_norm_epsilon", 1e-5), rope_theta=_rope_theta(fields),
+      norm_eps=_number(fields, "layer_norm_epsilon", 1e-5), rope_theta=_rope_theta(fields),
       logits_scale=1.0, activation="gelu", norm_bias=True)
 
 
@@ -70,13 +72,23 @@ def _dim_head(fields, dim, heads) -> int:
 def _rope_theta(fields) -> float:
   """The base of the wavelengths: in rope_parameters since transformers 5, at the top before."""
   parameters = fields.get("rope_parameters") or {}
-  scaling = parameters or fields.get("rope_scaling") or {}
-  kind = scaling.get("rope_type", scaling.get("type", "default"))
-  if kind != "default":
-    raise HubError(f"rope scaling of type {kind!r} is not supported; only 'default' is")
-  if scaling.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0)) != 1.0:
-    raise HubError("partial_rotary_factor is not supported; rotary turns whole heads")
-  return float(parameters.get("rope_theta", fields.get("rope_theta", 10_000.0)))
+  for scaling in (parameters, fields.get("rope_scaling") or {}):
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind != "default":
+      raise HubError(f"rope scaling of type {kind!r} is not supported; only 'default' is")
+    if any(isinstance(value, dict) for value in scaling.values()):
+      raise HubError("rope_parameters by the kind of layer are not supported; only one set is")
+    if scaling.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0)) != 1.0:
+      raise HubError("partial_rotary_factor is not supported; rotary turns whole heads")
+  return float(_number(
+      parameters if "rope_theta" in parameters else fields, "rope_theta", 10_000.0))
+
+
+def _number(fields, name, default):
+  value = fields.get(name, default)
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    raise HubError(f"{name} must be a number; got {value!r}")
+  return value
 
 
 def _layer_kinds(fields, depth) -> tuple[int | None, int | None]:

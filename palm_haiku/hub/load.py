@@ -24,9 +24,10 @@ def is_model(path) -> bool:
   if path.is_file():
     return path.suffix in (".safetensors", ".pt", ".pth", ".bin")
   try:
-    return "model_type" in json.loads((path / "config.json").read_text())
+    fields = json.loads((path / "config.json").read_text())
   except (OSError, ValueError):
     return False
+  return isinstance(fields, dict) and "model_type" in fields
 
 
 def load(path, *, mesh: Mesh | None = None,
@@ -92,11 +93,14 @@ def _described(path) -> dict[str, Any]:
   """The contents of a model's config.json."""
   file = path / "config.json" if path.is_dir() else path.with_name("config.json")
   try:
-    return json.loads(file.read_text())
+    fields = json.loads(file.read_text())
   except OSError:
     raise HubError(f"there is no {file}, which describes the model") from None
   except ValueError as error:
     raise HubError(f"{file} is not JSON: {error}") from None
+  if not isinstance(fields, dict):
+    raise HubError(f"{file} is no JSON object")
+  return fields
 
 
 def _is_torch(path) -> bool:

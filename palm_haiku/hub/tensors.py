@@ -52,7 +52,10 @@ class Tensors:
       # Opened for each part: pages of a file that stays mapped would count as memory in use.
       with _open(file) as tensors:
         whole = tensors.get_slice(stored)
-        block = whole[first:last] if columns is None else whole[first:last, columns]
+        try:
+          block = whole[first:last] if columns is None else whole[first:last, columns]
+        except (AttributeError, TypeError) as error:  # of a type that NumPy does not know
+          raise HubError(f"{name} is of {whole.get_dtype()}, which is not supported") from error
       if not (np.issubdtype(block.dtype, np.floating) or block.dtype.name == "bfloat16"):
         raise HubError(f"{name} is of {block.dtype}; only 16- and 32-bit floating point is "
                        "supported, not quantised weights")
@@ -78,9 +81,9 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
     return [file]
   try:
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    missing = [name for name in names if not (path / name).is_file()]
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise HubError(f"{index} is damaged: {error}") from None
-  missing = [name for name in names if not (path / name).is_file()]
   if missing:
     raise HubError(f"{path} lacks {missing[0]}, a shard of {len(names)}"
                    + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))

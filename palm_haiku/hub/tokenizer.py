@@ -44,15 +44,18 @@ class HubTokenizer:
     self._tokenizer.no_padding()
     self.num_tokens = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
     self.eod = self._end()
+    if not isinstance(self.eod, int) or not 0 <= self.eod < self.num_tokens:
+      raise HubError(f"the eos_token_id of {name} must be one of its {self.num_tokens} tokens; got "
+                     f"{self.eod!r}")
     self.keeps_newlines = "\n" in self.decode(self.encode("a\nb"))
 
   def _end(self) -> int:
     token = self._files[_CONFIG].get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
-    names = [token] if token else []
+    names = [token] if token and isinstance(token, str) else []
     if not names:
       end = self._files["config.json"].get("eos_token_id")
-      end = end[0] if isinstance(end, list) else end
+      end = end[0] if isinstance(end, list) and end else end
       if end is not None:
         return end
       names = _ENDS
