@@ -6,8 +6,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
-from . import compat, mesh, triton_call, tuning
+from . import compat, mesh, tuning
 from .core import chips
+from .triton import call as triton_call
 
 Implementation = Literal["auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)

@@ -29,7 +29,8 @@ def folding_vmap(function):
         return x.reshape(size * x.shape[1], *x.shape[2:])
 
       results = mapped(jax.tree.map(merge, tokens, batched[0]), others)
-      results = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
+      split = lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:])
+      results = jax.tree.map(split, results)
     return results, jax.tree.map(lambda _: True, results)
 
   return mapped

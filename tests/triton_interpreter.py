@@ -40,7 +40,9 @@ def interpreted(mistake=None):
     mistake: a `mutants.Mistake` in the kernels' source, to see that tests notice it.
   """
   import jax
-  from palm_haiku.kernels import guards, triton_call
+
+  from palm_haiku.kernels import guards
+  from palm_haiku.kernels.triton import call as triton_call
   from tests import mutants
 
   @functools.cache

@@ -5,15 +5,16 @@ The backward is two kernels, one per owner of a sum: `dq` by rows of queries (it
 inputs give the same bits.
 """
 
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import triton_call, tuning
+from .. import tuning
+from ..batching import folding_vmap
 from ..core import chips
 from ..core.constants import FAR, LOG2E
+from ..triton import call as triton_call
 
 _DIMS = (16, 32, 64, 128, 256)
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -61,8 +62,7 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
   static = _static(query.shape, key.shape, is_causal, scale, window, value is None, chip)
   query, _ = _positive_scale(query, scale)
   extras = _extras(query, segment_ids, alibi_slopes, query_offset)
-  return triton_call.fold_vmap(functools.partial(_forward, static))(
-      query, key, value, *extras)
+  return _of_batch(_forward, static, query, key, value, *extras)
 
 
 def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, query_offset,
@@ -77,9 +77,14 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   static = _static(query.shape, key.shape, is_causal, scale, window, value is None, chip)
   query, sign = _positive_scale(query, scale)
   extras = _extras(query, segment_ids, alibi_slopes, query_offset)
-  dquery, dkey, dvalue = triton_call.fold_vmap(functools.partial(_backward, static))(
-      query, key, value, out, lse, dout, *extras)
+  dquery, dkey, dvalue = _of_batch(
+      _backward, static, query, key, value, out, lse, dout, *extras)
   return (dquery if sign == 1 else sign * dquery), dkey, dvalue
+
+
+def _of_batch(function, static, *arrays):
+  """function(static, *arrays), where `vmap` adds to the batch: jax-triton has no rule of its own."""
+  return folding_vmap(lambda arrays, _: function(static, *arrays))(arrays, ())
 
 
 def _positive_scale(query, scale):

@@ -7,8 +7,9 @@ bits.
 import jax
 import jax.numpy as jnp
 
-from .. import triton_call, tuning
+from .. import tuning
 from ..core import chips
+from ..triton import call as triton_call
 from .fused import merged
 from .xla import target_logit
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from .. import mesh as meshes
-from ..compat import in_32_bits
+from ..batching import folding_vmap
 from .xla import nan_outside
 
 OP = "decode_attention"
@@ -31,7 +31,7 @@ def attention(arrays, alibi_slopes, *, scale, backend, chip):
   """
   slopes = None if alibi_slopes is None else jnp.asarray(alibi_slopes, jnp.float32)
   local = functools.partial(_one_device, functools.partial(
-      in_32_bits(backend.forward), scale=scale, chip=chip))
+      backend.forward, scale=scale, chip=chip))
   query, key = arrays["query"], arrays["key"]
   mesh = meshes.current(query, key)
   free = meshes.to_take_over(mesh)
@@ -54,26 +54,9 @@ def attention(arrays, alibi_slopes, *, scale, backend, chip):
 def _one_device(forward, arrays, slopes):
   *values, slopes = meshes.varying_together(*arrays.values(), slopes)
 
-  @jax.custom_batching.custom_vmap
   def attend(arrays, slopes):
     lengths, max_len = arrays["lengths"], arrays["key"].shape[1]
     out = forward(**arrays | dict(lengths=jnp.clip(lengths, 0, max_len)), alibi_slopes=slopes)
     return nan_outside(out, lengths, max_len)
 
-  @attend.def_vmap
-  def fold(size, batched, arrays, slopes):
-    """Mapped sequences become more sequences; with slopes of their own, one call after another."""
-    if batched[1]:
-      pick = lambda i: lambda x, is_batched: x[i] if is_batched else x
-      out = jax.lax.map(lambda i: attend(
-          jax.tree.map(pick(i), arrays, batched[0]), slopes[i]), jnp.arange(size))
-      return out, True
-
-    def merge(x, is_batched):
-      x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-      return x.reshape(size * x.shape[1], *x.shape[2:])
-
-    out = attend(jax.tree.map(merge, arrays, batched[0]), slopes)
-    return out.reshape(size, -1, *out.shape[1:]), True
-
-  return attend(dict(zip(arrays, values)), slopes)
+  return folding_vmap(attend)(dict(zip(arrays, values)), slopes)

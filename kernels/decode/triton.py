@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import triton_call, tuning
+from .. import tuning
 from ..core import chips
+from ..triton import call as triton_call
 from . import splits
 
 _DIMS = (16, 32, 64, 128, 256)

@@ -8,7 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from .. import triton_call, tuning
+from .. import tuning
+from ..triton import call as triton_call
 from .fused import unfused
 
 _DTYPES = ("bfloat16", "float16", "float32")

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from palm_haiku import kernels
-from palm_haiku.kernels import triton_call
+from palm_haiku.kernels.triton import call as triton_call
 
 
 def test_auto_says_what_it_chose_and_why():

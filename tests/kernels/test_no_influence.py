@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from palm_haiku.kernels import decode_attention, linear_cross_entropy, parallel_attention_ffn
-from palm_haiku.kernels import triton_call, tuning
+from palm_haiku.kernels import (
+  decode_attention,
+  linear_cross_entropy,
+  parallel_attention_ffn,
+  tuning,
+)
 from palm_haiku.kernels.decode import splits
+from palm_haiku.kernels.triton import call as triton_call
 from palm_haiku.loss import next_token_loss
 from tests import triton_interpreter
 from tests.kernels import hopper

@@ -4,13 +4,12 @@ import importlib.metadata
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from palm_haiku.kernels import flash_attention, triton_call
+from palm_haiku.kernels import flash_attention
 from palm_haiku.kernels.attention import triton
+from palm_haiku.kernels.triton import call as triton_call
 
 QUERY, KEY = jnp.zeros((1, 4, 4, 16)), jnp.zeros((1, 4, 1, 16))
 
@@ -57,24 +56,3 @@ def test_the_package_needs_no_triton():
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                         timeout=120)
   assert done.stdout.strip() == "xla", done.stderr
-
-
-def test_vmap_becomes_more_batch():
-  seen = []
-
-  def per_element(x, y):
-    seen.append((x.shape, y.shape))
-    return x.sum(-1) + y, {"product": x * y[:, None]}
-
-  folded = triton_call.fold_vmap(per_element)
-  x, y = jnp.arange(24.0).reshape(2, 3, 4), jnp.arange(3.0)
-  total, products = jax.vmap(folded, in_axes=(0, None))(x, y)
-  np.testing.assert_array_equal(total, x.sum(-1) + y)
-  np.testing.assert_array_equal(products["product"], x * y[:, None])
-  assert seen[-1] == ((6, 4), (6,))
-  # Twice over, the second axis not in front.
-  twice = jax.vmap(jax.vmap(folded), in_axes=(3, None))
-  z = jnp.arange(120.0).reshape(2, 3, 4, 5)
-  total, _ = twice(z, jnp.stack([y, y]))
-  np.testing.assert_array_equal(total, jnp.moveaxis(z, 3, 0).sum(-1) + y)
-  assert seen[-1] == ((30, 4), (30,))

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from palm_haiku.kernels import alibi_slopes, backend, flash_attention, triton_call
+from palm_haiku.kernels import alibi_slopes, backend, flash_attention
+from palm_haiku.kernels.triton import call as triton_call
 from tests.kernels.attention import contract
 
 

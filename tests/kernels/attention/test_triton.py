@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType
 
-from palm_haiku.kernels import alibi_slopes, flash_attention, triton_call, tuning
+from palm_haiku.kernels import alibi_slopes, flash_attention, tuning
 from palm_haiku.kernels.attention import triton
+from palm_haiku.kernels.triton import call as triton_call
 from tests import triton_interpreter
 from tests.kernels.attention import contract
 from tests.kernels.attention.contract import Case

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from palm_haiku.kernels import alibi_slopes, flash_attention, triton_call, tuning
+from palm_haiku.kernels import alibi_slopes, flash_attention, tuning
 from palm_haiku.kernels.attention import triton
 from palm_haiku.kernels.core import chips
+from palm_haiku.kernels.triton import call as triton_call
 from tests.kernels.attention import contract
 
 aot = pytest.importorskip("palm_haiku.kernels.aot")

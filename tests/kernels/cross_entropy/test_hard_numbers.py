@@ -14,7 +14,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
-from palm_haiku.kernels import linear_cross_entropy, triton_call
+from palm_haiku.kernels import linear_cross_entropy
+from palm_haiku.kernels.triton import call as triton_call
 from tests import triton_interpreter
 from tests.kernels import hopper
 

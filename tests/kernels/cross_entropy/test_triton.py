@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from palm_haiku.kernels import linear_cross_entropy, triton_call, tuning
+from palm_haiku.kernels import linear_cross_entropy, tuning
 from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.cross_entropy import triton
+from palm_haiku.kernels.triton import call as triton_call
 from tests import triton_interpreter
 from tests.kernels.cross_entropy import contract
 from tests.kernels.cross_entropy.contract import Case

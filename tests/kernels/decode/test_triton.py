@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from palm_haiku.kernels import alibi_slopes, decode_attention, triton_call, tuning
+from palm_haiku.kernels import alibi_slopes, decode_attention, tuning
 from palm_haiku.kernels.core import chips
-from palm_haiku.kernels.decode import splits, triton, xla
+from palm_haiku.kernels.decode import splits, triton
+from palm_haiku.kernels.triton import call as triton_call
 from tests import triton_interpreter
 from tests.kernels import contract as bound
 from tests.kernels.decode import contract

@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from palm_haiku import PaLM, PaLMConfig
-from palm_haiku.kernels import triton_call
+from palm_haiku.kernels.triton import call as triton_call
 from tests import triton_interpreter
 from tests.kernels import hopper
 from tests.kernels.parallel_block.test_parallel_block import LITE

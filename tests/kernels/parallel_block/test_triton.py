@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from palm_haiku.kernels import triton_call, tuning
+from palm_haiku.kernels import tuning
 from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.parallel_block import triton
+from palm_haiku.kernels.triton import call as triton_call
 from tests import triton_interpreter
 from tests.kernels.parallel_block import contract
 from tests.kernels.parallel_block.contract import Case

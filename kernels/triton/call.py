@@ -1,18 +1,15 @@
 """How the ops call their Triton kernels: through jax-triton, imported when first needed.
 
-jax-triton can neither run on a CPU nor be batched by `vmap`, and its releases differ. The ops
-see one `call`, and `fold_vmap`, which turns a mapped axis into more of the batch.
+jax-triton's releases differ; the ops see one `call`.
 """
 
 import importlib.metadata
 import inspect
-from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
-from . import compat, mesh
-from .core import chips
+from .. import compat, mesh
+from ..core import chips
 
 
 def unfit(chip: str | None) -> str | None:
@@ -85,25 +82,3 @@ def call(kernel, *inputs, out_types: tuple[jax.ShapeDtypeStruct, ...], grid: int
   # jax-triton's outputs do not say over which manual mesh axes they vary.
   arrays = tuple(x for x in inputs if isinstance(x, jax.Array))
   return mesh.varying_together(*outputs, *arrays)[:len(out_types)]
-
-
-def fold_vmap(function: Callable) -> Callable:
-  """The function, with a rule for `vmap`: the mapped axis becomes part of the batch.
-
-  Args:
-    function: of positional arguments that are (trees of) arrays whose first dimension is the
-      batch, as is that of its results. An element of the batch may not depend on the others.
-  """
-  mapped = jax.custom_batching.custom_vmap(function)
-
-  @mapped.def_vmap
-  def fold(size, batched, *arguments):
-    def merge(x, is_batched):
-      x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-      return x.reshape(size * x.shape[1], *x.shape[2:])
-
-    results = mapped(*jax.tree.map(merge, arguments, tuple(batched)))
-    split = lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:])
-    return jax.tree.map(split, results), jax.tree.map(lambda _: True, results)
-
-  return mapped

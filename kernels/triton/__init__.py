@@ -1,0 +1,1 @@
+"""What Triton kernels share: their call, and device functions."""
