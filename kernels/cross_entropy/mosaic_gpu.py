@@ -33,7 +33,7 @@ from .xla import target_logit
 def unsupported(x, embedding, *, chip):
   """The first requirement that the operands fail, or None."""
   if chip not in (None, *chips.HOPPER):
-    return f"a Hopper GPU ({', '.join(chips.HOPPER)}); got {chip}"
+    return f"a Hopper GPU (h100, h200); got {chip}"
   if x.dtype not in (jnp.bfloat16, jnp.float16):
     return f"bfloat16 or float16; got {x.dtype}"
   if x.shape[-1] % CHUNK:

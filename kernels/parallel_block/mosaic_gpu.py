@@ -22,7 +22,7 @@ from .mosaic_gpu_backward import input_gradient, swiglu_gradient  # noqa: F401
 def unsupported(x, params, *, chip):
   """The first requirement that x [M, D] or the params fail, or None."""
   if chip not in (None, *chips.HOPPER):
-    return f"a Hopper GPU ({', '.join(chips.HOPPER)}); got {chip}"
+    return f"a Hopper GPU (h100, h200); got {chip}"
   if x.dtype not in (jnp.bfloat16, jnp.float16):
     return f"bfloat16 or float16; got {x.dtype}"
   if problem := unfused(params):
