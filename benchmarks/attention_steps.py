@@ -8,8 +8,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from palm_haiku.kernels import aot, tuning
-from palm_haiku.kernels.attention import mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
+from palm_haiku.kernels import aot
+from palm_haiku.kernels.attention import (
+  configs,
+  mosaic_tpu_layout as layout,
+  mosaic_tpu_mask as masking,
+)
 
 
 class Mask(NamedTuple):
@@ -53,7 +57,7 @@ def drawn_documents(length: int, number: int) -> np.ndarray:
 
 
 def plan_of(shape, chip, dtype, backward) -> layout.Plan:
-  return layout.fit(tuning.attention_mosaic_tpu(chip, shape.dim_head)[backward],
+  return layout.fit(configs.mosaic_tpu(chip, shape.dim_head)[backward],
                     length=shape.length, group=shape.heads // shape.kv_heads,
                     num_keys=shape.length, itemsize=jnp.dtype(dtype).itemsize)
 

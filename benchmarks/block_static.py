@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from palm_haiku.kernels import aot
-from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.aot import llo
+from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.parallel_block import mosaic_tpu, mosaic_tpu_plan, xla
 
 from . import table

@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.diff:
           _leave(pathlib.Path(args.diff) / target / case, theirs - ours, ours - theirs)
       changed += not same
-      print(f"{target:5} {BACKENDS[target]:10} {case:33} {len(old[case]):3} codes  {word}", flush=True)
+      print(f"{target:5} {BACKENDS[target]:10} {case:33} {len(old[case]):3} codes  {word}",
+            flush=True)
   return int(changed > 0)
 
 
@@ -111,7 +112,7 @@ def _take(dumps) -> list[str]:
       text = path.read_text().split("\n\t.section\t.debug")[0]
       text = re.sub(r"(?m)^\s*(\.loc|\.file|//).*\n|\s*//.*$|\$L__tmp\d+:\n", "", text)
       codes.append(text)
-    elif path.name.endswith("packed-bundles-post-ra.txt"):
+    elif re.search(r"-\d+-packed-bundles-post-ra\.txt$", path.name):
       codes.append(re.sub(r"/\*.*?\*/|//.*|loc\(.*?\)", "", path.read_text(errors="replace")))
     if path.is_file():
       path.unlink()

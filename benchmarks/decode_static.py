@@ -11,8 +11,8 @@ import jax
 
 from palm_haiku import kernels
 from palm_haiku.kernels import aot
-from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.aot import llo
+from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.decode import mosaic_tpu
 
 from . import table

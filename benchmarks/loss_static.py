@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from palm_haiku import kernels
-from palm_haiku.kernels import aot, backend, tuning
+from palm_haiku.kernels import aot, backend
+from palm_haiku.kernels.cross_entropy import configs
 
 from . import results, table
 
@@ -60,7 +61,7 @@ def _steps(target, sizes) -> dict[str, aot.Steps]:
   if isinstance(aot.chip(target), aot.Gpu):
     return {}
   from palm_haiku.kernels.cross_entropy import fused, mosaic_tpu
-  blocks = tuning.cross_entropy_mosaic_tpu(target)
+  blocks = configs.mosaic_tpu(target)
   plan = lambda n, rows: mosaic_tpu.fit(blocks[n], target, sizes["tokens"], rows, sizes["dim"], 2)
   # The gradient's kernel has two sizes; the shorter begins more often.
   rest = sizes["vocabulary"] % fused.MOST_ROWS or fused.MOST_ROWS

@@ -6,8 +6,7 @@ from .backend import IMPLEMENTATIONS, Implementation, explain
 from .cross_entropy import linear_cross_entropy
 from .decode import decode_attention
 from .parallel_block import parallel_attention_ffn
-from .tune import tune
-from .tuning import load as load_tuning
+from .tune import load_tuning, tune
 
 __all__ = [
     "IMPLEMENTATIONS",

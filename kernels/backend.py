@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
-from . import compat, mesh, tuning
+from . import compat, mesh
 from .core import chips
 from .triton import call as triton_call
 
@@ -142,10 +142,10 @@ def choose(op: str, implementation: str, *arrays, on: Target, needs: str | None 
       lacks = on.platform == "gpu" and triton_call.unfit(on.chip)
       return Choice("xla", f"{op} has no fused kernel for {on.chip or on.platform}"
                     + (f": triton needs {lacks}" if lacks else ""))
-    problem = needs or tuning.unknown(on.chip, op)
+    problem = needs or _unasked(op, on.chip)
     if arrays and not problem:
       problem = (kernel_module(op, fitting).unsupported(*arrays, chip=on.chip)
-                 or tuning.unknown(on.chip, op, arrays[0]))
+                 or _unasked(op, on.chip, arrays[0]))
     if problem:
       return Choice("xla", f"{fitting} needs {problem}")
     reason = f"the fused kernel for {on.chip}"
@@ -154,7 +154,7 @@ def choose(op: str, implementation: str, *arrays, on: Target, needs: str | None 
     if op == "flash_attention":
       reason += " (xla where alibi_slopes are differentiated)"
     return Choice(fitting, reason if arrays else (
-        f"{reason}, if shapes and dtypes fit it, with {tuning.LEAST[op]}; else xla"))
+        f"{reason}, if shapes and dtypes fit it, with {_module(op, 'configs').NEEDS}; else xla"))
 
   name, reason = implementation, "asked for by name"
   if implementation == "pallas":
@@ -170,6 +170,13 @@ def choose(op: str, implementation: str, *arrays, on: Target, needs: str | None 
     if problem:
       raise ValueError(f"{op}: {name} needs {problem}")
   return Choice(name, reason)
+
+
+def _unasked(op: str, chip: str | None, array=None) -> str | None:
+  """What keeps `auto` from a kernel that could run; see `unasked` of an op's configs."""
+  if chip not in chips.ALL:
+    return f"a chip of known block sizes; got {chip or 'one of no known name'}"
+  return _module(op, "configs").unasked(chips.ALL[chip].configs, array)
 
 
 def _named(chip: str) -> Target:

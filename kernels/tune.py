@@ -8,10 +8,11 @@ import time
 import jax
 import jax.numpy as jnp
 
-from . import alibi, backend, tuning
+from . import alibi, backend
+from .attention import configs
 from .core import chips
 
-# Each kernel's fields of `tuning.AttentionMosaicGpu`, and what they may be.
+# Each kernel's fields of `configs.HopperConfig`, and what they may be.
 SPACE = {
     "forward": dict(block_kv=(64, 128), stages=(2, 3, 4)),
     "dq": dict(dq_block_kv=(64, 128), dq_k_stages=(1, 2, 3), dq_v_stages=(1, 2)),
@@ -54,7 +55,7 @@ def tune(dim_heads=(64, 128, 256), *, chip: str | None = None, batch: int = 1, l
   shape = dict(batch=batch, length=length, heads=heads, kv_heads=kv_heads, dtype=dtype)
   blocks, trials = {}, []
   for dim_head in dim_heads:
-    best = tuning.attention_mosaic_gpu(chip, dim_head)
+    best = configs.mosaic_gpu(chip, dim_head)
     for kernel, space in SPACE.items():
       results = []
       for values in itertools.product(*space.values()):
@@ -79,7 +80,27 @@ def tune(dim_heads=(64, 128, 256), *, chip: str | None = None, batch: int = 1, l
   return table
 
 
-def shared_memory(kernel: str, config: tuning.AttentionMosaicGpu, dim_head: int) -> int:
+def load_tuning(path: str) -> None:
+  """Makes the block sizes of a table that `tune` wrote take effect in this process.
+
+  Programs that are compiled already keep theirs.
+
+  Raises:
+    ValueError: the file is no such table.
+  """
+  try:
+    with open(path) as file:
+      table = json.load(file)
+    if table["backend"] != "mosaic_gpu":
+      raise KeyError(table["backend"])
+    entries = {(table["chip"], int(dim_head)): configs.HopperConfig(**blocks)
+               for dim_head, blocks in table["blocks"].items()}
+  except (OSError, KeyError, TypeError, ValueError) as e:
+    raise ValueError(f"{path} is no table of tune(): {type(e).__name__} {e}") from None
+  configs.MOSAIC_GPU.update(entries)
+
+
+def shared_memory(kernel: str, config: configs.HopperConfig, dim_head: int) -> int:
   """Bytes of a block's tiles in 16 bits, the small tables and barriers rounded up to 2 KiB."""
   row = 2 * dim_head
   if kernel == "forward":
@@ -98,7 +119,7 @@ def program(kernel, config, chip, dim_head, batch, length, heads, kv_heads, dtyp
   array = lambda n: jax.ShapeDtypeStruct((batch, length, n, dim_head), dtype)
   options = dict(segment_ids=None, alibi_slopes=jnp.asarray(alibi.alibi_slopes(heads)),
                  query_offset=0, is_causal=True, scale=dim_head**-0.5, window=None, chip=chip,
-                 config=tuning.AttentionMosaicGpu(*config))
+                 config=configs.HopperConfig(*config))
   query, key = array(heads), array(kv_heads)
   if kernel == "forward":
     return lambda *qkv: mosaic_gpu.forward(*qkv, **options), (query, key, key)

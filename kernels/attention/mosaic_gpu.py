@@ -11,12 +11,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import mesh, tuning
+from .. import mesh
 from ..core import chips
 from ..core.constants import FAR, LOG2E
 from ..hopper import heads as packing, softmax, tiles
 from ..hopper.tiles import COL, COMPUTE, ROW, ROWS, WARPGROUP_ROWS, across, down
-from . import mosaic_gpu_mask as masking
+from . import configs, mosaic_gpu_mask as masking
 from .mosaic_gpu_backward import backward as backward
 
 
@@ -156,7 +156,7 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
   """(out, lse); shapes and meaning as in `flash_attention`, heads and batch flat."""
   batch, length, heads, dim = query.shape
   num_keys, kv_heads = key.shape[1:3]
-  config = config or tuning.attention_mosaic_gpu(chip, dim)
+  config = config or configs.mosaic_gpu(chip, dim)
   block, stages = config.block_kv, config.stages
   bounds, q_segments, k_segments = masking.key_blocks(
       query, key, block, segment_ids, query_offset, is_causal=is_causal, window=window)

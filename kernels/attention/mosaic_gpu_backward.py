@@ -15,11 +15,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import mesh, tuning
+from .. import mesh
+from ..core import chips
 from ..core.constants import FAR, LOG2E
 from ..hopper import heads as packing, softmax, tiles
 from ..hopper.tiles import COL, COMPUTE, ROW, ROWS, WARPGROUP_ROWS, across, down
-from . import mosaic_gpu_mask as masking
+from . import configs, mosaic_gpu_mask as masking
 
 LSE, DELTA, POSITION, SLOPE = range(4)  # rows of the table that the dk, dv kernel reads
 
@@ -322,7 +323,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   batch, length, heads, dim = query.shape
   num_keys, kv_heads = key.shape[1:3]
   group, rows = heads // kv_heads, length * heads // kv_heads
-  config = config or tuning.attention_mosaic_gpu(chip, dim)
+  config = config or configs.mosaic_gpu(chip, dim)
   left, right = masking.reach(is_causal, window)
   segmented, shared = segment_ids is not None, value is None
   mask = dict(is_causal=is_causal, window=window)
@@ -383,7 +384,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   bounds, q_segments, k_segments = masking.row_blocks(
       query, key, keys, block, segment_ids, query_offset, **mask)
   blocks = bounds.shape[1]
-  splits = tuning.splits(batch * kv_heads * blocks, group)
+  splits = _splits(batch * kv_heads * blocks, group, chips.hopper(chip).multiprocessors)
   operands = [packed, all_keys, all_values, packed_dout, table, bounds, q_segments, k_segments]
   partial = jax.ShapeDtypeStruct(
       (splits, batch, blocks * keys, kv_heads, dim),
@@ -431,3 +432,15 @@ def _without_dv(*refs, **keywords):
   """`_dkv_kernel` where one accumulator takes the gradients of key and value alike."""
   operands = 8
   _dkv_kernel(*refs[:operands + 1], None, *refs[operands + 1:], **keywords)
+
+
+def _splits(blocks: int, group: int, multiprocessors: int) -> int:
+  """Into how many parts the rows of each block of keys are dealt, so that the chip is full.
+
+  A power of two up to the group's size: at that size the float32 parts of dk and dv take
+  8 bytes an element of `query`.
+  """
+  parts = 1
+  while parts * 2 <= group and blocks * parts < 2 * multiprocessors:
+    parts *= 2
+  return parts

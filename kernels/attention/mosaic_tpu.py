@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import cost, mesh as meshes, tuning
+from .. import cost, mesh as meshes
 from ..batching import folding_batch
 from ..core import chips
 from ..core.constants import LOG2E, LOWEST
-from . import mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
+from . import configs, mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
 from .mosaic_tpu_backward import backward as backward
 
 SUM_ROWS = 16  # under the values (one bfloat16 tile), the first of ones: its product is the sum
@@ -40,8 +40,8 @@ def unsupported(query, key, value, *, chip) -> str | None:
   if chip not in chips.TPUS:
     return f"one of the chips {', '.join(chips.TPUS)}; got {chip}"
   itemsize = query.dtype.itemsize
-  for backward_too, blocks in enumerate(tuning.attention_mosaic_tpu(chip, dim)):
-    plan = layout.fit(blocks, length=query.shape[1], group=query.shape[2] // key.shape[2],
+  for backward_too, config in enumerate(configs.mosaic_tpu(chip, dim)):
+    plan = layout.fit(config, length=query.shape[1], group=query.shape[2] // key.shape[2],
                       num_keys=key.shape[1], itemsize=itemsize)
     taken = layout.vmem_bytes(plan, dim=dim, itemsize=itemsize, shared=value is None,
                               backward=bool(backward_too)) / 2**20
@@ -53,7 +53,7 @@ def unsupported(query, key, value, *, chip) -> str | None:
 
 @folding_batch
 def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_causal, scale,
-            window, chip, blocks=None):
+            window, chip, config=None):
   """Attention and its log-sum-exp; the contract of every backend.
 
   Args:
@@ -64,7 +64,7 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
     query_offset: the first query's position, a Python int or int32[].
     window: None or (left, right).
     chip: what to choose the block sizes for; None takes those that fit the smallest.
-    blocks: block sizes to use instead.
+    config: block sizes to use instead.
 
   Returns:
     [B, T, heads, D] in query's dtype, and float32[B, heads, T].
@@ -74,7 +74,7 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
   dim = query.shape[-1]
   num_keys, kv_heads = key.shape[1:3]
   group = heads // kv_heads
-  plan = layout.fit(blocks or tuning.attention_mosaic_tpu(chip, dim)[0], length=length,
+  plan = layout.fit(config or configs.mosaic_tpu(chip, dim)[0], length=length,
                     group=group, num_keys=num_keys, itemsize=query.dtype.itemsize)
   mask = dict(query_offset=query_offset, is_causal=is_causal, window=window)
   edges = masking.find_edges(plan, length=length, num_keys=num_keys, **mask)

@@ -14,19 +14,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import cost, mesh as meshes, tuning
+from .. import cost, mesh as meshes
 from ..batching import folding_batch
 from ..core.constants import LOG2E
-from . import mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
+from . import configs, mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
 
 
 @folding_batch
 def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, query_offset,
-             is_causal, scale, window, chip, blocks=None):
+             is_causal, scale, window, chip, config=None):
   """The gradients of attention; the contract of every backend.
 
   Args:
-    query, key, value, segment_ids, alibi_slopes, query_offset, window, chip, blocks: as in
+    query, key, value, segment_ids, alibi_slopes, query_offset, window, chip, config: as in
       `forward`.
     out, lse: its results.
     dout: like query.
@@ -39,7 +39,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   dim = query.shape[-1]
   num_keys, kv_heads = key.shape[1:3]
   group = heads // kv_heads
-  plan = layout.fit(blocks or tuning.attention_mosaic_tpu(chip, dim)[1], length=length,
+  plan = layout.fit(config or configs.mosaic_tpu(chip, dim)[1], length=length,
                     group=group, num_keys=num_keys, itemsize=query.dtype.itemsize)
   mask = dict(query_offset=query_offset, is_causal=is_causal, window=window)
   edges = masking.find_edges(plan, length=length, num_keys=num_keys, **mask)

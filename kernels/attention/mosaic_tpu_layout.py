@@ -133,28 +133,28 @@ def vmem_bytes(plan: Plan, *, dim, itemsize, shared, backward) -> int:
           + 4 * dim * plan.lanes + vectors)
 
 
-def fit(blocks, *, length, group, num_keys, itemsize) -> Plan:
+def fit(config, *, length, group, num_keys, itemsize) -> Plan:
   """Block sizes for this problem."""
   if itemsize > 2:  # float32: half as many rows and keys in the same memory
-    blocks = blocks._replace(area=blocks.area // 4, rows=max(blocks.rows // 2, blocks.lanes),
-                             major=max(blocks.major // 2, blocks.chunk))
-  unit = min(128, blocks.lanes)
-  lanes = min(blocks.lanes, round_up(length * group, unit))
+    config = config._replace(area=config.area // 4, rows=max(config.rows // 2, config.lanes),
+                             major=max(config.major // 2, config.chunk))
+  unit = min(128, config.lanes)
+  lanes = min(config.lanes, round_up(length * group, unit))
   positions = 1
-  while (positions < -(-length // blocks.cores)
-         and (2 * positions) ** 2 * group <= blocks.area):
+  while (positions < -(-length // config.cores)
+         and (2 * positions) ** 2 * group <= config.area):
     positions *= 2
   block_rows = rows = positions * group
-  while rows > blocks.rows and rows % (2 * lanes) == 0:
+  while rows > config.rows and rows % (2 * lanes) == 0:
     rows //= 2
-  if rows > blocks.rows or rows % lanes:  # an odd group: any size of block
-    block_rows = rows = min(blocks.rows, round_up(-(-length * group // blocks.cores), lanes))
-  num_blocks = round_up(-(-length * group // block_rows), blocks.cores)
+  if rows > config.rows or rows % lanes:  # an odd group: any size of block
+    block_rows = rows = min(config.rows, round_up(-(-length * group // config.cores), lanes))
+  num_blocks = round_up(-(-length * group // block_rows), config.cores)
   diagonal = positions if block_rows == positions * group else 1
-  major = min(blocks.major, round_up(num_keys, max(blocks.fine, diagonal)))
+  major = min(config.major, round_up(num_keys, max(config.fine, diagonal)))
   return Plan(
-      block_rows=block_rows, rows=rows, lanes=lanes, chunk=min(blocks.chunk, major),
-      fine=blocks.fine, major=major, ahead=blocks.ahead, cores=blocks.cores, group=group,
+      block_rows=block_rows, rows=rows, lanes=lanes, chunk=min(config.chunk, major),
+      fine=config.fine, major=major, ahead=config.ahead, cores=config.cores, group=group,
       num_blocks=num_blocks, num_rows=num_blocks * block_rows,
       padded_keys=round_up(num_keys, major))
 

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import tuning
 from ..batching import folding_vmap
 from ..core import chips
 from ..core.constants import FAR, LOG2E
 from ..triton import call as triton_call
+from . import configs
 
 _DIMS = (16, 32, 64, 128, 256)
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -114,8 +114,8 @@ def _extras(query, segment_ids, alibi_slopes, query_offset):
 
 def _blocks(static, dtype, kernel):
   """Tile sizes of one kernel: "forward", "dq" or "dkv"."""
-  table = tuning.ATTENTION_TRITON[chips.gpu(static["chip"]).configs]
-  blocks = table[max(static["DIM"], 64)][("forward", "dq", "dkv").index(kernel)]
+  number = ("forward", "dq", "dkv").index(kernel)
+  blocks = configs.triton(static["chip"], static["DIM"])[number]
   if dtype.itemsize == 4:
     blocks = blocks._replace(rows=blocks.rows // 2, keys=blocks.keys // 2)
   return blocks

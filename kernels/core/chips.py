@@ -91,9 +91,9 @@ _GPUS = (
         tflops=312, bandwidth=2.039e12, clock=1.41e9, l2=40 * 2**20, memory=80e9,
         device_memory=80 * 2**30, network=Network(300e9, 200e9 / 8, 1)),
     Gpu(name="rtx4090", kind="NVIDIA GeForce RTX 4090",
-        capability=(8, 9), multiprocessors=128, shared_memory=101_376, threads=1536, tflops=165.2, bandwidth=1.008e12, clock=2.52e9,
-        l2=72 * 2**20, memory=24e9, device_memory=24 * 2**30,
-        network=Network(31.5e9, 100e9 / 8, 1)),
+        capability=(8, 9), multiprocessors=128, shared_memory=101_376, threads=1536,
+        tflops=165.2, bandwidth=1.008e12, clock=2.52e9, l2=72 * 2**20, memory=24e9,
+        device_memory=24 * 2**30, network=Network(31.5e9, 100e9 / 8, 1)),
     Gpu(name="h100", kind="NVIDIA H100 80GB HBM3", variants=("NVIDIA H100",),
         capability=(9, 0), multiprocessors=132, shared_memory=232_448, tflops=989,
         bandwidth=3.35232e12, clock=1.98e9, l2=50 * 2**20, memory=80e9, device_memory=80 * 2**30,
@@ -112,9 +112,9 @@ _GPUS = (
 # a chip sends and receives together; half of it is here. A v4's links are from "TPU v4: An
 # Optically Reconfigurable Supercomputer" (arXiv:2304.01433), six of 50 GB/s; between slices it has
 # the 50 Gb/s of a v5p, an assumption; a v5e two 100 Gb/s ports for eight chips. Memory: what XLA's
-# compiler lets a program use; compared with its own limit on a v4 alone. MXUs: the same pages. VMEM,
-# what an MXU takes in a cycle and delay slots: libtpu's limits and dumps. No plan is made for a
-# tpu7x, whose chips are two devices each.
+# compiler lets a program use; compared with its own limit on a v4 alone. MXUs: the same pages.
+# VMEM, what an MXU takes in a cycle and delay slots: libtpu's limits and dumps. No plan is made for
+# a tpu7x, whose chips are two devices each.
 _TPUS = (
     Tpu(name="v4", kind="TPU v4", vmem=16, topology="v4:2x2x1",
         mxus=4, mxu_dim=128, mxu_rows=1, cores=2, delay_slots=1, tflops=275, bandwidth=1.228e12,
@@ -198,7 +198,8 @@ def name(kind: str, capability: str | None = None) -> str | None:
     A name in CHIPS; for another GPU that of its compute capability, such as "sm_86", be it in
     FAMILIES or not; or None.
   """
-  known = [(len(variant), chip.name) for chip in CHIPS.values() for variant in (chip.kind, *chip.variants)
+  known = [(len(variant), chip.name) for chip in CHIPS.values()
+           for variant in (chip.kind, *chip.variants)
            if kind.lower().startswith(variant.lower())]
   if known:
     return max(known)[1]

@@ -12,8 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import mesh, tuning
-from ..core import chips
+from .. import mesh
+from ..core import chips, tile_order
 from ..core.constants import LOG2E
 from ..hopper import softmax, tiles
 from ..hopper.product import CHUNK, STORE
@@ -26,6 +26,7 @@ from ..hopper.tiles import (
   down,
   pad_rows,
 )
+from . import configs
 from .fused import merged
 from .xla import target_logit
 
@@ -43,10 +44,10 @@ def unsupported(x, embedding, *, chip):
 
 def _place(index, tokens, splits):
   """(tile of tokens, split of the vocabulary) of a block of the grid."""
-  group = lax.div(index, tuning.TOGETHER * splits)
-  index -= group * (tuning.TOGETHER * splits)
-  size = jnp.minimum(tokens - group * tuning.TOGETHER, tuning.TOGETHER)
-  return group * tuning.TOGETHER + lax.rem(index, size), lax.div(index, size)
+  group = lax.div(index, tile_order.TOGETHER * splits)
+  index -= group * (tile_order.TOGETHER * splits)
+  size = jnp.minimum(tokens - group * tile_order.TOGETHER, tile_order.TOGETHER)
+  return group * tile_order.TOGETHER + lax.rem(index, size), lax.div(index, size)
 
 
 def _main_loop(x_ref, rows_ref, bounds_ref, x_smem, rows_smem, ready, free, *, walk, compute):
@@ -200,16 +201,16 @@ def _launch(kernel, name, x, rows, operands, out_type, scratch, *, walk, config)
   return mesh.varying_together(result, x, rows, *operands)[0]
 
 
-def _walk(x, rows, config):
-  return tuning.walk(pl.cdiv(x.shape[0], ROWS), pl.cdiv(rows.shape[0], config.columns),
-                     x.shape[1] // CHUNK, config.stages)
+def _walk(x, rows, config, chip):
+  return tile_order.walk(pl.cdiv(x.shape[0], ROWS), pl.cdiv(rows.shape[0], config.columns),
+                         x.shape[1] // CHUNK, config.stages, chips.hopper(chip).multiprocessors)
 
 
 def forward(x, embedding, targets, *, scale, num_valid, chip, config=None):
   """(top, total, logit), each float32[N]; the contract of every backend, in `fused`."""
-  config = config or tuning.cross_entropy_mosaic_gpu(chip)
+  config = config or configs.mosaic_gpu(chip)
   tokens, rows = pad_rows(x), pad_rows(embedding)
-  walk = _walk(tokens, rows, config)
+  walk = _walk(tokens, rows, config, chip)
   valid = jnp.asarray(num_valid, jnp.int32)
   parts = _launch(
       functools.partial(_forward_kernel, scale=scale), "cross_entropy_forward", tokens, rows,
@@ -224,7 +225,7 @@ def forward(x, embedding, targets, *, scale, num_valid, chip, config=None):
 def logit_gradient(x, rows, targets, top, spread, peak, *, first, scale, num_valid, chip,
                    config=None):
   """A block of columns of the gradient of x @ embedding.T; the contract in `fused`."""
-  config = config or tuning.cross_entropy_mosaic_gpu(chip)
+  config = config or configs.mosaic_gpu(chip)
   shape = x.shape[0], rows.shape[0]
   bounds = jnp.stack([jnp.clip(jnp.asarray(num_valid - first, jnp.int32), 0, shape[1]),
                       jnp.asarray(pl.cdiv(shape[1], config.columns), jnp.int32)])
@@ -237,5 +238,5 @@ def logit_gradient(x, rows, targets, top, spread, peak, *, first, scale, num_val
       dict(g_smem=plgpu.SMEM(
           (COMPUTE, min(2, config.columns // STORE), WARPGROUP_ROWS, STORE), x.dtype,
           transforms=tiles.TRANSFORMS)),
-      walk=_walk(x, rows, config), config=config)
+      walk=_walk(x, rows, config, chip), config=config)
   return g[:shape[0], :shape[1]]

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import mesh as meshes, tuning
+from .. import mesh as meshes
 from ..core import chips
 from ..core.constants import LOG2E, LOWEST
+from . import configs
 
 LANES, SUBLANES = 128, 8
 
@@ -34,15 +35,15 @@ def unsupported(x, embedding, *, chip) -> str | None:
   if chip not in chips.TPUS:
     return f"one of the chips {', '.join(chips.TPUS)}; got {chip}"
   dim, itemsize = round_up(x.shape[-1], LANES), x.dtype.itemsize
-  for name, blocks in zip(("forward", "backward"), tuning.cross_entropy_mosaic_tpu(chip)):
-    taken = fit(blocks, chip, x.shape[0], embedding.shape[0], dim, itemsize).vmem_bytes / 2**20
+  for name, config in zip(("forward", "backward"), configs.mosaic_tpu(chip)):
+    taken = fit(config, chip, x.shape[0], embedding.shape[0], dim, itemsize).vmem_bytes / 2**20
     if taken > chips.tpu(chip).vmem:
       return (f"tiles of {LANES} tokens within the {chips.tpu(chip).vmem} MiB of VMEM of a {chip}; "
               f"{name} takes {taken:.1f} MiB for a dimension of {dim}")
   return None
 
 
-def forward(x, embedding, targets, *, scale, num_valid, chip, blocks=None):
+def forward(x, embedding, targets, *, scale, num_valid, chip, config=None):
   """(top, total, logit), each float32[N]; the contract of every backend, in `fused`.
 
   Logits are held transposed, [rows of the embedding, tokens]: what belongs to a token is one
@@ -50,7 +51,7 @@ def forward(x, embedding, targets, *, scale, num_valid, chip, blocks=None):
   """
   x, embedding = widen(x), widen(embedding)
   num_tokens, dim = x.shape
-  plan = fit(blocks or tuning.cross_entropy_mosaic_tpu(chip)[0], chip, num_tokens,
+  plan = fit(config or configs.mosaic_tpu(chip)[0], chip, num_tokens,
              embedding.shape[0], dim, x.dtype.itemsize)
   padded = plan.token_blocks * plan.tokens
   vector = lambda: pl.BlockSpec((1, plan.tokens), lambda i, j, *_: (0, i))
@@ -116,11 +117,11 @@ def forward(x, embedding, targets, *, scale, num_valid, chip, blocks=None):
 
 
 def logit_gradient(x, rows, targets, top, spread, peak, *, first, scale, num_valid, chip,
-                   blocks=None):
+                   config=None):
   """A block of columns of the gradient of x @ embedding.T; the contract in `fused`."""
   x, rows = widen(x), widen(rows)
   (num_tokens, dim), num_rows = x.shape, rows.shape[0]
-  plan = fit(blocks or tuning.cross_entropy_mosaic_tpu(chip)[1], chip, num_tokens, num_rows, dim,
+  plan = fit(config or configs.mosaic_tpu(chip)[1], chip, num_tokens, num_rows, dim,
              x.dtype.itemsize)
   padded = plan.token_blocks * plan.tokens
   vector = lambda: pl.BlockSpec((1, plan.tokens), lambda i, j, *_: (0, i))
@@ -188,21 +189,21 @@ class Plan(NamedTuple):
   vmem_bytes: int
 
 
-def fit(blocks, chip, num_tokens, num_rows, dim, itemsize) -> Plan:
+def fit(config, chip, num_tokens, num_rows, dim, itemsize) -> Plan:
   """Block sizes no larger than the problem and, if it can be, than a chip's VMEM."""
-  tile = min(blocks.tile, round_up(num_tokens, LANES))
-  chunk = min(blocks.chunk, round_up(num_rows, LANES))
-  tokens = min(blocks.tokens, round_up(num_tokens, tile))
-  rows = min(blocks.rows, round_up(num_rows, chunk))
+  tile = min(config.tile, round_up(num_tokens, LANES))
+  chunk = min(config.chunk, round_up(num_rows, LANES))
+  tokens = min(config.tokens, round_up(num_tokens, tile))
+  rows = min(config.rows, round_up(num_rows, chunk))
 
   def vmem_bytes():
     # What changes from step to step has two buffers; the gradient's block, four vectors and their
     # columns count for both kernels. Tiles that wait for their turn are spilled, and operands are
     # staged: rows are turned, and a float32 is three bfloat16 parts for each tile in flight.
-    staged = (2 * chunk if itemsize == 2 else 6 * (blocks.together + 1) * (tile + chunk)) * dim
+    staged = (2 * chunk if itemsize == 2 else 6 * (config.together + 1) * (tile + chunk)) * dim
     return (2 * itemsize * (dim * (tokens + rows) + tokens * rows)
             + 4 * 4 * (LANES + 2 * SUBLANES) * tokens
-            + 4 * tile * chunk * (blocks.together + 2) + max(staged, 2**21))
+            + 4 * tile * chunk * (config.together + 2) + max(staged, 2**21))
 
   while vmem_bytes() > chips.tpu(chip).vmem * 2**20:
     # More tokens are fewer passes over the embedding, so they are the last to go.
@@ -219,7 +220,7 @@ def fit(blocks, chip, num_tokens, num_rows, dim, itemsize) -> Plan:
   counted, there = vmem_bytes(), chips.tpu(chip).vmem * 2**20
   # The count is out by up to 1 MiB (a v5p, 8192 wide), so a kernel may take some of what is left.
   taken = max(counted, min(counted + 2**22, there))
-  return Plan(tokens, rows, tile, chunk, min(blocks.together, tiles),
+  return Plan(tokens, rows, tile, chunk, min(config.together, tiles),
               -(-num_tokens // tokens), -(-num_rows // rows), taken)
 
 

@@ -7,9 +7,9 @@ bits.
 import jax
 import jax.numpy as jnp
 
-from .. import tuning
-from ..core import chips
+from ..core import chips, tile_order
 from ..triton import call as triton_call
+from . import configs
 from .fused import merged
 from .xla import target_logit
 
@@ -58,11 +58,11 @@ def _call(name, x, rows, others, out_types, *, scale, chip):
   from . import triton_kernels  # and with it Triton, which may be absent
 
   (num_tokens, dim), num_rows = x.shape, rows.shape[0]
-  blocks = tuning.cross_entropy_triton(chip, x.dtype.itemsize)
+  blocks = configs.triton(chip, x.dtype.itemsize)
   tiles, columns = -(-num_tokens // blocks.tokens), -(-num_rows // blocks.columns)
   walk = 1  # A loop around the gradient's epilogue keeps its addresses in registers: 1212 spilled.
   if name == "forward":
-    walk = tuning.walk(tiles, columns, -(-dim // blocks.depth), blocks.stages,
+    walk = tile_order.walk(tiles, columns, -(-dim // blocks.depth), blocks.stages,
                        chips.gpu(chip).multiprocessors)
   splits = -(-columns // walk)
   return triton_call.call(
@@ -70,6 +70,6 @@ def _call(name, x, rows, others, out_types, *, scale, chip):
       out_types=out_types(splits), grid=tiles * splits,
       num_warps=blocks.warps, num_stages=blocks.stages, chip=chip, D=dim, SCALE=scale,
       BLOCK_N=blocks.tokens, BLOCK_V=blocks.columns, BLOCK_D=blocks.depth,
-      TOGETHER=tuning.TOGETHER,
+      TOGETHER=tile_order.TOGETHER,
       PRECISION="tf32x3" if x.dtype == jnp.float32 else "tf32",
       **({"WALK": walk} if name == "forward" else {}))

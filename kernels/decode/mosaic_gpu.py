@@ -11,12 +11,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import mesh, tuning
+from .. import mesh
 from ..core import chips
 from ..core.constants import LOG2E
 from ..hopper import heads as packing, softmax, tiles
 from ..hopper.tiles import COL, ROW, TILE, across, down
-from . import mosaic_gpu_merge, splits
+from . import configs, mosaic_gpu_merge, splits
 
 ROWS = tiles.WARPGROUP_ROWS  # M of one wgmma: (query, head of the group) pairs of a program
 BLOCK = 64  # positions of a tile
@@ -171,13 +171,14 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
             config=None):
   """Attention to what is filled of a cache; arguments and result as in `xla.attend`."""
   dim, kv_heads = query.shape[3], key.shape[2]
-  config = config or tuning.decode_mosaic_gpu(chip, dim, key.dtype.itemsize)
+  config = config or configs.mosaic_gpu(chip, dim, key.dtype.itemsize)
   stages, int8 = config.stages, key.dtype == jnp.int8
   packed, = packing.pad_rows(packing.pack(query, kv_heads))
   num_rows = packed.shape[1]
   tiles_of_rows = pl.cdiv(num_rows, ROWS)
   rows = jax.ShapeDtypeStruct((len(lengths), num_rows, kv_heads, dim), query.dtype)
-  limits = splits.limits(rows, key, BLOCK, config.programs // tiles_of_rows)
+  programs = config.programs * chips.hopper(chip).multiprocessors
+  limits = splits.limits(rows, key, BLOCK, programs // tiles_of_rows)
   table, starts = splits.split(lengths, limits)
 
   array = jax.ShapeDtypeStruct

@@ -49,13 +49,13 @@ def unsupported(query, key, value, *, chip) -> str | None:
 
 
 def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value_scales, chip,
-            blocks=None):
+            config=None):
   """Attention to the cache; the contract of every backend, in `fused`.
 
   Args:
-    blocks: `tuning.DecodeTpu` to use instead of that for the chip.
+    config: to use instead of that for the chip.
   """
-  plan = fit(query, key, value, chip, blocks)
+  plan = fit(query, key, value, chip, config)
   batch, (rows, dim, max_len) = query.shape[0], (plan.rows, plan.dim, plan.max_len)
   grouped = batch, plan.num_queries, plan.kv_heads, plan.group, dim
   cache = lambda x: x.swapaxes(1, 2).reshape(plan.sequences, max_len, dim)

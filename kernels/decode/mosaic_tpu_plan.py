@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from .. import tuning
 from ..core import chips
 from ..core.constants import LOG2E
+from . import configs
 
 LANES = 128
 
@@ -48,15 +48,15 @@ class Plan(NamedTuple):
     return self.slots * self.size * position + rows * row + widened + 2**20
 
 
-def fit(query, key, value, chip, blocks=None) -> Plan:
-  """The plan for a chip, that for a v4 where it is None; `blocks` as for `forward`."""
+def fit(query, key, value, chip, config=None) -> Plan:
+  """The plan for a chip, that for a v4 where it is None; `config` as for `forward`."""
   batch, num_queries, heads, dim = query.shape
   max_len, kv_heads = key.shape[1:3]
-  size, slots, chunk, cores = blocks or tuning.decode_mosaic_tpu(chip, key.dtype.itemsize, dim)
+  size, slots, chunk, cores = config or configs.mosaic_tpu(chip, key.dtype.itemsize, dim)
   sequences = batch * kv_heads
-  if not blocks:
+  if not config:
     # Nothing is computed before the first block is there, so it should be a small part of all.
-    while size > tuning.DECODE_TPU_LEAST and size * 8 * cores > sequences * max_len:
+    while size > configs.TPU_LEAST and size * 8 * cores > sequences * max_len:
       size //= 2
   plan = Plan(
       min(size, round_up(max_len, LANES)), slots, chunk, cores, sequences, kv_heads, num_queries,

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import tuning
 from ..core import chips
 from ..triton import call as triton_call
-from . import splits
+from . import configs, splits
 
 _DIMS = (16, 32, 64, 128, 256)
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -63,7 +62,7 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
   batch, num_queries, heads, dim = query.shape
   max_len, kv_heads = key.shape[1:3]
   rows = num_queries * heads // kv_heads
-  blocks = tuning.decode_triton(chip, dim, rows, query.dtype)
+  blocks = configs.triton(chip, dim, rows, query.dtype)
   tiles = -(-rows // blocks.rows)
   programs = _PROGRAMS * chips.gpu(chip).multiprocessors // tiles
   limits = splits.limits(query, key, blocks.keys, programs)

@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import mesh, tuning
-from ..core import chips
+from .. import mesh
+from ..core import chips, tile_order
 from . import tiles
 from .tiles import COMPUTE, ROWS, TILE, TILING, WARPGROUP_ROWS
 
@@ -75,7 +75,7 @@ def run(ring, parts, compute):
   def each_tile(body):
     @plgpu.nd_loop((num_tiles,), collective_axes="block")
     def _(info):
-      row, column = plgpu.planar_snake(info.index[0], shape, 0, tuning.TOGETHER // size)
+      row, column = plgpu.planar_snake(info.index[0], shape, 0, tile_order.TOGETHER // size)
       row = row * size + (lax.axis_index("pair") if ring.together else 0)  # mutant: pair
       body(row, column, info.local_index * steps)
 
@@ -192,7 +192,21 @@ def store(ring, i, value, *targets):
     pl.when(condition)(functools.partial(plgpu.copy_smem_to_gmem, slot, target))
 
 
-def launch(kernel, name, operands, widths, slot, *, copies, across, num_tokens, dtype, chip):
+def fastest(configs, rows: int, across, processors: int):
+  """The tiles whose waves together read the fewest bytes from the L2 cache.
+
+  Args:
+    configs, across: as for `launch`.
+    rows: tiles of 128 rows.
+  """
+  def time(config):  # in bytes from the L2 cache for each step of the contraction
+    waves = -(-rows * across(config.columns) // processors)
+    return waves * (128 + config.columns // 2)
+
+  return min((config for config in configs if across(config.columns)), key=time)
+
+
+def launch(kernel, name, operands, widths, slot, *, copies, across, num_tokens, dtype, chip, configs):
   """What kernel(*operands, *results, ring) makes: [num_tokens, width] for each of `widths`.
 
   Args:
@@ -200,10 +214,12 @@ def launch(kernel, name, operands, widths, slot, *, copies, across, num_tokens, 
     widths: None for a result that is not wanted.
     slot: slot(columns) is the shape of what a slot has beside A.
     copies: that fill a slot.
-    across: across(columns) is how many tiles wide the result is.
+    across: across(columns) is how many tiles wide the result is, 0 if tiles can't be so narrow.
+    configs: tiles to choose from, each with columns, stages and together (two tiles of rows share
+      the copies of B).
   """
-  down = pl.cdiv(num_tokens, ROWS)
-  config = tuning.parallel_block_mosaic_gpu(chip, down, across)
+  down, processors = pl.cdiv(num_tokens, ROWS), chips.hopper(chip).multiprocessors
+  config = fastest(configs, down, across, processors)
   together = config.together and down > 1
   size = 2 if together else 1
   smem = functools.partial(plgpu.SMEM, dtype=dtype, transforms=tiles.TRANSFORMS)
@@ -222,7 +238,7 @@ def launch(kernel, name, operands, widths, slot, *, copies, across, num_tokens, 
       out_type=[None if width is None else jax.ShapeDtypeStruct((rows, width), dtype)
                 for width in widths],
       grid=(min(pl.cdiv(down, size) * across(config.columns),
-                chips.hopper(chip).multiprocessors // size),),
+                processors // size),),
       grid_names=("block",),
       cluster=(2,) if together else (),
       cluster_names=("pair",) if together else (),

@@ -14,7 +14,7 @@ from ..core import chips
 from ..hopper import product, tiles
 from ..hopper.product import CHUNK, STORE
 from ..hopper.tiles import ROWS, TILE, WARPGROUP_ROWS, pad_rows
-from . import xla
+from . import configs, xla
 from .fused import unfused
 from .mosaic_gpu_backward import input_gradient, swiglu_gradient  # noqa: F401
 
@@ -71,7 +71,7 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip):
       functools.partial(_in_projection_kernel, dim_head=dim_head), "in_projection",
       [h, *weights, *tables], [*of_heads, gate, *((gate, up) if keep else (None, None))],
       lambda columns: (2, CHUNK, columns // 2), copies=3, across=across, num_tokens=num_tokens,
-      dtype=x.dtype, chip=chip)
+      dtype=x.dtype, chip=chip, configs=configs.mosaic_gpu(chip))
   return query.reshape(num_tokens, heads, dim_head), *rest
 
 
@@ -190,7 +190,7 @@ def out_projection(x, attended, act, attn_out, ff_out, *, chip):
   y, = product.launch(
       _out_projection_kernel, "out_projection", operands, [dim],
       lambda columns: (CHUNK, columns), copies=2, across=lambda columns: pl.cdiv(dim, columns),
-      num_tokens=num_tokens, dtype=act.dtype, chip=chip)
+      num_tokens=num_tokens, dtype=act.dtype, chip=chip, configs=configs.mosaic_gpu(chip))
   return y
 
 

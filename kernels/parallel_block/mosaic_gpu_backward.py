@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from ..hopper import product, tiles
 from ..hopper.product import CHUNK, STORE
 from ..hopper.tiles import ROWS, pad_rows
+from . import configs
 
 
 def swiglu_gradient(dy, gate, up, ff_out, *, chip):
@@ -27,7 +28,7 @@ def swiglu_gradient(dy, gate, up, ff_out, *, chip):
       _swiglu_gradient_kernel, "swiglu_gradient",
       [*(pad_rows(a) for a in (dy, gate, up)), ff_out], [hidden] * 3,
       lambda columns: (columns, CHUNK), copies=2, across=lambda columns: pl.cdiv(hidden, columns),
-      num_tokens=gate.shape[0], dtype=dy.dtype, chip=chip))
+      num_tokens=gate.shape[0], dtype=dy.dtype, chip=chip, configs=configs.mosaic_gpu(chip)))
 
 
 def _swiglu_gradient_kernel(dy_ref, gate_ref, up_ref, ff_out_ref, dgate_ref, dup_ref, act_ref,
@@ -76,7 +77,7 @@ def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip):
   dh, = product.launch(
       _input_gradient_kernel, "input_gradient", operands, [dim],
       lambda columns: (columns, CHUNK), copies=2, across=lambda columns: pl.cdiv(dim, columns),
-      num_tokens=num_tokens, dtype=dkey.dtype, chip=chip)
+      num_tokens=num_tokens, dtype=dkey.dtype, chip=chip, configs=configs.mosaic_gpu(chip))
   return dh
 
 

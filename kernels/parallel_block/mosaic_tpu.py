@@ -11,12 +11,22 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import cost, mesh as meshes, tuning
+from .. import cost, mesh as meshes
 from ..core import chips
+from . import configs
 from .fused import unfused
 from .mosaic_tpu_backward import input_gradient, swiglu_gradient
 from .mosaic_tpu_plan import (
-    LANES, Pair, Sizes, contraction, dot, fit_columns, fit_sum, round_up, sum_of_products)
+  LANES,
+  Pair,
+  Sizes,
+  contraction,
+  dot,
+  fit_columns,
+  fit_sum,
+  round_up,
+  sum_of_products,
+)
 
 ROTATED = ("query", "key")
 
@@ -54,7 +64,7 @@ def unsupported(x, params, *, chip) -> str | None:
   return None
 
 
-def in_projection(x, params, rotation, *, norm, eps, keep, chip, blocks=None):
+def in_projection(x, params, rotation, *, norm, eps, keep, chip, config=None):
   """All that the layer computes from norm(x) before attention, in one launch.
 
   The norm of a block of rows is computed once, into VMEM. `act` is computed from gate and up in
@@ -69,7 +79,7 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip, blocks=None):
     eps: of the norm.
     keep: whether gate and up are returned.
     chip: as for `unsupported`.
-    blocks: in place of those in `tuning`.
+    config: in place of that in `configs`.
 
   Returns:
     query [M, H, Dh], key [M, Dh], value [M, Dh] or None, act [M, F], gate and up [M, F] or None.
@@ -79,7 +89,7 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip, blocks=None):
   hidden = params["gate"].shape[1]
   values = ("value",) if "value" in params else ()
   plan = fit_columns(
-      blocks or tuning.parallel_block_mosaic_tpu(chip).in_projection, chip, num_tokens, dim, hidden,
+      config or configs.mosaic_tpu(chip).in_projection, chip, num_tokens, dim, hidden,
       dtype.itemsize, heads=heads, dim_head=dim_head)
   depth, depths = plan.depth, dim // plan.depth
   query_steps = -(-heads * dim_head // plan.query_columns)
@@ -182,7 +192,7 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip, blocks=None):
           found.get("up"))
 
 
-def out_projection(x, attended, act, attn_out, ff_out, *, chip, blocks=None):
+def out_projection(x, attended, act, attn_out, ff_out, *, chip, config=None):
   """x + attended @ attn_out + act @ ff_out in one float32 accumulator, rounded once.
 
   Args:
@@ -191,7 +201,7 @@ def out_projection(x, attended, act, attn_out, ff_out, *, chip, blocks=None):
     act: [M, F].
     attn_out: [H, Dh, D].
     ff_out: [F, D].
-    chip, blocks: as for `in_projection`.
+    chip, config: as for `in_projection`.
 
   Returns:
     [M, D].
@@ -199,7 +209,7 @@ def out_projection(x, attended, act, attn_out, ff_out, *, chip, blocks=None):
   (num_tokens, heads, dim_head), (hidden, dim) = attended.shape, ff_out.shape
   stages = [[Pair(attended.reshape(num_tokens, -1), attn_out.reshape(-1, dim))],
             [Pair(act, ff_out)]]
-  plan = fit_sum(blocks or tuning.parallel_block_mosaic_tpu(chip).out_projection, chip, num_tokens,
+  plan = fit_sum(config or configs.mosaic_tpu(chip).out_projection, chip, num_tokens,
                  dim, [(heads * dim_head, 1), (hidden, 1)], act.dtype.itemsize)
   return sum_of_products(x, stages, plan, transposed=False, name="block_out_projection")
 

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import cost, mesh as meshes, tuning
+from .. import cost, mesh as meshes
+from . import configs
 from .mosaic_tpu_plan import Pair, contraction, dot, fit_columns, fit_sum, sum_of_products
 
 
-def swiglu_gradient(dy, gate, up, ff_out, *, chip, blocks=None):
+def swiglu_gradient(dy, gate, up, ff_out, *, chip, config=None):
   """From the gradient of act @ ff_out those of gate and up, and act itself once more.
 
   The gradient of act is never in memory.
@@ -19,13 +20,13 @@ def swiglu_gradient(dy, gate, up, ff_out, *, chip, blocks=None):
     gate, up: [M, F].
     ff_out: [F, D].
     chip: "v4", "v5e", "v5p", "v6e" or "tpu7x", or None.
-    blocks: in place of those in `tuning`.
+    config: in place of that in `configs`.
 
   Returns:
     dgate, dup, act, each [M, F].
   """
   (num_tokens, dim), hidden, dtype = dy.shape, gate.shape[1], dy.dtype
-  plan = fit_columns(blocks or tuning.parallel_block_mosaic_tpu(chip).swiglu_gradient, chip,
+  plan = fit_columns(config or configs.mosaic_tpu(chip).swiglu_gradient, chip,
                      num_tokens, dim, hidden, dtype.itemsize)
   depth, depths = plan.depth, dim // plan.depth
 
@@ -67,7 +68,7 @@ def swiglu_gradient(dy, gate, up, ff_out, *, chip, blocks=None):
   )(*operands)
 
 
-def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip, blocks=None):
+def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip, config=None):
   """The gradient of norm(x) from those of all that was projected, in one float32 accumulator.
 
   Weights are contracted as they lie, by columns.
@@ -77,7 +78,7 @@ def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip, blocks=Non
     dkey, dvalue: [M, Dh]; dvalue may be None.
     dgate, dup: [M, F].
     params: query [D, H, Dh], key and value [D, Dh], gate and up [D, F].
-    chip, blocks: as for `swiglu_gradient`.
+    chip, config: as for `swiglu_gradient`.
 
   Returns:
     [M, D].
@@ -89,7 +90,7 @@ def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip, blocks=Non
     keys.append(Pair(dvalue, params["value"]))
   query = Pair(flat(dquery, num_tokens), flat(params["query"], dim))
   stages = [[query], keys, [Pair(dgate, params["gate"]), Pair(dup, params["up"])]]
-  plan = fit_sum(blocks or tuning.parallel_block_mosaic_tpu(chip).input_gradient, chip, num_tokens,
+  plan = fit_sum(config or configs.mosaic_tpu(chip).input_gradient, chip, num_tokens,
                  dim, [(stage[0].left.shape[1], len(stage)) for stage in stages],
                  dgate.dtype.itemsize, transposed=True)
   return sum_of_products(None, stages, plan, transposed=True, name="block_input_gradient")

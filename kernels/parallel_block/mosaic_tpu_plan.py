@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import cost, mesh as meshes, tuning
+from .. import cost, mesh as meshes
 from ..core import chips
+from . import configs
 
 LANES = 128
 
@@ -49,18 +50,18 @@ class Sizes(NamedTuple):
   def plans(self, chip) -> dict[str, Plan]:
     """The plan of each kernel, by its name."""
     tokens, dim, heads, dim_head, hidden, itemsize = self
-    blocks, queries = tuning.parallel_block_mosaic_tpu(chip), heads * dim_head
+    config, queries = configs.mosaic_tpu(chip), heads * dim_head
     return {
-        "in_projection": fit_columns(blocks.in_projection, chip, tokens, dim, hidden, itemsize,
+        "in_projection": fit_columns(config.in_projection, chip, tokens, dim, hidden, itemsize,
                                      heads=heads, dim_head=dim_head),
-        "out_projection": fit_sum(blocks.out_projection, chip, tokens, dim,
+        "out_projection": fit_sum(config.out_projection, chip, tokens, dim,
                                   [(queries, 1), (hidden, 1)], itemsize),
-        "swiglu_gradient": fit_columns(blocks.swiglu_gradient, chip, tokens, dim, hidden, itemsize),
-        "input_gradient": fit_sum(blocks.input_gradient, chip, tokens, dim,
+        "swiglu_gradient": fit_columns(config.swiglu_gradient, chip, tokens, dim, hidden, itemsize),
+        "input_gradient": fit_sum(config.input_gradient, chip, tokens, dim,
                                   [(queries, 1), (dim_head, 2), (hidden, 2)], itemsize, True)}
 
 
-def fit_columns(blocks, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim_head=0) -> Plan:
+def fit_columns(config, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim_head=0) -> Plan:
   """For kernels that hold rows of the whole dim and make columns of the hidden width.
 
   With heads, it is the in-projection: two products a step, and queries and keys as well.
@@ -71,7 +72,7 @@ def fit_columns(blocks, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim
   def plan(most, depth, columns, query_columns):
     query_columns = min(round_up(query_columns, width or 1), round_up(heads * dim_head, LANES))
     together = max(products * columns, query_columns)
-    rows, tile, part = fit_rows(blocks, most, num_tokens, together * depth, chip)
+    rows, tile, part = fit_rows(config, most, num_tokens, together * depth, chip)
     two = 2 * itemsize  # bytes of what has two buffers
     every = 2 * width + query_columns + products * columns if heads else columns
     taken = two * rows * dim + 2**16 + 8 * dim + staged(part, every, tile // part, itemsize, depth)
@@ -88,9 +89,9 @@ def fit_columns(blocks, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim
     return Plan(num_tokens, rows, tile, part, columns, depth, with_slack(taken, limit),
                 query_columns, norm_rows)
 
-  for most in halves(*rows_of(blocks, num_tokens)):
+  for most in halves(*rows_of(config, num_tokens)):
     for depth in depths_of(dim):
-      wanted = min(blocks.work // (products * most * depth), blocks.columns, hidden)
+      wanted = min(config.work // (products * most * depth), config.columns, hidden)
       for columns in halves(max(wanted, LANES), LANES):
         for query_columns in (2 * columns, columns):
           found = plan(most, depth, columns, query_columns)
@@ -99,7 +100,7 @@ def fit_columns(blocks, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim
   return found
 
 
-def fit_sum(blocks, chip, num_tokens, dim, stages, itemsize, transposed=False) -> Plan:
+def fit_sum(config, chip, num_tokens, dim, stages, itemsize, transposed=False) -> Plan:
   """For sums of products [M, K] x [K, dim]; stages: the K of each, and how many products."""
   limit = chips.tpu(chip).vmem * 2**20
 
@@ -107,7 +108,7 @@ def fit_sum(blocks, chip, num_tokens, dim, stages, itemsize, transposed=False) -
     depths = tuple(next((d for d in depths_of(size) if d * number * most * columns <= work),
                         depths_of(size)[-1]) for size, number in stages)
     deepest = max(d * number for d, (_, number) in zip(depths, stages))
-    rows, tile, part = fit_rows(blocks, most, num_tokens, deepest * columns, chip)
+    rows, tile, part = fit_rows(config, most, num_tokens, deepest * columns, chip)
     taken = 2 * itemsize * (rows + columns) * sum(
         max(d, LANES) * number for d, (_, number) in zip(depths, stages))
     taken += (4 + 4 * itemsize) * rows * columns  # the accumulator, the result, what is added
@@ -115,22 +116,22 @@ def fit_sum(blocks, chip, num_tokens, dim, stages, itemsize, transposed=False) -
     taken += transposed * itemsize * deepest * columns  # turned
     return Plan(num_tokens, rows, tile, tile, columns, 0, with_slack(taken, limit), depths=depths)
 
-  for most in halves(*rows_of(blocks, num_tokens)):
-    for columns in halves(min(blocks.columns, dim), LANES):
+  for most in halves(*rows_of(config, num_tokens)):
+    for columns in halves(min(config.columns, dim), LANES):
       for halvings in range(8):
-        found = plan(most, columns, blocks.work >> halvings)
+        found = plan(most, columns, config.work >> halvings)
         if found.vmem_bytes <= limit:
           return found
   return found
 
 
-def fit_rows(blocks, most, num_tokens, area, chip) -> tuple[int, int, int]:
+def fit_rows(config, most, num_tokens, area, chip) -> tuple[int, int, int]:
   """Rows of a block, of straight-line code, and of one product; area is multiply-adds a row."""
   cores = 2 if chip in ("v4", "v5p") else 1
   count = round_up(-(-num_tokens // most), cores)
   each = min(most, round_up(-(-num_tokens // count), 16))
-  part = min(blocks.part, each)
-  tile = part * max(1, min(blocks.code // (area * part), each // part))
+  part = min(config.part, each)
+  tile = part * max(1, min(config.code // (area * part), each // part))
   return round_up(each, tile), tile, part
 
 
@@ -154,9 +155,9 @@ def halves(size: int, least: int) -> Iterator[int]:
     size //= 2
 
 
-def rows_of(blocks, num_tokens) -> tuple[int, int]:
+def rows_of(config, num_tokens) -> tuple[int, int]:
   """The most and the least rows of a block: with fewer than 128 it would wait for weights."""
-  most = min(blocks.rows, round_up(num_tokens, 16))
+  most = min(config.rows, round_up(num_tokens, 16))
   return most, min(most, LANES)
 
 

@@ -8,8 +8,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from .. import tuning
+from ..core import tile_order
 from ..triton import call as triton_call
+from . import configs
 from .fused import unfused
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -60,7 +61,7 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip):
   (m, d), (_, heads, dim_head) = x.shape, params["query"].shape
   hidden, has_value = params["gate"].shape[1], "value" in params
   h = _normalize(x, params["norm"], norm=norm, eps=eps, chip=chip)
-  blocks = tuning.parallel_block_triton(chip, x.dtype.itemsize, d)
+  blocks = configs.triton(chip, x.dtype.itemsize, d)
   pairs = blocks.columns // 2
   tiles = sum(-(-count // pairs) for count in (
       heads * dim_head // 2, (1 + has_value) * dim_head // 2, hidden))
@@ -85,7 +86,7 @@ def _normalize(x, gain, *, norm, eps, chip):
 
   m, d = x.shape
   columns = 1 << (d - 1).bit_length()
-  rows = max(1, tuning.PARALLEL_BLOCK_NORM // columns)
+  rows = max(1, configs.NORM // columns)
   warps = min(16, max(4, columns * rows // 1024))
   return triton_call.call(
       triton_kernels.normalize_kernel, x, gain, m,
@@ -106,7 +107,7 @@ def out_projection(x, attended, act, attn_out, ff_out, *, chip):
   """
   (m, hidden), d = act.shape, ff_out.shape[1]
   inner = math.prod(attended.shape[1:])
-  blocks = tuning.parallel_block_triton(chip, act.dtype.itemsize, inner + hidden)
+  blocks = configs.triton(chip, act.dtype.itemsize, inner + hidden)
   return _call(
       "out_projection", blocks, act if x is None else x, attended, act, attn_out, ff_out, m,
       tokens=m, tiles=-(-d // blocks.columns), chip=chip,
@@ -120,7 +121,7 @@ def swiglu_gradient(dy, gate, up, ff_out, *, chip):
   The gradient of act, dy [M, D] @ ff_out.T, is never written.
   """
   (m, d), hidden = dy.shape, gate.shape[1]
-  blocks = tuning.parallel_block_triton(chip, dy.dtype.itemsize, d)
+  blocks = configs.triton(chip, dy.dtype.itemsize, d)
   return _call(
       "swiglu_gradient", blocks, dy, gate, up, ff_out, m, tokens=m,
       tiles=-(-hidden // blocks.columns), chip=chip,
@@ -138,7 +139,7 @@ def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip):
     chip: as for `unsupported`.
   """
   (m, heads, dim_head), (d, hidden) = dquery.shape, params["gate"].shape
-  blocks = tuning.parallel_block_triton(
+  blocks = configs.triton(
       chip, dquery.dtype.itemsize, (heads + 1) * dim_head + 2 * hidden)
   return _call(
       "input_gradient", blocks, dquery, dkey, dkey if dvalue is None else dvalue, dgate, dup,
@@ -156,5 +157,5 @@ def _call(name, blocks, *inputs, tokens, tiles, out_types, chip, **constants):
       getattr(triton_kernels, f"{name}_kernel"), *inputs, out_types=out_types,
       grid=-(-tokens // blocks.tokens) * tiles, num_warps=blocks.warps, num_stages=blocks.stages,
       chip=chip, BLOCK_M=blocks.tokens, BLOCK_N=blocks.columns, BLOCK_K=blocks.depth,
-      TOGETHER=tuning.TOGETHER,
+      TOGETHER=tile_order.TOGETHER,
       PRECISION="tf32x3" if out_types[0].dtype == jnp.float32 else "tf32", **constants)

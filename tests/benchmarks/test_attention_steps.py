@@ -6,11 +6,14 @@ import pytest
 from benchmarks import attention_steps, static
 from benchmarks.attention_steps import Mask, documents
 from benchmarks.shapes import Attention
-from palm_haiku.kernels import tuning
-from palm_haiku.kernels.attention import mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
+from palm_haiku.kernels.attention import (
+  configs,
+  mosaic_tpu_layout as layout,
+  mosaic_tpu_mask as masking,
+)
 
 # 32 positions of 4 heads to a block of rows, two steps of 16; a major block of 128 keys.
-BLOCKS = tuning.TpuBlocks(
+BLOCKS = configs.TpuConfig(
     area=2**12, rows=64, lanes=32, chunk=32, fine=8, major=128, ahead=1, cores=1)
 MASKS = {
     "none": (256, Mask(is_causal=False)),

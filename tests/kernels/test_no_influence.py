@@ -13,9 +13,8 @@ from palm_haiku.kernels import (
   decode_attention,
   linear_cross_entropy,
   parallel_attention_ffn,
-  tuning,
 )
-from palm_haiku.kernels.decode import splits
+from palm_haiku.kernels.decode import configs, splits
 from palm_haiku.kernels.triton import call as triton_call
 from palm_haiku.loss import next_token_loss
 from tests import triton_interpreter
@@ -112,8 +111,8 @@ OF_DECODE = [("xla", "float32", False, True), ("xla", "bfloat16", True, False)] 
 def test_what_a_cache_does_not_hold_yet_has_no_influence(
     implementation, dtype, int8, shared, monkeypatch):
   monkeypatch.setattr(splits, "POSITIONS_PER_ROW", 8)  # several parts
-  blocks = tuning.DecodeTpu(size=128, slots=3, chunk=128, cores=1)
-  monkeypatch.setattr(tuning, "decode_mosaic_tpu", lambda *_: blocks)
+  blocks = configs.TpuConfig(size=128, slots=3, chunk=128, cores=1)
+  monkeypatch.setattr(configs, "mosaic_tpu", lambda *_: blocks)
   lengths, query, keys, unfilled = caches(dtype, int8, shared)
 
   @jax.jit

@@ -7,12 +7,12 @@ import pytest
 
 from palm_haiku import kernels
 from palm_haiku.kernels import tune as tune_op
-from palm_haiku.kernels import tuning
+from palm_haiku.kernels.attention import configs
 
 
 @pytest.fixture
 def module(monkeypatch):
-  monkeypatch.setattr(tuning, "ATTENTION_MOSAIC_GPU", dict(tuning.ATTENTION_MOSAIC_GPU))
+  monkeypatch.setattr(configs, "MOSAIC_GPU", dict(configs.MOSAIC_GPU))
   return importlib.import_module("palm_haiku.kernels.tune")
 
 
@@ -24,9 +24,9 @@ def test_takes_the_best_that_runs_and_changes_nothing(module, monkeypatch, tmp_p
     return float(config.stages + config.dq_k_stages + config.dkv_block_q), None
 
   monkeypatch.setattr(module, "_instructions", judge)
-  before, path = dict(tuning.ATTENTION_MOSAIC_GPU), tmp_path / "table.json"
+  before, path = dict(configs.MOSAIC_GPU), tmp_path / "table.json"
   table = tune_op(dim_heads=(64, 256), length=256, path=str(path))
-  assert tuning.ATTENTION_MOSAIC_GPU == before
+  assert configs.MOSAIC_GPU == before
   assert json.loads(path.read_text()) == table and table["how"] == "static"
   for blocks in table["blocks"].values():
     assert (blocks["block_kv"], blocks["stages"], blocks["dq_k_stages"]) == (64, 2, 1)
@@ -36,8 +36,8 @@ def test_takes_the_best_that_runs_and_changes_nothing(module, monkeypatch, tmp_p
                  and trial["dq_k_stages"] == 2 for trial in table["trials"])
 
   kernels.load_tuning(str(path))
-  assert tuning.attention_mosaic_gpu("h200", 256)._asdict() == table["blocks"]["256"]
-  assert tuning.ATTENTION_MOSAIC_GPU["h100", 256] == before["h100", 256]
+  assert configs.mosaic_gpu("h200", 256)._asdict() == table["blocks"]["256"]
+  assert configs.MOSAIC_GPU["h100", 256] == before["h100", 256]
 
 
 def test_equal_figures_go_to_more_tiles_in_flight(module, monkeypatch):

@@ -17,19 +17,21 @@ from hypothesis import given, settings, strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from palm_haiku.kernels import alibi_slopes, flash_attention
-from palm_haiku.kernels.attention import mosaic_tpu, mosaic_tpu_layout as layout
-from palm_haiku.kernels.attention import mosaic_tpu_mask as masking
+from palm_haiku.kernels.attention import (
+  configs,
+  mosaic_tpu,
+  mosaic_tpu_layout as layout,
+  mosaic_tpu_mask as masking,
+)
 from palm_haiku.kernels.core import chips
-from palm_haiku.kernels.tuning import TpuBlocks
-
 from tests.kernels.attention import contract
 from tests.kernels.attention.contract import Case
 
 # Small enough that short sequences have several blocks of rows and of keys, and steps of all
 # kinds: diagonal, large, fine. The second deals the blocks of rows to two cores.
 BLOCKS = (
-    TpuBlocks(area=1024, rows=32, lanes=32, chunk=32, fine=16, major=64, ahead=1, cores=1),
-    TpuBlocks(area=1024, rows=32, lanes=16, chunk=16, fine=8, major=32, ahead=2, cores=2),
+    configs.TpuConfig(area=1024, rows=32, lanes=32, chunk=32, fine=16, major=64, ahead=1, cores=1),
+    configs.TpuConfig(area=1024, rows=32, lanes=16, chunk=16, fine=8, major=32, ahead=2, cores=2),
 )
 
 
@@ -38,7 +40,7 @@ def compiled(blocks, backward, **static):
   # Every case is a compilation; optimizing it would cost more than it saves.
   @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
   def run(query, key, value, dout, options):
-    options = dict(options, **static, chip=None, blocks=blocks)
+    options = dict(options, **static, chip=None, config=blocks)
     out, lse = mosaic_tpu.forward(query, key, value, **options)
     results = dict(out=out, lse=lse)
     if backward:

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType
 
-from palm_haiku.kernels import alibi_slopes, flash_attention, tuning
-from palm_haiku.kernels.attention import triton
+from palm_haiku.kernels import alibi_slopes, flash_attention
+from palm_haiku.kernels.attention import configs, triton
 from palm_haiku.kernels.triton import call as triton_call
 from tests import triton_interpreter
 from tests.kernels.attention import contract
@@ -25,7 +25,7 @@ if trouble := triton_call.problem():
   pytest.skip(f"needs {trouble}", allow_module_level=True)
 
 attention = functools.partial(flash_attention, implementation="triton")
-Blocks = tuning.TritonBlocks
+Blocks = configs.TritonConfig
 
 
 def blocks_of(rows, keys, apart=False):
@@ -320,7 +320,7 @@ def struct(num_queries=128, heads=16, dim_head=64, dtype=jnp.bfloat16):
 @pytest.mark.parametrize("change, chip, message", [
     (dict(dim_head=80), "a100", r"dim_head in {16, 32, 64, 128, 256}; got 80"),
     (dict(dtype=jnp.float64), "a100", "dtype in {bfloat16, float16, float32}; got float64"),
-    (dict(), "v5e", "a GPU of a100, .*; got v5e"),
+    (dict(), "v5e", "a GPU with .* of compute capability 8.0, .*; got v5e"),
     (dict(num_queries=2**27, heads=16), "h200", "2.31 rows"),
 ])
 def test_requirements_are_named(change, chip, message):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from palm_haiku.kernels import alibi_slopes, flash_attention, tuning
-from palm_haiku.kernels.attention import triton
+from palm_haiku.kernels import alibi_slopes, flash_attention
+from palm_haiku.kernels.attention import configs, triton
 from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.triton import call as triton_call
 from tests.kernels.attention import contract
@@ -130,7 +130,7 @@ def test_every_variant_is_lowered(chip, num_queries, num_keys, heads, kv_heads, 
 
 def test_tiles_fit_the_shared_memory_of_every_chip():
   """Operands of the loop, once per stage, are less than what a block may have."""
-  for chip, table in tuning.ATTENTION_TRITON.items():
+  for chip, table in configs.TRITON.items():
     for dim_head, kernels in table.items():
       for blocks in kernels:
         assert 2 * dim_head * (blocks.rows + 2 * blocks.keys) <= chips.GPUS[chip].shared_memory

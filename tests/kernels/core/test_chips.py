@@ -19,7 +19,7 @@ QUOTED = re.compile("|".join(f'["\']{word}["\']' for chip in chips.CHIPS.values(
                              for word in (chip.name, chip.kind)), re.IGNORECASE)
 
 # What tells of chips, but no facts about them: block sizes, and what runs reached.
-NO_FACTS = ("configs.py", "tuning.py", "hardware.py")
+NO_FACTS = ("configs.py", "hardware.py")
 
 
 def chips_in(node) -> set[str]:

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from palm_haiku.kernels import linear_cross_entropy, tuning
-from palm_haiku.kernels.cross_entropy import mosaic_gpu
+from palm_haiku.kernels import linear_cross_entropy
+from palm_haiku.kernels.core import tile_order
+from palm_haiku.kernels.cross_entropy import configs, mosaic_gpu
 from palm_haiku.kernels.hopper import softmax
 from tests.kernels import hopper
 from tests.kernels.cross_entropy import contract
@@ -34,10 +35,10 @@ class Plan:
 @functools.lru_cache(maxsize=4)
 def compiled(case, plan, of):
   """A jitted function of the inputs of all cases that share this program."""
-  config = tuning.CrossEntropyMosaicGpu(plan.columns, plan.stages)
+  config = configs.HopperConfig(plan.columns, plan.stages)
 
   def kernels(arrays):
-    with mock.patch.multiple(tuning, walk=lambda *_: plan.walk, TOGETHER=plan.together):
+    with mock.patch.multiple(tile_order, walk=lambda *_: plan.walk, TOGETHER=plan.together):
       return contract.run(mosaic_gpu, case, arrays, of=of, chip=None, config=config)
 
   return jax.jit(kernels)

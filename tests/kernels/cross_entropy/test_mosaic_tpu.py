@@ -15,23 +15,21 @@ from jax.experimental.pallas import tpu as pltpu
 
 from palm_haiku.kernels import aot, linear_cross_entropy
 from palm_haiku.kernels.core import chips
-from palm_haiku.kernels.cross_entropy import mosaic_tpu
-from palm_haiku.kernels.tuning import CrossEntropyTpu
-
+from palm_haiku.kernels.cross_entropy import configs, mosaic_tpu
 from tests.kernels.cross_entropy import contract
 from tests.kernels.cross_entropy.contract import Case
 
 # Small enough that little has several blocks, and a block several tiles.
 BLOCKS = (
-    CrossEntropyTpu(tokens=256, rows=256, tile=128, chunk=128, together=3),
-    CrossEntropyTpu(tokens=128, rows=128, tile=128, chunk=128, together=1),
+    configs.TpuConfig(tokens=256, rows=256, tile=128, chunk=128, together=3),
+    configs.TpuConfig(tokens=128, rows=128, tile=128, chunk=128, together=1),
 )
 
 
 @functools.lru_cache(maxsize=4)
 def program(case, blocks):
   """A jitted function of the inputs of all cases that share this program."""
-  fixed = lambda name: functools.partial(getattr(mosaic_tpu, name), blocks=blocks, chip=None)
+  fixed = lambda name: functools.partial(getattr(mosaic_tpu, name), config=blocks, chip=None)
   backend = types.SimpleNamespace(forward=fixed("forward"), logit_gradient=fixed("logit_gradient"))
   # Every program is a compilation; optimizing it would cost more than it saves.
   return jax.jit(functools.partial(contract.run, backend, case),

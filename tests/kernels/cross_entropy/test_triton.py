@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from palm_haiku.kernels import linear_cross_entropy, tuning
-from palm_haiku.kernels.core import chips
-from palm_haiku.kernels.cross_entropy import triton
+from palm_haiku.kernels import linear_cross_entropy
+from palm_haiku.kernels.core import chips, tile_order
+from palm_haiku.kernels.cross_entropy import configs, triton
 from palm_haiku.kernels.triton import call as triton_call
 from tests import triton_interpreter
 from tests.kernels.cross_entropy import contract
@@ -27,9 +27,10 @@ if trouble := triton_call.problem():
 
 def run(case, blocks=(16, 16, 16), walk=2, together=2, mistake=None, of=("log_z", "g")):
   """The kernels' results on a case, in tiles of (tokens, columns, depth)."""
-  tiles = tuning.CrossEntropyTriton(*blocks, 4, 2)
-  with (triton_interpreter.interpreted(mistake), mock.patch.multiple(
-      tuning, cross_entropy_triton=lambda *_: tiles, walk=lambda *_: walk, TOGETHER=together)):
+  tiles = configs.TritonConfig(*blocks, 4, 2)
+  with (triton_interpreter.interpreted(mistake),
+        mock.patch.object(configs, "triton", lambda *_: tiles),
+        mock.patch.multiple(tile_order, walk=lambda *_: walk, TOGETHER=together)):
     return contract.run(triton, case, contract.inputs(case), of=of, chip=None)
 
 
@@ -76,7 +77,7 @@ def test_fuzz(case, blocks, walk, together):
     Case(num_tokens=40, vocabulary=70, scale=0.0, dtype="float32"),
 ], ids=str)
 def test_edges_in_the_tiles_of_the_table(case):
-  blocks = tuning.cross_entropy_triton(None, jnp.dtype(case.dtype).itemsize)
+  blocks = configs.triton(None, jnp.dtype(case.dtype).itemsize)
   verify(case, blocks[:3])
 
 
@@ -183,9 +184,9 @@ def test_requirements_are_named(dim, dtype, chip, message):
 
 
 def test_tiles_fit_the_shared_memory_of_every_chip():
-  for chip in tuning.CROSS_ENTROPY_TRITON:
+  for chip in configs.TRITON:
     for itemsize in (2, 4):
-      blocks = tuning.cross_entropy_triton(chip, itemsize)
+      blocks = configs.triton(chip, itemsize)
       step = itemsize * blocks.depth * (blocks.tokens + blocks.columns)
       assert blocks.stages * step <= chips.GPUS[chip].shared_memory
 

@@ -17,16 +17,14 @@ from jax.experimental.pallas import tpu as pltpu
 from benchmarks import decode_static
 from palm_haiku.kernels import alibi_slopes, aot, decode_attention
 from palm_haiku.kernels.core import chips
-from palm_haiku.kernels.decode import mosaic_tpu
-from palm_haiku.kernels.tuning import DecodeTpu
-
+from palm_haiku.kernels.decode import configs, mosaic_tpu
 from tests.kernels.decode import contract
 from tests.kernels.decode.contract import Case
 
 # Small enough that short sequences have several blocks, and blocks several parts and products.
-BLOCKS = (DecodeTpu(size=128, slots=3, chunk=128, cores=1),
-          DecodeTpu(size=256, slots=4, chunk=128, cores=2),
-          DecodeTpu(size=128, slots=4, chunk=128, cores=2))
+BLOCKS = (configs.TpuConfig(size=128, slots=3, chunk=128, cores=1),
+          configs.TpuConfig(size=256, slots=4, chunk=128, cores=2),
+          configs.TpuConfig(size=128, slots=4, chunk=128, cores=2))
 
 
 def attention(case, arrays, blocks=BLOCKS[0]):
@@ -34,7 +32,7 @@ def attention(case, arrays, blocks=BLOCKS[0]):
       detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan",
       num_cores_or_threads=blocks.cores)
   # Every case is a compilation; optimizing it would cost more than it saves.
-  run = jax.jit(functools.partial(mosaic_tpu.forward, scale=case.scale, chip=None, blocks=blocks),
+  run = jax.jit(functools.partial(mosaic_tpu.forward, scale=case.scale, chip=None, config=blocks),
                 compiler_options={"xla_backend_optimization_level": 0})
   try:
     with pltpu.force_tpu_interpret_mode(params):
@@ -166,7 +164,7 @@ def test_no_more_is_copied_than_the_cache_that_is_used(monkeypatch, case):
   caches = [x for name, x in arrays.items() if x is not None and name.startswith(("key", "value"))]
   used = sum(case.lengths) * sum(x.nbytes // np.prod(x.shape[:2]) for x in caches)
   # With large blocks, as on a chip: the query comes with each.
-  total = copied(monkeypatch, case, DecodeTpu(size=1024, slots=4, chunk=512, cores=1))
+  total = copied(monkeypatch, case, configs.TpuConfig(size=1024, slots=4, chunk=512, cores=1))
   assert used <= total <= 1.05 * used, total / used
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from palm_haiku.kernels import alibi_slopes, decode_attention, tuning
+from palm_haiku.kernels import alibi_slopes, decode_attention
 from palm_haiku.kernels.core import chips
-from palm_haiku.kernels.decode import splits, triton
+from palm_haiku.kernels.decode import configs, splits, triton
 from palm_haiku.kernels.triton import call as triton_call
 from tests import triton_interpreter
 from tests.kernels import contract as bound
@@ -27,13 +27,13 @@ if trouble := triton_call.problem():
 def result(case, keys=16, per_row=1, mistake=None, chip=None, arrays=None):
   """What the kernels compute for a case, in blocks of `keys` and slots of `per_row` a row."""
   arrays = arrays or contract.inputs(case)
-  blocks = tuning.decode_triton
+  blocks = configs.triton
 
   def smaller(*args):
     return blocks(*args)._replace(**dict(keys=keys) if keys else {})
 
   with pytest.MonkeyPatch.context() as patch, triton_interpreter.interpreted(mistake):
-    patch.setattr(tuning, "decode_triton", smaller)
+    patch.setattr(configs, "triton", smaller)
     patch.setattr(splits, "POSITIONS_PER_ROW", per_row)
     return triton.forward(**arrays, scale=case.scale, chip=chip)
 

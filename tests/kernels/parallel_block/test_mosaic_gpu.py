@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from jax.sharding import AxisType, PartitionSpec as P
 
-from palm_haiku.kernels import parallel_attention_ffn, tuning
-from palm_haiku.kernels.core import chips
+from palm_haiku.kernels import parallel_attention_ffn
+from palm_haiku.kernels.core import chips, tile_order
 from palm_haiku.kernels.hopper import product
-from palm_haiku.kernels.parallel_block import mosaic_gpu, mosaic_gpu_backward
+from palm_haiku.kernels.parallel_block import configs, mosaic_gpu, mosaic_gpu_backward
 from tests.kernels import hopper
 from tests.kernels.parallel_block import contract
 from tests.kernels.parallel_block.contract import Case
@@ -35,15 +35,16 @@ class Plan:
   side_by_side: int = 2  # rows of tiles that are walked together
 
 
-TABLE = Plan(256, 4, True, 132, tuning.TOGETHER)
+TABLE = Plan(256, 4, True, 132, tile_order.TOGETHER)
 
 
 @contextlib.contextmanager
 def planned(plan):
-  config = tuning.ParallelBlockMosaicGpu(plan.columns, plan.stages, plan.together)
+  config = configs.HopperConfig(plan.columns, plan.stages, plan.together)
   chip = dataclasses.replace(chips.GPUS["h200"], multiprocessors=plan.processors)
-  with mock.patch.dict(chips.GPUS, h200=chip), mock.patch.multiple(
-      tuning, parallel_block_mosaic_gpu=lambda *_: config, TOGETHER=plan.side_by_side):
+  with mock.patch.dict(chips.GPUS, h200=chip), mock.patch.object(
+      configs, "mosaic_gpu", lambda *_: (config,)), mock.patch.object(
+          tile_order, "TOGETHER", plan.side_by_side):
     yield
 
 
@@ -244,10 +245,9 @@ def test_requirements_are_named(changes, chip, message):
 @pytest.mark.parametrize("rows, width, columns", [
     (128, 4096, 256), (128, 512, 256), (16, 512, 128), (16, 4096, 256), (1, 4096, 128)])
 def test_narrow_tiles_where_wide_ones_leave_the_chip_empty(rows, width, columns):
-  config = tuning.parallel_block_mosaic_gpu("h200", rows, lambda columns: -(-width // columns))
-  assert config.columns == columns
-  assert tuning.parallel_block_mosaic_gpu(
-      None, rows, lambda columns: columns // 256).columns == 256
+  fastest = functools.partial(product.fastest, configs.mosaic_gpu("h200"), rows, processors=132)
+  assert fastest(lambda columns: -(-width // columns)).columns == columns
+  assert fastest(lambda columns: columns // 256).columns == 256
 
 
 # Compiled for a chip that is not here, and run on one that is. ----------------------------------

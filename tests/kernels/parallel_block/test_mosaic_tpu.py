@@ -14,17 +14,21 @@ from hypothesis import given, settings, strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from palm_haiku.kernels import aot, tuning
+from palm_haiku.kernels import aot
 from palm_haiku.kernels.core import chips
-from palm_haiku.kernels.parallel_block import mosaic_tpu, mosaic_tpu_backward, mosaic_tpu_plan
-from palm_haiku.kernels.tuning import ProductTpu
+from palm_haiku.kernels.parallel_block import (
+  configs,
+  mosaic_tpu,
+  mosaic_tpu_backward,
+  mosaic_tpu_plan,
+)
 from tests.kernels.parallel_block import contract
 from tests.kernels.parallel_block.contract import Case
 
 # Small enough that little has several blocks, a block several tiles, and a tile several parts.
 BLOCKS = (
-    ProductTpu(rows=64, columns=128, work=2**22, code=2**21, part=16),
-    ProductTpu(rows=96, columns=256, work=2**23, code=2**30, part=32),
+    configs.ProductConfig(rows=64, columns=128, work=2**22, code=2**21, part=16),
+    configs.ProductConfig(rows=96, columns=256, work=2**23, code=2**30, part=32),
 )
 
 
@@ -46,9 +50,9 @@ FUNCTIONS = ("in_projection", "out_projection", "swiglu_gradient", "input_gradie
 def results(case, blocks=BLOCKS[0], of=FUNCTIONS, jitted=jitted.__wrapped__):
   params = pltpu.InterpretParams(
       detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
-  config = tuning.ParallelBlockTpu(*[blocks] * 4)
+  config = configs.TpuConfig(*[blocks] * 4)
   try:
-    with (mock.patch.object(tuning, "parallel_block_mosaic_tpu", lambda chip: config),
+    with (mock.patch.object(configs, "mosaic_tpu", lambda chip: config),
           pltpu.force_tpu_interpret_mode(params)):
       return jax.block_until_ready(jitted(case.program, of)(contract.inputs(case)))
   finally:

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from palm_haiku.kernels import tuning
-from palm_haiku.kernels.core import chips
-from palm_haiku.kernels.parallel_block import triton
+from palm_haiku.kernels.core import chips, tile_order
+from palm_haiku.kernels.parallel_block import configs, triton
 from palm_haiku.kernels.triton import call as triton_call
 from tests import triton_interpreter
 from tests.kernels.parallel_block import contract
@@ -28,9 +27,10 @@ ALL = ("in_projection", "out_projection", "swiglu_gradient", "input_gradient")
 
 def run(case, blocks=(32, 64, 32), together=2, mistake=None, of=ALL):
   """The kernels' results on a case, in tiles of (tokens, columns, depth)."""
-  tiles = tuning.ParallelBlockTriton(*blocks, 4, 2)
-  with (triton_interpreter.interpreted(mistake), mock.patch.multiple(
-      tuning, parallel_block_triton=lambda *_: tiles, TOGETHER=together)):
+  tiles = configs.TritonConfig(*blocks, 4, 2)
+  with (triton_interpreter.interpreted(mistake),
+        mock.patch.object(configs, "triton", lambda *_: tiles),
+        mock.patch.object(tile_order, "TOGETHER", together)):
     return jax.device_get(contract.run(triton, case, contract.inputs(case), of=of))
 
 
@@ -75,7 +75,7 @@ def test_fuzz(case, blocks, together):
 ], ids=str)
 @pytest.mark.parametrize("contraction", [1, 10**6])
 def test_edges_in_the_tiles_of_the_table(case, contraction):
-  verify(case, tuning.parallel_block_triton(None, 2, contraction)[:3])
+  verify(case, configs.triton(None, 2, contraction)[:3])
 
 
 # Planted mistakes: each must fail the very check that the kernels pass. In float32, whose bound is
@@ -161,9 +161,9 @@ def test_requirements_are_named(change, chip, message):
 
 
 def test_tiles_fit_the_shared_memory_of_every_chip():
-  for chip in tuning.PARALLEL_BLOCK_TRITON:
+  for chip in configs.TRITON:
     for itemsize, contraction in ((2, 10**6), (2, 512), (4, 512)):
-      blocks = tuning.parallel_block_triton(chip, itemsize, contraction)
+      blocks = configs.triton(chip, itemsize, contraction)
       buffers = blocks.stages if chip in ("h100", "h200", "b200") else blocks.stages - 1
       step = itemsize * blocks.depth * (blocks.tokens + blocks.columns)
       together = 2 if itemsize == 2 and contraction == 512 else 1  # on one multiprocessor
