@@ -180,8 +180,9 @@ def test_what_varies_over_a_mesh_is_typed_so():
 
 def ask(chip, dim=4096, hidden=16384, heads=16, dim_head=256, dtype="bfloat16"):
   array = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
-  return mosaic_tpu.unsupported(
-      array(8192, dim), dict(query=array(dim, heads, dim_head), gate=array(dim, hidden)), chip=chip)
+  params = dict(query=array(dim, heads, dim_head), key=array(dim, dim_head),
+                gate=array(dim, hidden))
+  return mosaic_tpu.unsupported(array(8192, dim), params, chip=chip)
 
 
 def test_what_it_cannot_take_is_named():
