@@ -6,7 +6,6 @@ the weights enter the second product as the stationary operand, so that the movi
 [dim_head, keys], fills the matrix unit's depth and width at any dim_head.
 """
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .. import cost, mesh as meshes
 from ..batching import folding_batch
-from ..core import chips
 from ..core.constants import LOG2E, LOWEST
+from ..tpu import vmem
+from ..tpu.product import ahead, clear, dot
 from . import configs, mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
 from .mosaic_tpu_backward import backward as backward
 
@@ -30,24 +30,22 @@ def unsupported(query, key, value, *, chip) -> str | None:
     query, key, value: arrays or their types, as for `forward`.
     chip: "v4", "v5e", "v5p", "v6e" or "tpu7x"; None asks whether any of them could.
   """
-  if query.dtype not in (jnp.bfloat16, jnp.float32):
-    return f"bfloat16 or float32, for the matrix unit takes no float16; got {query.dtype}"
+  if problem := vmem.unfit(query.dtype, chip):
+    return problem
   dim = query.shape[-1]
   if dim > 256:
     return f"dim_head of at most 256; got {dim}"
   if chip is None:
     return None
-  if chip not in chips.TPUS:
-    return f"one of the chips {', '.join(chips.TPUS)}; got {chip}"
   itemsize = query.dtype.itemsize
   for backward_too, config in enumerate(configs.mosaic_tpu(chip, dim)):
     plan = layout.fit(config, length=query.shape[1], group=query.shape[2] // key.shape[2],
                       num_keys=key.shape[1], itemsize=itemsize)
     taken = layout.vmem_bytes(plan, dim=dim, itemsize=itemsize, shared=value is None,
-                              backward=bool(backward_too)) / 2**20
-    if taken > chips.tpu(chip).vmem:
-      return (f"blocks within the {chips.tpu(chip).vmem} MiB of VMEM of a {chip}; "
-              f"{'backward' if backward_too else 'forward'} takes {taken:.1f} MiB")
+                              backward=bool(backward_too))
+    kernel = "backward" if backward_too else "forward"
+    if problem := vmem.exceeded(taken, chip, "blocks", kernel):
+      return problem
   return None
 
 
@@ -153,9 +151,6 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
   key, out, lse, top, accum = (refs[n] for n in ("key", "out", "lse", "top", "accum"))
   value = refs.get("value", key)
   dim = key.shape[-1]
-  dot = functools.partial(
-      jax.lax.dot_general, preferred_element_type=jnp.float32,
-      precision=jax.lax.Precision.HIGHEST if key.dtype == jnp.float32 else None)
 
   diagonal = ranges.of_edge(refs, head, block, 0) if edges else jnp.int32(0)
 
@@ -168,7 +163,7 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
 
   @pl.when((turn == 0) & (diagonal == 0))
   def _():
-    layout.clear(accum)
+    clear(accum)
     top[...] = jnp.full_like(top, LOWEST)
 
   if "slope" in refs:
@@ -190,7 +185,7 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
       return pl.ds(pl.multiple_of(first_row + tile.row, plan.lanes), plan.lanes)
 
     def scores(tile):
-      return dot(k[slice(*tile.keys)], refs["query"][rows(tile), :], (((1,), (1,)), ((), ())))
+      return dot(k[slice(*tile.keys)], refs["query"][rows(tile), :], transposed=True)
 
     def update(x, tile):
       at = rows(tile)
@@ -204,7 +199,7 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
       old = LOWEST if fresh else top[:, at]
       new = jnp.maximum(old, x.max(axis=0, keepdims=True) + shift)
       weights = jnp.exp2(x - (new - shift)).astype(v.dtype)
-      sums = dot(v[:, slice(*tile.keys)], weights, (((1,), (0,)), ((), ())))
+      sums = dot(v[:, slice(*tile.keys)], weights)
       if whole:
         waiting.append((at, sums, new))
         if len(waiting) > 1:
@@ -214,7 +209,7 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
         accum[:, at] = sums if fresh else accum[:, at] * jnp.exp2(old - new) + sums
 
     waiting = []
-    layout.interleave(plan, tiles, scores, update)
+    ahead(tiles, scores, update, plan.ahead)
     for result in waiting:
       finish(*result)
 

@@ -7,7 +7,6 @@ operand of the key and value gradients and the stationary one of the query gradi
 Blocks of keys follow each other in a loop around the kernel, and the query gradient is its carry.
 """
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .. import cost, mesh as meshes
 from ..batching import folding_batch
 from ..core.constants import LOG2E
+from ..tpu.product import ahead, clear, dot
 from . import configs, mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
 
 
@@ -165,15 +165,11 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
   shared = "value" not in refs
   value = key if shared else refs["value"]
   dtype = key.dtype
-  dot = functools.partial(
-      jax.lax.dot_general, preferred_element_type=jnp.float32,
-      precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None)
-  nt, nn = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))
 
   @pl.when(row_block == 0)
   def _():
     for name in ("dkey",) if shared else ("dkey", "dvalue"):
-      layout.clear(refs[name])
+      clear(refs[name])
     if "slope" in refs:
       layout.fill_bias(refs, plan)
 
@@ -188,7 +184,7 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
 
   @pl.when(visits & (diagonal == 0))
   def _():
-    layout.clear(accum)
+    clear(accum)
 
   def finish(at, dquery):
     dquery = (dquery * scale).astype(refs["dquery"].dtype).T
@@ -208,7 +204,7 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
 
     def products(tile):
       at, span = rows(tile), slice(*tile.keys)
-      return dot(k[span], query[at, :], nt), dot(v[span], dout[at, :], nt)
+      return dot(k[span], query[at, :], transposed=True), dot(v[span], dout[at, :], transposed=True)
 
     def update(pair, tile):
       x, dweights = pair
@@ -225,19 +221,19 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
       dscores = (weights * (dweights - refs["delta"][:, at])).astype(dtype)
       weights = weights.astype(dtype)
       span = pl.ds(first_key + tile.keys[0], tile.keys[1] - tile.keys[0])
-      dvalue_part, dkey_part = dot(weights, dout[at, :], nn), dot(dscores, query[at, :], nn)
+      dvalue_part, dkey_part = dot(weights, dout[at, :]), dot(dscores, query[at, :])
       if shared:
         dkey[span, :] += dvalue_part + dkey_part * scale
       else:
         refs["dvalue"][span, :] += dvalue_part
         dkey[span, :] += dkey_part
-      dquery = dot(k_turned[:, slice(*tile.keys)], dscores, nn)
+      dquery = dot(k_turned[:, slice(*tile.keys)], dscores)
       if whole:
         finish(at, dquery)
       else:
         accum[:, at] = dquery if fresh else accum[:, at] + dquery
 
-    layout.interleave(plan, tiles, products, update)
+    ahead(tiles, products, update, plan.ahead)
 
   # Short documents are diagonals and little else; the first block alone would not pay.
   @pl.when(visits)
@@ -260,4 +256,4 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
     if "sofar" in refs:
       refs["dquery"][...] = refs["sofar"][...]
     else:
-      layout.clear(refs["dquery"])
+      clear(refs["dquery"])

@@ -13,25 +13,14 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from ..core.constants import FAR, LOG2E
-
-
-def round_up(n: int, multiple: int) -> int:
-  return -(-n // multiple) * multiple
-
-
-def pad(x: jax.Array, axis: int, size: int, mode: str = "constant") -> jax.Array:
-  if x.shape[axis] == size:
-    return x
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, size - x.shape[axis])
-  return jnp.pad(x, widths, mode=mode)
+from ..tpu.layout import LANES, pad, round_up
 
 
 def widen(x: jax.Array | None) -> Any:  # None of None
   """[..., D] with zeros up to the next width that fills whole tiles."""
   if x is None or x.shape[-1] == 64:
     return x
-  return pad(x, x.ndim - 1, round_up(x.shape[-1], 128))
+  return pad(x, x.ndim - 1, round_up(x.shape[-1], LANES))
 
 
 def pack(x: jax.Array, kv_heads: int, num_rows: int) -> jax.Array:
@@ -234,26 +223,8 @@ def hide(x, tile, distance, num_keys, refs, at, key_ids, *, is_causal, window):
   return jnp.concatenate(parts, axis=0)
 
 
-def clear(ref):
-  ref[...] = jnp.zeros_like(ref)
-
-
 def turned(key_ids, lanes):
   """Ids int32[1, keys], which lie along lanes, as int32[keys, lanes]."""
   width = min(128, lanes)
   ids = jnp.broadcast_to(key_ids, (width, key_ids.shape[1])).T
   return jnp.concatenate([ids] * (lanes // width), axis=1)
-
-
-def interleave(plan, tiles, scores, update):
-  """Calls update(scores(tile), tile) for each tile, with products issued ahead.
-
-  In program order the scores of the next tiles come before the softmax of this one, and the
-  scheduler keeps that order: the matrix unit works while the vector units do.
-  """
-  ready = [scores(tile) for tile in tiles[: plan.ahead]]
-  for n, tile in enumerate(tiles):
-    if n + plan.ahead < len(tiles):
-      ready.append(scores(tiles[n + plan.ahead]))
-    update(ready[n], tile)
-    ready[n] = None  # frees it for the interpreter, too

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from ..core.constants import FAR
-from .mosaic_tpu_layout import pad, round_up
+from ..tpu.layout import pad, round_up
 
 
 class Tile(NamedTuple):

@@ -83,7 +83,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
 
 
 def _of_batch(function, static, *arrays):
-  """function(static, *arrays), where `vmap` adds to the batch: jax-triton has no rule of its own."""
+  """function(static, *arrays), where `vmap` adds to the batch; jax-triton has no rule for it."""
   return folding_vmap(lambda arrays, _: function(static, *arrays))(arrays, ())
 
 

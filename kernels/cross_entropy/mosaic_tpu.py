@@ -14,11 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import mesh as meshes
-from ..core import chips
 from ..core.constants import LOG2E, LOWEST
+from ..tpu import vmem
+from ..tpu.layout import LANES, SUBLANES, pad, round_up, widen
+from ..tpu.product import ahead, clear, dot
 from . import configs
-
-LANES, SUBLANES = 128, 8
 
 
 def unsupported(x, embedding, *, chip) -> str | None:
@@ -28,18 +28,16 @@ def unsupported(x, embedding, *, chip) -> str | None:
     x, embedding: arrays or their types, as for `forward`; the embedding in any dtype.
     chip: "v4", "v5e", "v5p", "v6e" or "tpu7x"; None asks whether any of them could.
   """
-  if x.dtype not in (jnp.bfloat16, jnp.float32):
-    return f"bfloat16 or float32, for the matrix unit takes no float16; got {x.dtype}"
+  if problem := vmem.unfit(x.dtype, chip):
+    return problem
   if chip is None:
     return None
-  if chip not in chips.TPUS:
-    return f"one of the chips {', '.join(chips.TPUS)}; got {chip}"
   dim, itemsize = round_up(x.shape[-1], LANES), x.dtype.itemsize
   for name, config in zip(("forward", "backward"), configs.mosaic_tpu(chip)):
-    taken = fit(config, chip, x.shape[0], embedding.shape[0], dim, itemsize).vmem_bytes / 2**20
-    if taken > chips.tpu(chip).vmem:
-      return (f"tiles of {LANES} tokens within the {chips.tpu(chip).vmem} MiB of VMEM of a {chip}; "
-              f"{name} takes {taken:.1f} MiB for a dimension of {dim}")
+    taken = fit(config, chip, x.shape[0], embedding.shape[0], dim, itemsize).vmem_bytes
+    if problem := vmem.exceeded(
+        taken, chip, f"tiles of {LANES} tokens", name, f" for a dimension of {dim}"):
+      return problem
   return None
 
 
@@ -61,11 +59,13 @@ def forward(x, embedding, targets, *, scale, num_valid, chip, config=None):
 
     @pl.when(block == 0)
     def _():
-      clear(top, total, found)
+      top[...] = jnp.full_like(top, LOWEST)
+      clear(total)
+      clear(found)
 
     def tile(at, chunk):
       # [rows, tokens]
-      return product(rows[chunk, :], x[at, :])
+      return dot(rows[chunk, :], x[at, :], transposed=True)
 
     def update(logits, at, chunk):
       first = block * plan.rows + chunk.start
@@ -97,7 +97,7 @@ def forward(x, embedding, targets, *, scale, num_valid, chip, config=None):
 
   here = (targets >= 0) & (targets < num_valid)
   # The kernel compares with the numbers of rows alone.
-  targets = pad(jnp.where(here, targets, -1), padded)[None]
+  targets = pad(jnp.where(here, targets, -1), 0, padded)[None]
   results = pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -140,7 +140,7 @@ def logit_gradient(x, rows, targets, top, spread, peak, *, first, scale, num_val
 
     def tile(at, chunk):
       # [tokens, rows]
-      return product(x[at, :], rows[chunk, :])
+      return dot(x[at, :], rows[chunk, :], transposed=True)
 
     def update(logits, at, chunk):
       begin = block * plan.rows + chunk.start
@@ -156,7 +156,7 @@ def logit_gradient(x, rows, targets, top, spread, peak, *, first, scale, num_val
     each_tile(plan, tile, update)
 
   targets = jnp.where((targets >= 0) & (targets < num_valid), targets - first, -1)
-  vectors = [pad(v, padded)[None] for v in (targets, top, spread, peak)]
+  vectors = [pad(v, 0, padded)[None] for v in (targets, top, spread, peak)]
   g = pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -205,7 +205,7 @@ def fit(config, chip, num_tokens, num_rows, dim, itemsize) -> Plan:
             + 4 * 4 * (LANES + 2 * SUBLANES) * tokens
             + 4 * tile * chunk * (config.together + 2) + max(staged, 2**21))
 
-  while vmem_bytes() > chips.tpu(chip).vmem * 2**20:
+  while vmem_bytes() > vmem.limit(chip):
     # More tokens are fewer passes over the embedding, so they are the last to go.
     if rows > chunk:
       rows = round_up(rows // 2, chunk)
@@ -217,9 +217,7 @@ def fit(config, chip, num_tokens, num_rows, dim, itemsize) -> Plan:
     else:
       break
   tiles = (tokens // tile) * (rows // chunk)
-  counted, there = vmem_bytes(), chips.tpu(chip).vmem * 2**20
-  # The count is out by up to 1 MiB (a v5p, 8192 wide), so a kernel may take some of what is left.
-  taken = max(counted, min(counted + 2**22, there))
+  taken = vmem.with_slack(vmem_bytes(), 2**22, chip)  # out by up to 1 MiB (a v5p, 8192 wide)
   return Plan(tokens, rows, tile, chunk, min(config.together, tiles),
               -(-num_tokens // tokens), -(-num_rows // rows), taken)
 
@@ -237,11 +235,8 @@ def each_tile(plan, tile, update):
     return at, pl.ds(pl.multiple_of(column * plan.chunk, plan.chunk), plan.chunk)
 
   def group(first, number):
-    places = [place(first + i) for i in range(number)]
-    ready = tile(*places[0])
-    for i, here in enumerate(places):
-      logits, ready = ready, tile(*places[i + 1]) if i + 1 < number else None
-      update(logits, *here)
+    ahead([place(first + i) for i in range(number)], lambda at: tile(*at),
+          lambda logits, at: update(logits, *at))
 
   whole, rest = divmod(tiles, plan.together)
   if whole == 1:
@@ -250,32 +245,3 @@ def each_tile(plan, tile, update):
     jax.lax.fori_loop(0, whole, lambda i, _: group(i * plan.together, plan.together), None)
   if rest:
     group(whole * plan.together, rest)
-
-
-def clear(*refs):
-  top, *sums = refs
-  top[...] = jnp.full_like(top, LOWEST)
-  for ref in sums:
-    ref[...] = jnp.zeros_like(ref)
-
-
-def product(a, b):
-  """a @ b.T in float32."""
-  return jax.lax.dot_general(
-      a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32,
-      precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
-
-
-def round_up(n: int, multiple: int) -> int:
-  return -(-n // multiple) * multiple
-
-
-def widen(x: jax.Array) -> jax.Array:
-  """[..., D] with zeros up to whole lanes."""
-  missing = -x.shape[-1] % LANES
-  return jnp.pad(x, ((0, 0), (0, missing))) if missing else x
-
-
-def pad(vector: jax.Array, size: int) -> jax.Array:
-  missing = size - vector.shape[0]
-  return jnp.pad(vector, (0, missing)) if missing else vector

@@ -16,9 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import mesh as meshes
-from ..core import chips
 from ..core.constants import LOWEST
-from .mosaic_tpu_plan import LANES, deal, fit, merge, powers, round_up
+from ..tpu import vmem
+from ..tpu.layout import LANES, round_up
+from ..tpu.product import dot
+from .mosaic_tpu_plan import deal, fit, merge, powers
 
 GRANULE = 32  # positions: a tile of int8, two of bfloat16; the end of a sequence is fetched to it
 
@@ -30,22 +32,17 @@ def unsupported(query, key, value, *, chip) -> str | None:
     query, key, value: arrays or their types, as for `forward`.
     chip: "v4", "v5e", "v5p", "v6e" or "tpu7x"; None asks whether any of them could.
   """
-  if query.dtype not in (jnp.bfloat16, jnp.float32):
-    return f"bfloat16 or float32, for the matrix unit takes no float16; got {query.dtype}"
+  if problem := vmem.unfit(query.dtype, chip):
+    return problem
   if key.shape[1] % 8:
     return f"a cache of a multiple of 8 positions, which copies end with; got {key.shape[1]}"
   if chip is None:
     return None
-  if chip not in chips.TPUS:
-    return f"one of the chips {', '.join(chips.TPUS)}; got {chip}"
   if chip == "v4" and key.dtype == jnp.int8:
     return "caches in the dtype of query on a v4, which widens int8 too slowly; got int8"
   plan = fit(query, key, value, chip)
-  taken = plan.vmem_bytes / 2**20
-  if taken > chips.tpu(chip).vmem:
-    return (f"a block of {plan.size} positions within the {chips.tpu(chip).vmem} MiB of VMEM of a "
-            f"{chip}; with {plan.rows} rows for a key/value head it takes {taken:.1f} MiB")
-  return None
+  return vmem.exceeded(plan.vmem_bytes, chip, f"a block of {plan.size} positions",
+                       f"with {plan.rows} rows for a key/value head it")
 
 
 def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value_scales, chip,
@@ -258,9 +255,6 @@ def step(refs, plan, scale, part, slot, fresh, next_slot, sequence, left):
   dtype, tile = query.dtype, (plan.rows, LANES)
   exp, _, factor = powers(dtype)
   scale *= factor
-  dot = functools.partial(
-      jax.lax.dot_general, preferred_element_type=jnp.float32,
-      precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None)
   values = "value" if "value_block" in refs else "key"
   value, value_scales = f"{values}_block", f"{values}_scales_block"
 
@@ -279,7 +273,7 @@ def step(refs, plan, scale, part, slot, fresh, next_slot, sequence, left):
   for begin in range(0, part, plan.chunk):
     chunk = slice(begin, min(begin + plan.chunk, part))
     key = refs["key_block"][next_slot, chunk].astype(dtype)
-    scores = dot(query, key, (((1,), (1,)), ((), ())))
+    scores = dot(query, key, transposed=True)
 
     weights = []
     for j in range(begin, chunk.stop, LANES):
@@ -301,7 +295,7 @@ def step(refs, plan, scale, part, slot, fresh, next_slot, sequence, left):
       refs["scores"][:, at] = x
       peak = jnp.maximum(peak, x)
     weights = jnp.concatenate(weights, axis=1).astype(dtype)  # Packed one by one, it takes longer.
-    product += dot(weights, refs[value][slot, chunk].astype(dtype), (((1,), (0,)), ((), ())))
+    product += dot(weights, refs[value][slot, chunk].astype(dtype))
 
   refs["peak"][...] = jnp.broadcast_to(peak.max(axis=1, keepdims=True), tile)
   shrink = exp(old - new)

@@ -4,11 +4,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from ..core import chips
 from ..core.constants import LOG2E
+from ..tpu import vmem
+from ..tpu.layout import LANES, round_up
 from . import configs
-
-LANES = 128
 
 
 class Plan(NamedTuple):
@@ -62,7 +61,7 @@ def fit(query, key, value, chip, config=None) -> Plan:
       min(size, round_up(max_len, LANES)), slots, chunk, cores, sequences, kv_heads, num_queries,
       heads // kv_heads, dim, max_len, query.dtype.itemsize, key.dtype.itemsize,
       1 if value is None else 2)
-  while plan.size > LANES and plan.vmem_bytes > chips.tpu(chip).vmem * 2**20:
+  while plan.size > LANES and plan.vmem_bytes > vmem.limit(chip):
     plan = plan._replace(size=round_up(plan.size // 2, LANES))
   return plan
 
@@ -100,7 +99,3 @@ def merge(out, pieces, sequence, is_shared):
 def powers(dtype):
   """exp, log, and what scores are multiplied by: of 2, but of e where that would be a rounding."""
   return (jnp.exp, jnp.log, 1) if dtype == jnp.float32 else (jnp.exp2, jnp.log2, LOG2E)
-
-
-def round_up(n: int, multiple: int) -> int:
-  return -(-n // multiple) * multiple

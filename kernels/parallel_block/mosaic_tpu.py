@@ -12,21 +12,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import cost, mesh as meshes
-from ..core import chips
+from ..tpu import vmem
+from ..tpu.layout import LANES, round_up
+from ..tpu.product import dot
 from . import configs
 from .fused import unfused
 from .mosaic_tpu_backward import input_gradient, swiglu_gradient
-from .mosaic_tpu_plan import (
-  LANES,
-  Pair,
-  Sizes,
-  contraction,
-  dot,
-  fit_columns,
-  fit_sum,
-  round_up,
-  sum_of_products,
-)
+from .mosaic_tpu_plan import Pair, Sizes, contraction, fit_columns, fit_sum, sum_of_products
 
 ROTATED = ("query", "key")
 
@@ -41,8 +33,8 @@ def unsupported(x, params, *, chip) -> str | None:
     params: arrays or their types, as for the op.
     chip: "v4", "v5e", "v5p", "v6e" or "tpu7x"; None asks whether any of them could.
   """
-  if x.dtype not in (jnp.bfloat16, jnp.float32):
-    return f"bfloat16 or float32, for the matrix unit takes no float16; got {x.dtype}"
+  if problem := vmem.unfit(x.dtype, chip):
+    return problem
   if problem := unfused(params):
     return problem
   _, heads, dim_head = params["query"].shape
@@ -54,13 +46,11 @@ def unsupported(x, params, *, chip) -> str | None:
     return f"dim_head in {{64, 128, 256}}; got {dim_head}"
   if chip is None:
     return None
-  if chip not in chips.TPUS:
-    return f"one of the chips {', '.join(chips.TPUS)}; got {chip}"
   sizes = Sizes(x.shape[0], dim, heads, dim_head, hidden, x.dtype.itemsize)
   for name, plan in sizes.plans(chip).items():
-    if plan.vmem_bytes > chips.tpu(chip).vmem * 2**20:
-      return (f"blocks within the {chips.tpu(chip).vmem} MiB of VMEM of a {chip}; {name} takes "
-              f"{plan.vmem_bytes / 2**20:.1f} MiB for dim {dim}, hidden width {hidden}")
+    if problem := vmem.exceeded(
+        plan.vmem_bytes, chip, "blocks", name, f" for dim {dim}, hidden width {hidden}"):
+      return problem
   return None
 
 

@@ -6,8 +6,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import cost, mesh as meshes
+from ..tpu.product import dot
 from . import configs
-from .mosaic_tpu_plan import Pair, contraction, dot, fit_columns, fit_sum, sum_of_products
+from .mosaic_tpu_plan import Pair, contraction, fit_columns, fit_sum, sum_of_products
 
 
 def swiglu_gradient(dy, gate, up, ff_out, *, chip, config=None):

@@ -9,10 +9,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import cost, mesh as meshes
-from ..core import chips
+from ..tpu import vmem
+from ..tpu.layout import LANES, round_up
+from ..tpu.product import ahead, clear, dot
 from . import configs
-
-LANES = 128
 
 
 class Plan(NamedTuple):
@@ -66,7 +66,7 @@ def fit_columns(config, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim
 
   With heads, it is the in-projection: two products a step, and queries and keys as well.
   """
-  limit = chips.tpu(chip).vmem * 2**20
+  limit = vmem.limit(chip)
   products, width = (2, round_up(dim_head, LANES)) if heads else (1, 0)
 
   def plan(most, depth, columns, query_columns):
@@ -86,7 +86,7 @@ def fit_columns(config, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim
                      if not rows % n and n * dim <= 2**18 or n == 16)
     if depth < dim:
       taken += 4 * rows * max(together, 2 * width) + 2**19
-    return Plan(num_tokens, rows, tile, part, columns, depth, with_slack(taken, limit),
+    return Plan(num_tokens, rows, tile, part, columns, depth, with_slack(taken, chip),
                 query_columns, norm_rows)
 
   for most in halves(*rows_of(config, num_tokens)):
@@ -102,7 +102,7 @@ def fit_columns(config, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim
 
 def fit_sum(config, chip, num_tokens, dim, stages, itemsize, transposed=False) -> Plan:
   """For sums of products [M, K] x [K, dim]; stages: the K of each, and how many products."""
-  limit = chips.tpu(chip).vmem * 2**20
+  limit = vmem.limit(chip)
 
   def plan(most, columns, work):
     depths = tuple(next((d for d in depths_of(size) if d * number * most * columns <= work),
@@ -114,7 +114,7 @@ def fit_sum(config, chip, num_tokens, dim, stages, itemsize, transposed=False) -
     taken += (4 + 4 * itemsize) * rows * columns  # the accumulator, the result, what is added
     taken += 2**16 + staged(tile, columns, 1, itemsize, deepest)
     taken += transposed * itemsize * deepest * columns  # turned
-    return Plan(num_tokens, rows, tile, tile, columns, 0, with_slack(taken, limit), depths=depths)
+    return Plan(num_tokens, rows, tile, tile, columns, 0, with_slack(taken, chip), depths=depths)
 
   for most in halves(*rows_of(config, num_tokens)):
     for columns in halves(min(config.columns, dim), LANES):
@@ -141,9 +141,8 @@ def staged(part, columns, parts, itemsize, depth):
   return max(2**20, waiting + (6 * depth * (part + columns) if itemsize == 4 else 0))
 
 
-def with_slack(taken, limit):
-  # The count is rough, so a kernel may take some of what is left.
-  return max(taken, min(taken + taken // 8 + 2**22, limit))
+def with_slack(taken, chip):
+  return vmem.with_slack(taken, taken // 8 + 2**22, chip)
 
 
 def halves(size: int, least: int) -> Iterator[int]:
@@ -166,25 +165,10 @@ def depths_of(size: int) -> list[int]:
   return [size] + [n for n in range(size - size % LANES, 0, -LANES) if not size % n and n < size]
 
 
-def round_up(n: int, multiple: int) -> int:
-  return -(-n // multiple) * multiple
-
-
-def dot(a, b, transposed=False):
-  """a @ b, or a @ b.T, in float32."""
-  return jax.lax.dot_general(
-      a, b, (((1,), (int(transposed),)), ((), ())), preferred_element_type=jnp.float32,
-      precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
-
-
 def each_part(plan, product, finish):
   """finish(product(at), at) for each part of a block of rows that has tokens in it."""
   def straight(first):
-    places = [pl.ds(first + i, plan.part) for i in range(0, plan.tile, plan.part)]
-    ready = product(places[0])
-    for here, following in zip(places, [*places[1:], None]):
-      now, ready = ready, product(following) if following else None
-      finish(now, here)
+    ahead([pl.ds(first + i, plan.part) for i in range(0, plan.tile, plan.part)], product, finish)
 
   if plan.tile == plan.rows:
     return straight(0)
@@ -306,7 +290,3 @@ def sum_of_products(x, stages, plan, *, transposed, name):
           vmem_limit_bytes=plan.vmem_bytes),
       name=name,
   )(*arrays)
-
-
-def clear(total):
-  total[...] = jnp.zeros_like(total)

@@ -10,8 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
 from .. import mesh as meshes
-from ..compat import promoting
 from ..attention import flash_attention
+from ..compat import promoting
 from ..decode import decode_attention
 
 

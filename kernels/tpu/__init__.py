@@ -1,0 +1,1 @@
+"""What TPU kernels share: sizes in whole tiles, products and their order, VMEM."""
