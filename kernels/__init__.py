@@ -5,6 +5,7 @@ from .attention import flash_attention
 from .backend import IMPLEMENTATIONS, Implementation, explain
 from .cross_entropy import linear_cross_entropy
 from .decode import decode_attention
+from .interpreters import interpret
 from .parallel_block import parallel_attention_ffn
 from .tune import load_tuning, tune
 
@@ -15,6 +16,7 @@ __all__ = [
     "decode_attention",
     "explain",
     "flash_attention",
+    "interpret",
     "linear_cross_entropy",
     "load_tuning",
     "parallel_attention_ffn",

@@ -9,7 +9,8 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from .compat import interpreting
+from . import compat
+from .interpreters import mode
 
 
 def reverse_only(x: jax.Array, op: str) -> jax.Array:
@@ -29,7 +30,8 @@ def no_derivative(x: jax.Array, op: str) -> jax.Array:
 
 def only_on(x: jax.Array, op: str, implementation: str) -> jax.Array:
   """x; lowering it for a platform that the implementation is not for raises."""
-  return _only_on_p.bind(x, op=op, implementation=implementation, interpreted=interpreting())
+  interpreted = mode.current.value is not None or compat.interpreting()
+  return _only_on_p.bind(x, op=op, implementation=implementation, interpreted=interpreted)
 
 
 def _identity(name: str) -> Primitive:
@@ -88,8 +90,9 @@ def _check_platform(ctx, x, *, op, implementation, interpreted):
   allowed = _PLATFORMS[implementation]
   for platform in ctx.module_context.platforms:
     if platform not in allowed and not interpreted:
-      raise ValueError(f"{op}: {implementation} needs a device of {' or '.join(allowed)}; "
-                       f"got {platform} (pass implementation='auto', or use JAX's interpret mode)")
+      raise ValueError(
+          f"{op}: {implementation} needs a device of {' or '.join(allowed)}; got {platform} "
+          "(pass implementation='auto', or run it in kernels.interpret())")
   return [x]
 
 

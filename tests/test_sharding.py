@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from palm_haiku import PaLM, PaLMConfig, distributed, sharding, train_step
+from palm_haiku.kernels import interpret
 from palm_haiku.recipe import TrainConfig
 
 ARCHITECTURES = {
@@ -194,7 +194,7 @@ def test_kernels_inside_a_sharded_step():
   tokens = TOKENS[:2, :17] % 128
   want, _ = losses_and_params(
       dataclasses.replace(c, mesh="", implementation="xla"), steps=1, tokens=tokens)
-  with pltpu.force_tpu_interpret_mode():
+  with interpret():
     got, _ = losses_and_params(c, steps=1, tokens=tokens, devices=jax.devices()[:4])
   np.testing.assert_allclose(got, want, rtol=1e-5)
 

@@ -16,6 +16,7 @@ from ..core import chips
 from ..core.constants import FAR, LOG2E
 from ..hopper import heads as packing, softmax, tiles
 from ..hopper.tiles import COL, COMPUTE, ROW, ROWS, WARPGROUP_ROWS, across, down
+from ..interpreters import mode
 from . import configs, mosaic_gpu_mask as masking
 from .mosaic_gpu_backward import backward as backward
 
@@ -179,6 +180,7 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
       num_threads=COMPUTE + 1,
       thread_name="wg",
       kernel_name="flash_attention_forward",
+      interpret=mode.mosaic_gpu(),
       compiler_params=tiles.COMPILER_PARAMS,
       scratch_types=dict(  # pyright: ignore[reportArgumentType]
           q_smem=smem((ROWS, dim)),

@@ -20,6 +20,7 @@ from ..core import chips
 from ..core.constants import FAR, LOG2E
 from ..hopper import heads as packing, softmax, tiles
 from ..hopper.tiles import COL, COMPUTE, ROW, ROWS, WARPGROUP_ROWS, across, down
+from ..interpreters import mode
 from . import configs, mosaic_gpu_mask as masking
 
 LSE, DELTA, POSITION, SLOPE = range(4)  # rows of the table that the dk, dv kernel reads
@@ -348,6 +349,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
   barriers = lambda n, arrivals=1: plgpu.Barrier(num_barriers=n, num_arrivals=arrivals)
   launch = functools.partial(
       plgpu.kernel, num_threads=COMPUTE + 1, thread_name="wg",
+      interpret=mode.mosaic_gpu(),
       compiler_params=tiles.COMPILER_PARAMS)
 
   block = config.dq_block_kv

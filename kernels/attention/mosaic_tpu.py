@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .. import cost, mesh as meshes
 from ..batching import folding_batch
 from ..core.constants import LOG2E, LOWEST
+from ..interpreters import mode
 from ..tpu import vmem
 from ..tpu.product import ahead, clear, dot
 from . import configs, mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
@@ -136,6 +137,7 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
           vmem_limit_bytes=layout.vmem_bytes(
               plan, dim=dim, itemsize=query.dtype.itemsize, shared=value is None,
               backward=False)),
+      interpret=mode.mosaic_tpu(plan.cores),
       name="alibi_attention_forward",
   )(*ranges.operands, *arrays)
   return (layout.unpack(out, batch, length, heads)[..., :given_dim],

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .. import cost, mesh as meshes
 from ..batching import folding_batch
 from ..core.constants import LOG2E
+from ..interpreters import mode
 from ..tpu.product import ahead, clear, dot
 from . import configs, mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
 
@@ -133,6 +134,7 @@ def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, qu
           vmem_limit_bytes=layout.vmem_bytes(
               plan, dim=dim, itemsize=query.dtype.itemsize, shared=value is None,
               backward=True)),
+      interpret=mode.mosaic_tpu(plan.cores),
       name="alibi_attention_backward")
 
   def of_key_block(n, *sofar):

@@ -26,6 +26,7 @@ from ..hopper.tiles import (
   down,
   pad_rows,
 )
+from ..interpreters import mode
 from . import configs
 from .fused import merged
 from .xla import target_logit
@@ -188,6 +189,7 @@ def _launch(kernel, name, x, rows, operands, out_type, scratch, *, walk, config)
       num_threads=COMPUTE + 1,
       thread_name="wg",
       kernel_name=name,
+      interpret=mode.mosaic_gpu(),
       compiler_params=tiles.COMPILER_PARAMS,
       scratch_types=dict(
           x_smem=smem((config.stages, ROWS, CHUNK)),

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .. import mesh as meshes
 from ..core.constants import LOG2E, LOWEST
+from ..interpreters import mode
 from ..tpu import vmem
 from ..tpu.layout import LANES, SUBLANES, pad, round_up, widen
 from ..tpu.product import ahead, clear, dot
@@ -111,6 +112,7 @@ def forward(x, embedding, targets, *, scale, num_valid, chip, config=None):
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary"),
           vmem_limit_bytes=plan.vmem_bytes),
+      interpret=mode.mosaic_tpu(),
       name="cross_entropy_forward",
   )(jnp.asarray(num_valid, jnp.int32).reshape(1), x, embedding, targets)
   return tuple(result[0, :num_tokens] for result in results)
@@ -171,6 +173,7 @@ def logit_gradient(x, rows, targets, top, spread, peak, *, first, scale, num_val
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary"),
           vmem_limit_bytes=plan.vmem_bytes),
+      interpret=mode.mosaic_tpu(),
       name="cross_entropy_gradient",
   )(jnp.asarray(num_valid - first, jnp.int32).reshape(1), x, rows, *vectors)
   return g

@@ -16,6 +16,7 @@ from ..core import chips
 from ..core.constants import LOG2E
 from ..hopper import heads as packing, softmax, tiles
 from ..hopper.tiles import COL, ROW, TILE, across, down
+from ..interpreters import mode
 from . import configs, mosaic_gpu_merge, splits
 
 ROWS = tiles.WARPGROUP_ROWS  # M of one wgmma: (query, head of the group) pairs of a program
@@ -208,6 +209,7 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
       grid=(limits.slots * kv_heads * tiles_of_rows,),
       grid_names=("block",),
       kernel_name="decode_attention",
+      interpret=mode.mosaic_gpu(),
       compiler_params=tiles.COMPILER_PARAMS,
       scratch_types=dict(  # pyright: ignore[reportArgumentType]
           q_smem=plgpu.SMEM((ROWS, dim), query.dtype, transforms=_transforms(query.dtype, dim)),

@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..hopper import softmax, tiles
 from ..hopper.tiles import COL, ROW, across, down
+from ..interpreters import mode
 from .splits import SPARE
 
 PARTS = 64  # of a tile
@@ -90,6 +91,7 @@ def merge(parts, lse2, starts, most, transforms):
       grid=(batch * kv_heads * num_rows,),
       grid_names=("block",),
       kernel_name="decode_attention_merge",
+      interpret=mode.mosaic_gpu(),
       compiler_params=tiles.COMPILER_PARAMS,
       scratch_types=dict(
           parts_smem=plgpu.SMEM((most, PARTS, dim), parts.dtype, transforms=transforms),

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .. import mesh as meshes
 from ..core.constants import LOWEST
+from ..interpreters import mode
 from ..tpu import vmem
 from ..tpu.layout import LANES, round_up
 from ..tpu.product import dot
@@ -101,6 +102,7 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
       out_shape=[meshes.out_shape(*x, query, key, value, lengths) for x in outputs.values()],
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel",), vmem_limit_bytes=plan.vmem_bytes),
+      interpret=mode.mosaic_tpu(plan.cores),
       name="decode_attention",
   )(ranges, lengths, *streams.values(), *tables.values())
   if pieces:

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import mesh
 from ..core import chips, tile_order
+from ..interpreters import mode
 from . import tiles
 from .tiles import COMPUTE, ROWS, TILE, TILING, WARPGROUP_ROWS
 
@@ -245,6 +246,7 @@ def launch(kernel, name, operands, widths, slot, *, copies, across, num_tokens, 
       num_threads=COMPUTE + 1,
       thread_name="wg",
       kernel_name=name,
+      interpret=mode.mosaic_gpu(),
       compiler_params=tiles.COMPILER_PARAMS,
       scratch_types=[
           # First the weights: at the beginning of shared memory, they cost the main loop one to

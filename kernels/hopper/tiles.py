@@ -9,6 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ..interpreters import mode
+
 WARPGROUP_ROWS = 64  # M of one wgmma
 COMPUTE = 2  # compute warpgroups; warpgroup COMPUTE issues the copies
 ROWS = COMPUTE * WARPGROUP_ROWS
@@ -77,6 +79,8 @@ def product(shape, a, b):
 
 def product_onto(start, a, b):
   """start + a @ b, accumulated in the registers of `start`."""
+  if mode.current.value is not None:
+    return mode.product_onto(start, a, b)
   return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(start))
 
 

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import cost, mesh as meshes
+from ..interpreters import mode
 from ..tpu import vmem
 from ..tpu.layout import LANES, round_up
 from ..tpu.product import dot
@@ -174,6 +175,7 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip, config=None):
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary", "arbitrary"),
           vmem_limit_bytes=plan.vmem_bytes),
+      interpret=mode.mosaic_tpu(),
       name="block_in_projection",
   )(*arrays)
   found = dict(zip(names, results, strict=True))

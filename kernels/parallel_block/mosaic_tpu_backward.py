@@ -6,6 +6,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import cost, mesh as meshes
+from ..interpreters import mode
 from ..tpu.product import dot
 from . import configs
 from .mosaic_tpu_plan import Pair, contraction, fit_columns, fit_sum, sum_of_products
@@ -65,6 +66,7 @@ def swiglu_gradient(dy, gate, up, ff_out, *, chip, config=None):
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "parallel", "arbitrary"),
           vmem_limit_bytes=plan.vmem_bytes),
+      interpret=mode.mosaic_tpu(),
       name="block_swiglu_gradient",
   )(*operands)
 

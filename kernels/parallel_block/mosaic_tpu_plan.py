@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import cost, mesh as meshes
+from ..interpreters import mode
 from ..tpu import vmem
 from ..tpu.layout import LANES, round_up
 from ..tpu.product import ahead, clear, dot
@@ -288,5 +289,6 @@ def sum_of_products(x, stages, plan, *, transposed, name):
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "parallel", "arbitrary"),
           vmem_limit_bytes=plan.vmem_bytes),
+      interpret=mode.mosaic_tpu(),
       name=name,
   )(*arrays)

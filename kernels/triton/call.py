@@ -10,6 +10,7 @@ import jax
 
 from .. import compat, mesh
 from ..core import chips
+from ..interpreters import mode
 
 
 def unfit(chip: str | None) -> str | None:
@@ -22,7 +23,11 @@ def unfit(chip: str | None) -> str | None:
 
 
 def problem() -> str | None:
-  """What is missing for Triton kernels to be compiled here, with what to install; or None."""
+  """What is missing for Triton kernels to run or be compiled, with what to install; or None."""
+  if mode.current.value is not None:
+    from ..interpreters import triton as interpreter
+
+    return interpreter.problem()
   try:
     bridge = importlib.metadata.version("jax-triton")
     triton = importlib.metadata.version("triton")
@@ -41,7 +46,7 @@ def problem() -> str | None:
 
 
 def check() -> None:
-  """Raises ImportError, in one line, where Triton kernels can't be compiled."""
+  """Raises ImportError, in one line, where Triton kernels can't be run or compiled."""
   if trouble := problem():
     raise ImportError(f"Triton kernels need {trouble}")
 
@@ -65,6 +70,11 @@ def call(kernel, *inputs, out_types: tuple[jax.ShapeDtypeStruct, ...], grid: int
     ImportError: no jax-triton, or one that does not go with the installed triton.
   """
   check()
+  if mode.current.value is not None:
+    from ..interpreters import triton as interpreter
+
+    return interpreter.call(mode.current.value, kernel, *inputs, out_types=out_types, grid=grid,
+                            **constants)
   import jax_triton
 
   compat.mend_jax_triton()

@@ -1,24 +1,20 @@
 """What has no influence has none when it is NaN or infinite: 0 times NaN is NaN."""
 
-import contextlib
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from palm_haiku.kernels import (
   decode_attention,
+  interpreters,
   linear_cross_entropy,
   parallel_attention_ffn,
 )
 from palm_haiku.kernels.decode import configs, splits
 from palm_haiku.kernels.triton import call as triton_call
 from palm_haiku.loss import next_token_loss
-from tests import triton_interpreter
-from tests.kernels import hopper
 
 needs_triton = pytest.mark.skipif(bool(triton_call.problem()), reason=f"{triton_call.problem()}")
 
@@ -27,18 +23,12 @@ def normal(*shape, dtype="float32", seed=0):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-@contextlib.contextmanager
-def tpu_interpreter():
-  try:
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
-      yield
-  finally:
-    pltpu.reset_tpu_interpret_mode_state()
+def interpreted(implementation):
+  """The interpreters; Hopper's with races found, also of products."""
+  hopper = implementation == "mosaic_gpu"
+  return interpreters.running(interpreters.Mode(detect_races=hopper, check_products=hopper))
 
 
-INTERPRETERS = dict(
-    xla=contextlib.nullcontext, triton=triton_interpreter.interpreted, mosaic_tpu=tpu_interpreter,
-    mosaic_gpu=lambda: hopper.interpret(products=True))
 OF_THE_LOSS = [
     ("xla", "float32"), ("xla", "float16"), pytest.param("triton", "bfloat16", marks=needs_triton),
     pytest.param("mosaic_tpu", "float32", marks=pytest.mark.full),
@@ -60,7 +50,7 @@ def test_a_token_of_weight_0_adds_nothing_whatever_its_state(implementation, dty
     return jax.value_and_grad(total, (0, 1, 2), has_aux=True)(x, embedding, weights)
 
   weights = jnp.array([1, 0, 0.5])
-  with INTERPRETERS[implementation]():
+  with interpreted(implementation):
     (loss, log_z), (dx, dembedding, dweights) = results(x, weights)
     for number in (np.nan, np.inf, -np.inf, float(jnp.finfo(dtype).max)):
       (got, _), (*gradients, of_weights) = results(x.at[1, 3].set(number), weights)
@@ -125,7 +115,7 @@ def test_what_a_cache_does_not_hold_yet_has_no_influence(
       name: array if array.dtype == jnp.int8 else jnp.where(
           where.reshape(*where.shape, *[1] * (array.ndim - 2)), number, array)
       for name, array in keys.items()}
-  with INTERPRETERS[implementation]():
+  with interpreted(implementation):
     want = jax.block_until_ready(attend(query, poison(0, unfilled)))
     chex.assert_tree_all_finite(want)
     for number in (np.nan, np.inf):

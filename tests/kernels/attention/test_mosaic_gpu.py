@@ -10,11 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from palm_haiku.kernels import alibi_slopes, flash_attention
+from palm_haiku.kernels import alibi_slopes, flash_attention, interpret, interpreters
 from palm_haiku.kernels.attention import mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_mask
 from palm_haiku.kernels.hopper import heads, tiles
 from tests import mutants
-from tests.kernels import hopper
 from tests.kernels.attention import contract
 from tests.kernels.attention.contract import Case
 from tests.mutants import DROPPED, Mistake
@@ -39,7 +38,7 @@ def run(case, *, gradients=True, detect_races=True):
   arrays = contract.inputs(case)
   options = dict(arrays["options"])
   offset = options.pop("query_offset")
-  with hopper.interpret(detect_races):
+  with interpret(detect_races=detect_races):
     results = jax.block_until_ready(kernels(
         arrays["query"], arrays["key"], arrays["value"], arrays["dout"], offset,
         static_offset=offset if isinstance(offset, int) else None, gradients=gradients, **options))
@@ -112,7 +111,7 @@ def test_causality_by_gradient():
   arrays = contract.inputs(Case(num_queries=70, num_keys=70, heads=2))
   options = dict(arrays["options"], chip=None)
   q, k, v = arrays["query"], arrays["key"], arrays["value"]
-  with hopper.interpret():
+  with interpret(detect_races=True):
     out, lse = mosaic_gpu.forward(q, k, v, **options)
     for t in (0, 40):
       dout = jnp.zeros_like(out).at[:, t].set(arrays["dout"][:, t])
@@ -151,7 +150,7 @@ def test_under_vmap_and_grad_through_the_op():
     return jax.vmap(jax.grad(functools.partial(loss, implementation=implementation), (0, 1, 2)))(
         arrays["query"], arrays["key"], arrays["value"], slopes)
 
-  with hopper.interpret():
+  with interpret(detect_races=True):
     got = jax.block_until_ready(gradients("mosaic_gpu"))
   for a, b in zip(got, gradients("xla")):
     np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32),
@@ -170,7 +169,7 @@ def test_gradients_are_typed_under_a_mesh():
     return flash_attention(query, key, value, alibi_slopes=slopes,
                            implementation="mosaic_gpu").astype(jnp.float32).sum()
 
-  with hopper.interpret(), jax.set_mesh(mesh):
+  with interpret(detect_races=True), jax.set_mesh(mesh):
     grads = jax.eval_shape(jax.grad(loss, (0, 1, 2)), query, key, key)
   assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]
 
@@ -208,7 +207,7 @@ def test_a_planted_mistake_is_noticed(name):
 
 
 def _backward_of(arrays, results):
-  with hopper.interpret():
+  with interpret(detect_races=True):
     grads = mosaic_gpu.backward(
         arrays["query"], arrays["key"], arrays["value"], results["out"], results["lse"],
         arrays["dout"], chip=None, **arrays["options"])
@@ -227,7 +226,7 @@ def test_a_mask_off_by_one_in_the_backward_is_noticed():
 def test_dk_without_waiting_for_the_weights_is_noticed():
   arrays, good = run(Case(dim_head=256), gradients=False)
   with mutants.planted(mosaic_gpu_backward, Mistake("wait for the weights", *DROPPED)):
-    with pytest.raises((hopper.Race, jax.errors.JaxRuntimeError)):
+    with pytest.raises((interpreters.Race, jax.errors.JaxRuntimeError)):
       _backward_of(arrays, good)
 
 

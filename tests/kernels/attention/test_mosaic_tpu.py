@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from jax.experimental.pallas import tpu as pltpu
 
-from palm_haiku.kernels import alibi_slopes, flash_attention
+from palm_haiku.kernels import alibi_slopes, flash_attention, interpret
 from palm_haiku.kernels.attention import (
   configs,
   mosaic_tpu,
@@ -57,15 +56,9 @@ def attention(arrays, blocks=BLOCKS[0], backward=True):
   if isinstance(options["query_offset"], int):
     static["query_offset"] = options.pop("query_offset")
   run = compiled(blocks, backward, **static)
-  params = pltpu.InterpretParams(
-      detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan",
-      num_cores_or_threads=blocks.cores)
-  try:
-    with pltpu.force_tpu_interpret_mode(params):
-      return jax.block_until_ready(
-          run(*(arrays[n] for n in ("query", "key", "value", "dout")), options))
-  finally:
-    pltpu.reset_tpu_interpret_mode_state()
+  with interpret(detect_races=True):
+    return jax.block_until_ready(
+        run(*(arrays[n] for n in ("query", "key", "value", "dout")), options))
 
 
 def check(case, blocks=BLOCKS[0], backward=True):
@@ -242,7 +235,7 @@ def test_through_the_op_with_vmap_and_a_head_dim_that_is_padded():
   gradient = jax.grad(loss, argnums=(0, 1, 2))
   given = tuple(arrays[name] for name in ("query", "key", "value"))
   want = gradient(*given, ids, "xla")
-  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+  with interpret():
     got = jax.block_until_ready(jax.jit(gradient, static_argnums=4)(*given, ids, "mosaic_tpu"))
   for g, w in zip(got, want, strict=True):
     np.testing.assert_allclose(g, w, rtol=2e-4, atol=2e-4)

@@ -13,10 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from palm_haiku.kernels import alibi_slopes, backend, flash_attention, guards, mesh as meshes
+from palm_haiku.kernels import (
+  alibi_slopes,
+  backend,
+  flash_attention,
+  guards,
+  interpret,
+  mesh as meshes,
+)
 from palm_haiku.kernels.aot import targets
 from palm_haiku.kernels.attention import ring, xla
 from tests.kernels.attention import contract
@@ -310,11 +316,8 @@ def test_the_kernel_for_tpus():
   # zigzag, would wait for ever.
   mesh, case = mesh_of(seq=2), case_of(16, dim_head=64, heads=2, batch=1)
   arrays = contract.inputs(case)
-  try:
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
-      results = jax.block_until_ready(attention(case, arrays, mesh, "mosaic_tpu"))
-  finally:
-    pltpu.reset_tpu_interpret_mode_state()
+  with interpret():
+    results = jax.block_until_ready(attention(case, arrays, mesh, "mosaic_tpu"))
   assert not differing(case, arrays, results)
 
 

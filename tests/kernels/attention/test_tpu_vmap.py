@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
-from palm_haiku.kernels import flash_attention
+from palm_haiku.kernels import flash_attention, interpret
 
 
 @pytest.mark.full
@@ -30,7 +29,7 @@ def test_gradients_where_ids_offset_and_slopes_are_mapped_or_not(mapped):
     per_example = jax.vmap(jax.value_and_grad(loss, (0, 1, 2)), (0, 0, 0, axes))
     return jax.jit(per_example)(query, key, value, others)
 
-  with pltpu.force_tpu_interpret_mode():
+  with interpret():
     got = gradients("mosaic_tpu")
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradients("xla"))):
     np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)

@@ -5,35 +5,16 @@ Rows of the embedding that have something in common make its rounding the larges
 gradient, as does a log Z that is rounded before it is subtracted from large logits.
 """
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
-from palm_haiku.kernels import linear_cross_entropy
+from palm_haiku.kernels import interpret, linear_cross_entropy
 from palm_haiku.kernels.triton import call as triton_call
-from tests import triton_interpreter
-from tests.kernels import hopper
 
 TOKENS, VOCABULARY, DIM = 20, 300, 64
-
-
-@contextlib.contextmanager
-def tpu_interpreter():
-  try:
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
-      yield
-  finally:
-    pltpu.reset_tpu_interpret_mode_state()
-
-
-INTERPRETERS = dict(
-    xla=contextlib.nullcontext, triton=triton_interpreter.interpreted, mosaic_tpu=tpu_interpreter,
-    mosaic_gpu=lambda: hopper.interpret(detect_races=False))
 
 
 def inputs(dtype):
@@ -105,7 +86,7 @@ def test_gradients_are_as_exact_as_xlas(implementation, dtype, z_loss):
     pytest.skip(f"needs {triton_call.problem()}")
   function, compare = gradients(implementation, z_loss), gradients("xla", z_loss)
   for name, arrays in inputs(dtype).items():
-    with INTERPRETERS[implementation]():
+    with interpret():
       got = jax.block_until_ready(function(*arrays))
     check(got, compare(*arrays), exact(*arrays, z_loss), dtype, name)
 
@@ -115,7 +96,7 @@ def test_over_a_mesh_that_divides_the_vocabulary():
   mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
   function, compare = gradients("triton", 1e-4), gradients("xla", 1e-4)
   for name, arrays in inputs("bfloat16").items():
-    with triton_interpreter.interpreted(), jax.set_mesh(mesh):
+    with interpret(), jax.set_mesh(mesh):
       got, base = jax.block_until_ready((function(*arrays), compare(*arrays)))
     check(got, base, exact(*arrays, 1e-4), "bfloat16", name)
 
@@ -124,6 +105,6 @@ def test_a_tiny_weight_beside_a_large_one_in_float16():
   x, embedding, targets, _ = inputs("float16")["neither"]
   weights = jnp.where(jnp.arange(TOKENS) == 3, 1e4, 1.0)
   arrays = x, embedding, targets, weights
-  with triton_interpreter.interpreted():
+  with interpret():
     got = gradients("triton", 0.0)(*arrays)
   check(got, gradients("xla", 0.0)(*arrays), exact(*arrays, 0.0), "float16", "weights")

@@ -12,11 +12,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from palm_haiku.kernels import linear_cross_entropy
+from palm_haiku.kernels import interpret, linear_cross_entropy
 from palm_haiku.kernels.core import tile_order
 from palm_haiku.kernels.cross_entropy import configs, mosaic_gpu
 from palm_haiku.kernels.hopper import softmax
-from tests.kernels import hopper
 from tests.kernels.cross_entropy import contract
 from tests.kernels.cross_entropy.contract import Case
 from tests.mutants import DROPPED, Mistake, planted
@@ -46,7 +45,7 @@ def compiled(case, plan, of):
 
 def run(case, plan=Plan(), of=("log_z", "g")):
   """The kernels' results on a case."""
-  with hopper.interpret():
+  with interpret(detect_races=True):
     return jax.block_until_ready(compiled(case.program, plan, of)(contract.inputs(case)))
 
 
@@ -128,7 +127,7 @@ def test_through_the_op_under_vmap():
   gradients = lambda name: jax.jit(jax.vmap(
       jax.value_and_grad(functools.partial(total, implementation=name), (0, 1)), (0, None, 0)))(
           x, embedding, targets)
-  with hopper.interpret():
+  with interpret(detect_races=True):
     got = jax.block_until_ready(gradients("mosaic_gpu"))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradients("xla")), strict=True):
     np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32),
@@ -143,7 +142,7 @@ def test_gradients_are_typed_under_a_mesh(axes):
   x = place(jnp.ones((4, 10, 64), jnp.bfloat16), "data")
   embedding = place(jnp.ones((33, 64), jnp.bfloat16))
   targets = place(jnp.zeros((4, 10), jnp.int32), "data")
-  with hopper.interpret(), jax.set_mesh(mesh):
+  with interpret(detect_races=True), jax.set_mesh(mesh):
     grads = jax.eval_shape(
         jax.grad(functools.partial(total, implementation="mosaic_gpu"), (0, 1)),
         x, embedding, targets)

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings, strategies as st
-from jax.experimental.pallas import tpu as pltpu
 
-from palm_haiku.kernels import aot, linear_cross_entropy
+from palm_haiku.kernels import aot, interpret, linear_cross_entropy
 from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.cross_entropy import configs, mosaic_tpu
 from tests.kernels.cross_entropy import contract
@@ -37,13 +36,8 @@ def program(case, blocks):
 
 
 def results(case, blocks=BLOCKS[0], program=program):
-  params = pltpu.InterpretParams(
-      detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
-  try:
-    with pltpu.force_tpu_interpret_mode(params):
-      return jax.block_until_ready(program(case.program, blocks)(contract.inputs(case)))
-  finally:
-    pltpu.reset_tpu_interpret_mode_state()
+  with interpret(detect_races=True):
+    return jax.block_until_ready(program(case.program, blocks)(contract.inputs(case)))
 
 
 def verify_variants(case, blocks, data, number):
@@ -125,11 +119,8 @@ def test_through_the_op_over_a_mesh_that_the_vocabulary_does_not_divide(dtype):
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(x, embedding)
 
   want = gradients("xla")
-  try:
-    with jax.set_mesh(mesh), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
-      got = jax.block_until_ready(gradients("mosaic_tpu"))
-  finally:
-    pltpu.reset_tpu_interpret_mode_state()
+  with jax.set_mesh(mesh), interpret():
+    got = jax.block_until_ready(gradients("mosaic_tpu"))
   tolerance = 1e-5 if dtype == "float32" else 2e-2
   chex.assert_trees_all_close(got, want, atol=tolerance, rtol=tolerance)
 

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from palm_haiku.kernels import alibi_slopes, decode_attention
+from palm_haiku.kernels import alibi_slopes, decode_attention, interpret, interpreters
 from palm_haiku.kernels.decode import mosaic_gpu, mosaic_gpu_merge, splits
 from palm_haiku.kernels.hopper import softmax
 from tests import mutants
-from tests.kernels import hopper
 from tests.kernels.decode import contract
 from tests.kernels.decode.contract import Case
 from tests.mutants import DROPPED, Mistake
@@ -23,7 +22,8 @@ from tests.mutants import DROPPED, Mistake
 def result(case, per_row=32, arrays=None):
   """What the kernel computes for a case, in slots of `per_row` positions a row."""
   forward = jax.jit(functools.partial(mosaic_gpu.forward, scale=case.scale, chip=None))
-  with pytest.MonkeyPatch.context() as patch, hopper.interpret(products=True):
+  settings = interpreters.Mode(detect_races=True, check_products=True)
+  with pytest.MonkeyPatch.context() as patch, interpreters.running(settings):
     patch.setattr(splits, "POSITIONS_PER_ROW", per_row)
     return jax.block_until_ready(forward(**arrays or contract.inputs(case)))
 
@@ -208,7 +208,7 @@ def test_through_the_op(monkeypatch):
       decode_attention, alibi_slopes=a["alibi_slopes"], implementation=implementation))(*args)
   close = lambda got, want: np.testing.assert_allclose(
       np.asarray(got, np.float32), np.asarray(want, np.float32), atol=0.03)
-  with hopper.interpret():
+  with interpret(detect_races=True):
     close(run("mosaic_gpu", *args), run("xla", *args))
     pairs = [x.reshape(2, 2, *x.shape[1:]) for x in args]
     close(jax.vmap(functools.partial(run, "mosaic_gpu"))(*pairs), run("xla", *pairs))

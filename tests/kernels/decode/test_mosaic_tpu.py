@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks import decode_static
-from palm_haiku.kernels import alibi_slopes, aot, decode_attention
+from palm_haiku.kernels import alibi_slopes, aot, decode_attention, interpret
 from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.decode import configs, mosaic_tpu
 from tests.kernels.decode import contract
@@ -28,19 +27,11 @@ BLOCKS = (configs.TpuConfig(size=128, slots=3, chunk=128, cores=1),
 
 
 def attention(case, arrays, blocks=BLOCKS[0]):
-  params = pltpu.InterpretParams(
-      detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan",
-      num_cores_or_threads=blocks.cores)
   # Every case is a compilation; optimizing it would cost more than it saves.
   run = jax.jit(functools.partial(mosaic_tpu.forward, scale=case.scale, chip=None, config=blocks),
                 compiler_options={"xla_backend_optimization_level": 0})
-  try:
-    with pltpu.force_tpu_interpret_mode(params):
-      out = jax.block_until_ready(run(**arrays))
-    assert not interpret_pallas_call.races.races_found  # Old releases only print them.
-    return out
-  finally:
-    pltpu.reset_tpu_interpret_mode_state()
+  with interpret(detect_races=True):
+    return jax.block_until_ready(run(**arrays))
 
 
 def check(case, blocks=BLOCKS[0]):
@@ -182,11 +173,8 @@ def test_through_the_op():
     return f(query, key, value, lengths), jax.vmap(f)(*pairs)
 
   want = op("xla")
-  try:
-    with jax.set_mesh(mesh), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
-      got = jax.block_until_ready(op("mosaic_tpu"))
-  finally:
-    pltpu.reset_tpu_interpret_mode_state()
+  with jax.set_mesh(mesh), interpret():
+    got = jax.block_until_ready(op("mosaic_tpu"))
   for g, w in zip(got, want, strict=True):
     np.testing.assert_allclose(g, w, atol=1e-5)
   np.testing.assert_array_equal(np.isnan(got[0]).all((1, 2, 3)), [False, False, False, True])

@@ -12,11 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from jax.sharding import AxisType, PartitionSpec as P
 
-from palm_haiku.kernels import parallel_attention_ffn
+from palm_haiku.kernels import interpret, parallel_attention_ffn
 from palm_haiku.kernels.core import chips, tile_order
 from palm_haiku.kernels.hopper import product
 from palm_haiku.kernels.parallel_block import configs, mosaic_gpu, mosaic_gpu_backward
-from tests.kernels import hopper
 from tests.kernels.parallel_block import contract
 from tests.kernels.parallel_block.contract import Case
 from tests.mutants import DROPPED, Mistake, planted
@@ -60,7 +59,7 @@ def jitted(case, plan, of):
 
 def run(case, plan=Plan(), of=FUNCTIONS):
   """The kernels' results on a case."""
-  with hopper.interpret():
+  with interpret(detect_races=True):
     return jax.block_until_ready(jitted(case.program, plan, of)(contract.inputs(case)))
 
 
@@ -135,7 +134,7 @@ def test_results_vary_over_the_mesh_as_what_they_are_made_of():
                for a in results.values())
     return {name: jax.lax.psum(a, "model") for name, a in results.items()}
 
-  with hopper.interpret():
+  with interpret(detect_races=True):
     out = jax.eval_shape(
         jax.shard_map(f, mesh=mesh, in_specs=(specs,), out_specs=by_token), arrays)
   assert out["dh"].shape == arrays["x"].shape
@@ -152,7 +151,7 @@ def test_gradients_through_the_op():
       return jnp.vdot(y.astype(jnp.float32), arrays["dy"].astype(jnp.float32))
     return jax.grad(loss, (0, 1))(arrays["x"], params)
 
-  with hopper.interpret():
+  with interpret(detect_races=True):
     got = jax.block_until_ready(gradients("mosaic_gpu"))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradients("xla")), strict=True):
     np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32),

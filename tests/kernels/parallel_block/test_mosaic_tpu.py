@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from palm_haiku.kernels import aot
+from palm_haiku.kernels import aot, interpret
 from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.parallel_block import (
   configs,
@@ -48,15 +47,10 @@ FUNCTIONS = ("in_projection", "out_projection", "swiglu_gradient", "input_gradie
 
 
 def results(case, blocks=BLOCKS[0], of=FUNCTIONS, jitted=jitted.__wrapped__):
-  params = pltpu.InterpretParams(
-      detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
   config = configs.TpuConfig(*[blocks] * 4)
-  try:
-    with (mock.patch.object(configs, "mosaic_tpu", lambda chip: config),
-          pltpu.force_tpu_interpret_mode(params)):
-      return jax.block_until_ready(jitted(case.program, of)(contract.inputs(case)))
-  finally:
-    pltpu.reset_tpu_interpret_mode_state()
+  with (mock.patch.object(configs, "mosaic_tpu", lambda chip: config),
+        interpret(detect_races=True)):
+    return jax.block_until_ready(jitted(case.program, of)(contract.inputs(case)))
 
 
 def check(case, *args, **keywords):

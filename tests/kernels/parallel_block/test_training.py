@@ -1,6 +1,5 @@
 """A small model trains alike whichever kernels its layers are made of."""
 
-import contextlib
 import functools
 
 import haiku as hk
@@ -9,27 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from palm_haiku import PaLM, PaLMConfig
+from palm_haiku.kernels import interpret
 from palm_haiku.kernels.triton import call as triton_call
-from tests import triton_interpreter
-from tests.kernels import hopper
 from tests.kernels.parallel_block.test_parallel_block import LITE
 
-
-@contextlib.contextmanager
-def interpreted_triton():
-  """Operation by operation: a compiled step would wait for a callback that waits for the step."""
-  if trouble := triton_call.problem():
-    pytest.skip(f"needs {trouble}")
-  with triton_interpreter.interpreted(), jax.disable_jit():
-    yield
-
-
-INTERPRETERS = {"mosaic_tpu": pltpu.force_tpu_interpret_mode,
-                "mosaic_gpu": functools.partial(hopper.interpret, detect_races=False),
-                "triton": interpreted_triton}
+IMPLEMENTATIONS = ("mosaic_tpu", "mosaic_gpu", pytest.param("triton", marks=pytest.mark.skipif(
+    bool(triton_call.problem()), reason=f"needs {triton_call.problem()}")))
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 17))
 
 
@@ -70,14 +56,14 @@ def assert_same_curve(architecture, implementation, steps, **more):
   exact = functools.partial(losses, architecture, "xla", steps=steps)
   want, rough = exact(dtype=jnp.float32), exact(dtype=jnp.bfloat16)
   assert want[-1] < want[0] - 0.5  # it does train
-  with INTERPRETERS[implementation]():
+  with interpret():
     got = losses(architecture, implementation, jnp.bfloat16, steps, **more)
   noise = np.abs(rough - want).max()
   assert np.abs(got - want).max() < max(3 * noise, 0.01), (got, rough, want)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", INTERPRETERS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("architecture", [{}, LITE], ids=["palm", "palm-lite"])
 def test_three_layers_train_to_the_same_curve(architecture, implementation):
   assert_same_curve(architecture, implementation, steps=8)
