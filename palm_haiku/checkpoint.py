@@ -61,11 +61,11 @@ class Checkpoints:
     if not self.directory.is_dir():
       return []
     return sorted(int(path.name) for path in self.directory.iterdir()
-                  if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir())
+                  if _is_step(path.name) and path.is_dir())
 
   def exist(self) -> bool:
     """Whether there is any checkpoint, be it one that was refused."""
-    return bool(self.steps() or list(self.directory.glob("*" + _REFUSED)))
+    return bool(self.steps() or self._set_aside_before())
 
   def save(self, step: int, items: dict[str, Any], metadata: dict[str, Any]) -> None:
     """Writes a checkpoint; on return it is on disk.
@@ -202,13 +202,20 @@ class Checkpoints:
 
   def _check_for_lost_work(self, refused):
     """Raises if there is something that a run could have gone on from."""
-    aside = sorted(path.name for path in self.directory.glob("*" + _REFUSED))
     problems = [f"{step}: {problem}" for step, problem in refused.items()]
-    problems += [f"{name}: refused before" for name in aside]
+    problems += [f"{name}: refused before" if name.endswith(_REFUSED) else
+                 f"{name}: renamed, the step's number alone is a checkpoint's name"
+                 for name in self._set_aside_before()]
     if problems:
       raise CheckpointError(
           f"no checkpoint in {self.directory} is usable ({'; '.join(problems)}); restore one of "
           "them, or choose another directory for a new run")
+
+  def _set_aside_before(self) -> list[str]:
+    """Names of checkpoints that were refused, or that somebody renamed."""
+    paths = self.directory.iterdir() if self.directory.is_dir() else ()
+    return sorted(path.name for path in paths if path.name.endswith(_REFUSED) or (
+        (path / _MANIFEST).is_file() and _DRAFT not in path.name and not _is_step(path.name)))
 
   def _make_way(self, step):
     """Whether a step can be saved; what is left of an attempt is removed."""
@@ -263,6 +270,10 @@ def _hashes(path: pathlib.Path) -> dict[str, str]:
     if file.is_file():
       hashes[str(file.relative_to(path))] = _hash(file)
   return hashes
+
+
+def _is_step(name: str) -> bool:
+  return re.fullmatch("0|[1-9][0-9]*", name) is not None
 
 
 def is_litter(name: str) -> bool:

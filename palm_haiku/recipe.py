@@ -65,8 +65,8 @@ class TrainConfig:
       raise ValueError(f"seed must be from 0 to 2^32 - 1; got {self.seed}")
     if self.optimizer not in ("adamw", "palm"):
       raise ValueError(f"optimizer must be adamw or palm; got {self.optimizer!r}")
-    if self.learning_rate is not None and not self.learning_rate > 0:
-      raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
+    if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+      raise ValueError(f"learning_rate must be positive and finite; got {self.learning_rate}")
     if self.dtype not in ("float32", "bfloat16"):
       raise ValueError(f"dtype must be float32 or bfloat16; got {self.dtype!r}")
     if not 0 <= self.z_loss < math.inf:

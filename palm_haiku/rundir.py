@@ -20,7 +20,7 @@ except ImportError:  # Windows has no such locks.
 
 CONFIG = "config.json"  # the settings of a run, for the time when it has no checkpoint
 TOKENIZER = "tokenizer.model"  # a copy of the run's SentencePiece model
-_LOCK = "lock"
+_LOCK, _HOLDER = "lock", "process "  # the file, and how what is in it begins
 # A directory with no more than this and litter is as good as empty: that of a file system, or of a
 # run that died as it began.
 _NOTHING = ("lost+found", _LOCK, CONFIG + ".draft")
@@ -88,6 +88,7 @@ class RunDirectory:
       return None
     step = self.checkpoints.latest(repair=True)
     if step is None:
+      self._check_for_lost_work()
       return None
     metadata = self.checkpoints.metadata(step)
     if metadata["data_fingerprint"] is None:
@@ -186,7 +187,8 @@ class RunDirectory:
     if runlog.METRICS in names:
       raise ValueError(f"{self.path} holds the metrics of a run, but neither a checkpoint nor "
                        f"{CONFIG} to go on from; choose another --out")
-    others = [name for name in names if name not in _NOTHING and not is_litter(name)]
+    others = [name for name in names if name not in _NOTHING and not is_litter(name)
+              or name == _LOCK and not self._is_own_lock()]
     if others:
       raise ValueError(f"{self.path} holds {others[0]} and is no run's directory; choose another "
                        "--out")
@@ -205,6 +207,17 @@ class RunDirectory:
                        "--out") from error
     return fields
 
+  def _is_own_lock(self) -> bool:
+    path = self.path / _LOCK
+    return path.is_file() and path.read_bytes()[:len(_HOLDER)] in (b"", _HOLDER.encode())
+
+  def _check_for_lost_work(self):
+    """Raises if the metrics go beyond a checkpoint, of which there is none."""
+    rows, config = runlog.read_metrics(self.path / runlog.METRICS), self._config()
+    if rows and config and rows[-1]["step"] > load_config({"config": config}).checkpoint_every:
+      raise ValueError(f"{self.path} was trained up to step {rows[-1]['step']}, but its checkpoints "
+                       "are gone: restore them, or choose another --out for a new run")
+
   def _acquire(self):
     # Not to be deleted at the end: another process may have opened it by then.
     stream = open(self.path / _LOCK, "a+")
@@ -221,6 +234,6 @@ class RunDirectory:
       self._warn(f"{self.path} is on a file system without locks ({error.strerror}): see that "
                  "nothing else trains there")
     stream.truncate(0)
-    stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+    stream.write(f"{_HOLDER}{os.getpid()} on {socket.gethostname()}")
     stream.flush()
     self._lock = stream

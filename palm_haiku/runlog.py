@@ -137,11 +137,11 @@ def _row(line: str) -> dict[str, Any] | None:
   """The numbers on a line with a step and a loss."""
   try:
     row = json.loads(line)
+    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 1:
+      return None
+    row = {name: x for name, x in row.items() if type(x) in (int, float)}
   except (ValueError, RecursionError):
     return None
-  if not isinstance(row, dict) or type(row.get("step")) is not int:
-    return None
-  row = {name: x for name, x in row.items() if type(x) in (int, float)}
   return row if "loss" in row else None
 
 

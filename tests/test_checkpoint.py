@@ -197,3 +197,12 @@ def test_where_no_checkpoint_is_usable_nothing_is_touched(tmp_path):
     (tmp_path / str(step)).rename(tmp_path / f"{step}.refused")
   with pytest.raises(CheckpointError, match="1.refused: refused before; 2.refused"):
     checkpoints.latest(repair=True)
+
+
+@pytest.mark.parametrize("name", ["1 (copy)", "01", "step_1", "1.bak"])
+def test_renamed_checkpoints_are_not_begun_anew(tmp_path, name):
+  checkpoints, _ = saved(tmp_path, [1])
+  (tmp_path / "1").rename(tmp_path / name)
+  assert checkpoints.exist()
+  with pytest.raises(CheckpointError, match=re.escape(name) + ": renamed"):
+    checkpoints.latest(repair=True)

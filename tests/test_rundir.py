@@ -274,6 +274,7 @@ def test_where_there_are_no_locks_a_warning_is_all(tmp_path, monkeypatch):
     ("config.json", b"{", "config.json does not hold the settings of a run"),
     ("config.json", b"\xff", "config.json does not hold the settings of a run"),
     ("notes.txt", b"", "holds notes.txt and is no run's directory"),
+    ("lock", b"mine", "holds lock and is no run's directory"),
     (".git/HEAD", b"", "holds .git and is no run's directory"),
     ("checkpoints/epoch1.pt", b"", "holds checkpoints and is no run's directory"),
     ("metrics.jsonl", b"{}", "the metrics of a run, but neither a checkpoint nor config.json"),
@@ -362,6 +363,8 @@ def test_what_was_trained_is_never_begun_anew(place, capsys):
     status, _, err = call(capsys, *command, "bytes")
     assert status == 1 and "no checkpoint in" in err and err.count("\n") == 1
   assert contents(place) == before
+  shutil.rmtree(place / "bytes/checkpoints")
+  refuse(CONFIG, "bytes", "was trained up to step 4, but its checkpoints are gone")
 
 
 def test_the_table_says_of_each_setting_what_may_become_of_it():
