@@ -110,7 +110,7 @@ def _take(dumps) -> list[str]:
   for path in sorted(dumps.rglob("*")):
     if path.name.endswith(".ptx"):
       text = path.read_text().split("\n\t.section\t.debug")[0]
-      text = re.sub(r"(?m)^\s*(\.loc|\.file|//).*\n|\s*//.*$|\$L__tmp\d+:\n", "", text)
+      text = re.sub(r"(?m)^\s*(\.loc|\.file|//).*\n?|\s*//.*$|\$L__tmp\d+:\n", "", text)
       codes.append(text)
     elif re.search(r"-\d+-packed-bundles-post-ra\.txt$", path.name):
       codes.append(re.sub(r"/\*.*?\*/|//.*|loc\(.*?\)", "", path.read_text(errors="replace")))
