@@ -149,8 +149,8 @@ def choose(op: str, implementation: str, *arrays, on: Target, needs: str | None 
     if problem:
       return Choice("xla", f"{fitting} needs {problem}")
     reason = f"the fused kernel for {on.chip}"
-    if (configs := chips.ALL[on.chip].configs) != on.chip:
-      reason += f", with the block sizes of {configs}"
+    if family := chips.FAMILIES.get(on.chip or ""):
+      reason += f", with the block sizes of {family.configs}"
     if op == "flash_attention":
       reason += " (xla where alibi_slopes are differentiated)"
     return Choice(fitting, reason if arrays else (

@@ -4,6 +4,7 @@ A new chip is one entry here and its block sizes in the ops' `configs.py`. All s
 """
 
 import dataclasses
+import math
 import re
 
 
@@ -24,10 +25,10 @@ class Chip:
   kind: str  # JAX's name of it
   variants: tuple[str, ...] = ()  # beginnings of the names of others that take its block sizes
   like: str | None = None  # the chip whose block sizes it takes; None where it has its own
-  tflops: float | None  # published, dense bfloat16 with sums in float32, of the whole chip
+  tflops: float  # published, dense bfloat16 with sums in float32, of the chip; NaN of a family
   bandwidth: float  # of the memory, bytes/s, published
-  memory: float | None  # bytes that a program may use; None where nothing is planned for it
-  network: Network | None
+  memory: float  # bytes that a program may use; NaN of a family
+  network: Network | None  # None where nothing is planned for it
 
   @property
   def configs(self) -> str:
@@ -130,7 +131,7 @@ _TPUS = (
         bandwidth=1.64e12, memory=31.25 * 2**30, network=Network(400e9, 100e9 / 8, 2)),
     Tpu(name="tpu7x", kind="TPU7x", variants=("TPU v7x",), vmem=64,
         topology="tpu7x:2x2x1", mxus=2, mxu_dim=256, mxu_rows=2, cores=2, devices=2, delay_slots=6,
-        tflops=2307, bandwidth=7.38e12, memory=None, network=None),
+        tflops=2307, bandwidth=7.38e12, memory=192 * 2**30, network=None),
 )
 
 CHIPS: dict[str, Gpu | Tpu] = {chip.name: chip for chip in (*_GPUS, *_TPUS)}
@@ -154,16 +155,18 @@ _FAMILIES = {
 }
 
 
-def _family(capability: tuple[int, int], like: str) -> Gpu:
+def _family(capability: tuple[int, int], like: Gpu) -> Gpu:
   """Any GPU of a compute capability: what is not known of it is as of the one that it is like."""
   name = "sm_{}{}".format(*capability)
   return dataclasses.replace(
-      CHIPS[like], name=name, kind=f"NVIDIA {name}", variants=(), like=like,
-      capability=capability, tflops=None, memory=None, network=None)
+      like, name=name, kind=f"NVIDIA {name}", variants=(), like=like.name,
+      capability=capability, tflops=math.nan, memory=math.nan, network=None)
 
 
 FAMILIES: dict[str, Gpu] = {
-    gpu.name: gpu for gpu in (_family(*entry) for entry in _FAMILIES.items())}
+    gpu.name: gpu for gpu in (
+        _family(capability, gpu) for gpu in _GPUS for capability, like in _FAMILIES.items()
+        if like == gpu.name)}
 
 # All that a program can be compiled for.
 ALL: dict[str, Gpu | Tpu] = CHIPS | FAMILIES

@@ -85,10 +85,10 @@ def call(kernel, *inputs, out_types: tuple[jax.ShapeDtypeStruct, ...], grid: int
                    backend_options={"ptx_version": 90, "enable_fp_fusion": True})
   else:
     options = dict(out_shape=out_types)
-  major, minor = chips.GPUS[chip].capability if chip in chips.GPUS else (None, None)
+  major, minor = chips.GPUS[chip].capability if chip in chips.GPUS else (0, 0)
   outputs = jax_triton.triton_call(
       *inputs, kernel=kernel, grid=(grid,), num_warps=num_warps, num_stages=num_stages,
-      compute_capability=None if major is None else 10 * major + minor, **options, **constants)
+      compute_capability=10 * major + minor or None, **options, **constants)
   # jax-triton's outputs do not say over which manual mesh axes they vary.
   arrays = tuple(x for x in inputs if isinstance(x, jax.Array))
   return mesh.varying_together(*outputs, *arrays)[:len(out_types)]

@@ -44,7 +44,7 @@ def estimate(config: TrainConfig, machine: Machine, compiled: dict[str, Any]) ->
   from palm_haiku.plan.flops import flops_per_token
 
   chip = targets.chip(machine.chip)
-  network = chip.network
+  network = machine.network
   peak, achieved = chip.tflops * 1e12, ACHIEVED.get(machine.chip, 1.0)
   tokens = config.batch_size * config.seq_len
   # Parameters, moments and gradients pass through memory; weights once more in each pass over a

@@ -10,7 +10,6 @@ from palm_haiku.kernels.aot import targets
 from palm_haiku.kernels.core import chips
 from palm_haiku.recipe import TrainConfig
 
-
 # What is known of a chip's memory and links.
 PLANNED = {name: chip for name, chip in chips.CHIPS.items() if chip.network}
 
@@ -44,7 +43,7 @@ class Machine:
   def _slice(self) -> str:
     """The shape in full, where the topology has a number of chips or leaves out a 1."""
     shape = self.topology.partition(":")[2]
-    dims = PLANNED[self.chip].network.dims
+    dims = self.network.dims
     if re.fullmatch("[0-9]+", shape) and (size := int(shape)).bit_count() == 1:
       power = size.bit_length() - 1
       sizes = sorted(2 ** ((power + i) // dims) for i in range(dims))
@@ -57,6 +56,12 @@ class Machine:
   @property
   def chip(self) -> str:
     return self.topology.partition(":")[0]
+
+  @property
+  def network(self) -> chips.Network:
+    network = PLANNED[self.chip].network
+    assert network  # what makes a chip planned for
+    return network
 
   @property
   def platform(self) -> str:
@@ -84,7 +89,7 @@ class Machine:
     targets.devices(self.chip)  # names the wheel that is missing
     return list(topologies.get_topology_desc(
         platform="cuda", topology_name=self.chip, topology=f"1x{self.slices}x{self.shape[0]}",
-        target_config=targets.target_config(targets.chip(self.chip))).devices)
+        target_config=targets.target_config(chips.GPUS[self.chip])).devices)
 
 
 def check(config: TrainConfig, machine: Machine) -> None:

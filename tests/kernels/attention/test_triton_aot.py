@@ -19,7 +19,8 @@ if trouble := triton_call.problem():
 
 HEADS = 16
 LONG = 65_536
-TENSOR_CORES = {"a100": "HMMA", "h200": "HGMMA", "b200": "UTCMMA"}
+TENSOR_CORES = {"a100": "HMMA", "sm_86": "HMMA", "sm_120": "HMMA", "h200": "HGMMA",
+                "b200": "UTCMMA"}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_forward_and_backward_use_the_tensor_cores_and_little_memory():
 @pytest.mark.usefixtures("compilers")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("chip", ["a100", "h200", "b200"])
+@pytest.mark.parametrize("chip", ["a100", "sm_86", "h200", "b200", "sm_120"])
 @pytest.mark.parametrize("dim_head", [64, 128, 256])
 def test_every_entry_of_the_table(chip, dim_head):
   one_layer(chip, dim_head)

@@ -1,17 +1,23 @@
-"""The table of chips: that it is the only one, and which block sizes a GPU without an entry takes."""
+"""The table of chips is the only one, and a GPU without an entry takes its family's kernels."""
 
 import ast
+import math
 import pathlib
 import re
 import types
 
 import jax
+import numpy as np
 import pytest
 
 import palm_haiku
 from palm_haiku import kernels, plan
 from palm_haiku.kernels.aot import targets
+from palm_haiku.kernels.attention import configs as attention
 from palm_haiku.kernels.core import chips
+from palm_haiku.kernels.cross_entropy import configs as cross_entropy
+from palm_haiku.kernels.decode import configs as decode
+from palm_haiku.kernels.parallel_block import configs as parallel_block
 
 ROOT = pathlib.Path(palm_haiku.__file__).resolve().parents[1]
 
@@ -29,7 +35,8 @@ def chips_in(node) -> set[str]:
   keys = node.keys if isinstance(node, ast.Dict) else [
       pair.elts[0] for pair in getattr(node, "elts", ())
       if isinstance(pair, ast.Tuple | ast.List) and pair.elts]
-  names = {key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
+  names = {key.value for key in keys
+           if isinstance(key, ast.Constant) and isinstance(key.value, str)}
   return {name for name in names if name in words} | {
       kinds[name.lower()] for name in names if name.lower() in kinds}
 
@@ -75,7 +82,19 @@ def test_a_family_fits_in_its_shared_memory():
   for gpu in chips.GPUS.values():
     assert gpu.shared_memory <= limits[gpu.capability] * 1024
     assert chips.CHIPS[gpu.configs].shared_memory == gpu.shared_memory
-    assert gpu.tflops is None or gpu.like is None
+    assert math.isnan(gpu.tflops) == (gpu.like is not None)
+
+
+def test_every_op_has_block_sizes_for_every_chip():
+  for name in chips.GPUS:
+    attention.triton(name, 128), cross_entropy.triton(name, 2), parallel_block.triton(name, 2, 512)
+    decode.triton(name, 128, 16, np.dtype("float16"))
+  for name in chips.HOPPER:
+    attention.mosaic_gpu(name, 128), cross_entropy.mosaic_gpu(name)
+    parallel_block.mosaic_gpu(name), decode.mosaic_gpu(name, 128, 2)
+  for name in chips.TPUS:
+    attention.mosaic_tpu(name, 128), cross_entropy.mosaic_tpu(name)
+    parallel_block.mosaic_tpu(name), decode.mosaic_tpu(name, 2, 128)
 
 
 ATTENTION = [(1, 2048, 8, 128), (1, 2048, 1, 128)]
@@ -121,7 +140,7 @@ def test_a_gpu_before_bfloat16_takes_plain_jax(gpu_at_hand):
   gpu_at_hand("Tesla T4", "7.5")
   choice = kernels.explain("flash_attention", *ATTENTION)
   assert choice.implementation == "xla"
-  assert "triton needs a GPU with bfloat16 in its tensor cores, of compute capability 8.0" in choice.reason
+  assert "needs a GPU with bfloat16 in its tensor cores, of compute capability 8.0" in choice.reason
   assert choice.reason.endswith("got sm_75")
   with pytest.raises(ValueError, match="flash_attention: triton needs a GPU with .*sm_75"):
     kernels.explain("flash_attention", *ATTENTION, implementation="triton")
