@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from palm_haiku import kernels
-from palm_haiku.kernels import backend
-from palm_haiku.kernels.parallel_block import fused, xla
+from palm_haiku.kernels import backend, norms, rotary
+from palm_haiku.kernels.parallel_block import fused, steps, xla
 
 from . import measure, peers, results
 from .shapes import Attention, sizes
@@ -177,8 +177,8 @@ def _forward(name, step, shape, architecture, backward):
   def last(x, attended, hidden, weights):
     if name == "xla":
       act = jax.nn.silu(hidden["gate"]) * hidden["up"] if backward else hidden["act"]
-      attn = xla.project(attended, weights["attn_out"], axes=2)
-      return x + attn + xla.project(act, weights["ff_out"]), None
+      attn = steps.project(attended, weights["attn_out"], axes=2)
+      return x + attn + steps.project(act, weights["ff_out"]), None
     rows = lambda a: a.reshape(-1, *a.shape[2:])
     y = fused.project_out(chip(x, weights), *jax.tree.map(rows, (x, attended, hidden)), weights)
     return y.reshape(x.shape), None
@@ -200,7 +200,7 @@ def _layer(name, shape, options, x, weights):
     if name == "xla+cudnn":
       attended = peers.cudnn(query, key, value, alibi=slopes is not None)
     else:
-      value = key if xla.values_are_keys(weights, options["rotary"]) else value
+      value = key if steps.values_are_keys(weights, options["rotary"]) else value
       attended = kernels.flash_attention(query, key, value, alibi_slopes=slopes)
     return jax.checkpoint(xla.out_projection, prevent_cse=False)(x, attended, gate, up, weights)
   return kernels.parallel_attention_ffn(
@@ -217,13 +217,13 @@ def _first_step(name, shape, options, chip, x, weights, backward):
     if name == "xla+tokamax":
       if backward:
         raise peers.Absent("its derivative begins at act, that of the other rows at gate and up")
-      h = xla.normalize(x, weights["norm"], kind=options["norm"], eps=1e-5)
+      h = norms.normalize(x, weights["norm"], kind=options["norm"], eps=1e-5)
       return made | dict(act=peers.tokamax_glu(h, weights["gate"], weights["up"]))
     return made | dict(act=jax.nn.silu(gate) * up, gate=gate, up=up)
   rotation = None
   if options["rotary"]:
     positions = jnp.tile(jnp.arange(shape.length), shape.batch)
-    rotation = xla.rotation_at(positions, shape.dim_head // 2)
+    rotation = rotary.rotation_at(positions, shape.dim_head // 2)
   made = fused.project_in(chip(x, weights), x.reshape(-1, shape.dim), weights, rotation)
   return {name: out.reshape(*x.shape[:2], *out.shape[1:]) for name, out in made.items()}
 

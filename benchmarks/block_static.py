@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from palm_haiku.kernels import aot
 from palm_haiku.kernels.aot import llo
 from palm_haiku.kernels.core import chips
-from palm_haiku.kernels.parallel_block import mosaic_tpu, mosaic_tpu_plan, xla
+from palm_haiku.kernels.parallel_block import mosaic_tpu, mosaic_tpu_plan, steps, xla
 
 from . import table
 from .block import Shape
@@ -60,7 +60,7 @@ def program(*, step, shape, implementation, chip, norm="layer", rotary=True, val
       function = lambda *a: mosaic_tpu.out_projection(*a, chip=chip)
     else:
       function = lambda x, attended, act, attn_out, ff_out: (
-          x + xla.project(attended, attn_out, axes=2) + xla.project(act, ff_out))
+          x + steps.project(attended, attn_out, axes=2) + steps.project(act, ff_out))
     return function, (x, attended, act, params["attn_out"], params["ff_out"])
   if step == "swiglu_gradient":
     def plain(dy, gate, up, ff_out):

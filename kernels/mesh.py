@@ -67,39 +67,6 @@ def partition(array: jax.Array | jax.ShapeDtypeStruct, dim: int, names: tuple[st
   return axes
 
 
-def sequences_and_heads(query, key, mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """The mesh axes that sequences and that heads of attention are divided over.
-
-  Args:
-    query, key: arrays or their types, [B, T or S, heads, dim_head].
-  """
-  batch = partition(query, 0, BATCH_AXES, mesh)
-  heads = partition(query, 2, (HEAD_AXIS,), mesh)
-  kv_heads = key.shape[2]
-  if kv_heads > 1 and kv_heads % devices(mesh, heads):
-    heads = ()  # A shard would need a part of the key heads that is not its own.
-  return batch, heads
-
-
-def attention_on_one_device(query, key, value):
-  """The types of what a device's kernel is given, but for a ring, with all positions.
-
-  Args:
-    query, key, value: whole arrays or their types, [..., T or S, heads, dim_head]; value None for
-      the key.
-  """
-  mesh = current(query, key)
-  query, key = (with_one_batch(x, 3) for x in (query, key))
-  batch, heads = sequences_and_heads(query, key, mesh) if to_take_over(mesh) else ((), ())
-
-  def shard(x, heads):
-    by = (devices(mesh, batch), 1, devices(mesh, heads), 1)
-    return jax.ShapeDtypeStruct(tuple(n // d for n, d in zip(x.shape, by)), x.dtype)
-
-  key = shard(key, heads if key.shape[2] > 1 else ())
-  return shard(query, heads), key, None if value is None else key
-
-
 def with_one_batch(array, dimensions: int) -> jax.Array | jax.ShapeDtypeStruct:
   """The array, or a type, whose dimensions before the last ones are one."""
   if array.ndim == dimensions + 1:

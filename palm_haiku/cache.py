@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from palm_haiku.config import PaLMConfig
-from palm_haiku.kernels.parallel_block.xla import write
+from palm_haiku.kernels.cache import write
 
 
 class Int8Rows(NamedTuple):

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from palm_haiku import cache as caches, kernels
 from palm_haiku.cache import Cache, Int8Rows
 from palm_haiku.config import PaLMConfig
+from palm_haiku.int8 import Int8, product, quantize
 from palm_haiku.kernels import mesh as meshes
-from palm_haiku.kernels.int8 import Int8, product, quantize
-from palm_haiku.kernels.parallel_block.xla import activate, normalize, positioned
+from palm_haiku.kernels.norms import normalize
+from palm_haiku.kernels.parallel_block.steps import activate, positioned
 from palm_haiku.model import palm_params
 
 

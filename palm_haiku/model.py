@@ -1,7 +1,6 @@
 """PaLM as Haiku modules."""
 
 import dataclasses
-import functools
 from typing import Any, Mapping, NamedTuple
 
 import haiku as hk
@@ -12,7 +11,7 @@ import numpy as np
 from palm_haiku import kernels, lora
 from palm_haiku.config import PaLMConfig
 from palm_haiku.kernels.integers import known
-from palm_haiku.kernels.parallel_block.xla import normalize
+from palm_haiku.kernels.norms import normalize
 from palm_haiku.sharding import Rules, constrain
 
 # What the backward pass recomputes instead of keeping, by name. A layer keeps, per token, its
@@ -194,7 +193,7 @@ class PaLM(hk.Module):
         outside the vocabulary or a cache without room.
     """
     x, embedding, cache = self._hidden(tokens, segment_ids, cache)
-    # As one product of two matrices, for the reason that `kernels.parallel_block.xla` has.
+    # As one product of two matrices, for the reason that `kernels.parallel_block.steps` has.
     logits = self.config.logits_factor * jnp.einsum(
         "td,vd->tv", x.reshape(-1, x.shape[-1]), jnp.asarray(embedding, self.dtype),
         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))

@@ -10,7 +10,7 @@ from typing import Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from palm_haiku.kernels.parallel_block.xla import write
+from palm_haiku.kernels.cache import write
 
 
 class Model(NamedTuple):

@@ -12,6 +12,7 @@ import numpy as np
 from .. import backend, compat, guards, integers, platforms
 from ..compat import Array
 from . import fused, xla
+from .xla import BLOCK_Q
 
 
 def flash_attention(
@@ -88,7 +89,7 @@ def flash_attention(
   elif name != "xla" and compat.is_known(scale):
     scale = float(jax.device_get(scale))
   offset = _near(query_offset, num_queries, num_keys, window)
-  if name == "xla" and isinstance(num_queries, int) and num_queries <= xla.BLOCK_Q:
+  if name == "xla" and isinstance(num_queries, int) and num_queries <= BLOCK_Q:
     # It leaves out no keys, and one program is enough for a loop that decodes.
     offset = np.int32(offset) if isinstance(offset, int) and not compat.under_jit() else offset
   dynamic = dict(segment_ids=segment_ids, alibi_slopes=alibi_slopes, query_offset=offset,

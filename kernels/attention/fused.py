@@ -21,14 +21,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from .. import mesh as meshes
+from .. import heads as division, mesh as meshes
 from ..compat import in_32_bits, promoting
 from ..guards import not_differentiable, reverse_only
+from ..heads import on_one_device as on_one_device
 from ..platforms import here_or
 from . import ring as rings, xla
 
 _OP = "flash_attention"
-on_one_device = meshes.attention_on_one_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _over_mesh(options, query, key, value, segment_ids, slopes, offset):
   free = meshes.to_take_over(mesh)
   if not free:
     return _one_device(options, query, key, value, segment_ids, slopes, offset)
-  batch, heads = meshes.sequences_and_heads(query, key, mesh)
+  batch, heads = division.sequences_and_heads(query, key, mesh)
   kv_heads = key.shape[2]
   ring = rings.over(mesh, query, key, options.backend, is_causal=options.is_causal,
                     window=options.window, query_offset=options.query_offset)

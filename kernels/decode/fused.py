@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from .. import mesh as meshes
+from .. import heads as division, mesh as meshes
 from ..batching import folding_vmap
+from ..heads import on_one_device as on_one_device
 from .xla import nan_outside
 
 OP = "decode_attention"
-on_one_device = meshes.attention_on_one_device
 
 
 def attention(arrays, alibi_slopes, *, scale, backend, chip):
@@ -37,7 +37,7 @@ def attention(arrays, alibi_slopes, *, scale, backend, chip):
   free = meshes.to_take_over(mesh)
   if not free:
     return local(arrays, slopes)
-  batch, heads = meshes.sequences_and_heads(query, key, mesh)
+  batch, heads = division.sequences_and_heads(query, key, mesh)
   batch, heads, kv_heads = batch or None, heads or None, key.shape[2]
   cache_heads = heads if kv_heads > 1 else None
   specs = dict(query=P(batch, None, heads, None), lengths=P(batch))

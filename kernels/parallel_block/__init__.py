@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import attention, backend, compat, guards, integers
 from ..compat import Array
-from . import fused, xla
+from . import fused, steps, xla
 
 
 def parallel_attention_ffn(
@@ -91,7 +91,7 @@ def parallel_attention_ffn(
   if alibi_slopes is not None and not isinstance(alibi_slopes, jax.Array):
     alibi_slopes = np.asarray(alibi_slopes)
   offset = _offset(query_offset)
-  if (isinstance(offset, int) and integers.exceeds(attention.xla.BLOCK_Q + 1, length)
+  if (isinstance(offset, int) and integers.exceeds(attention.BLOCK_Q + 1, length)
       and not compat.under_jit()):
     offset = np.int32(offset)  # so that a loop that decodes compiles one program
   dynamic: dict[str, Any] = dict(alibi_slopes=alibi_slopes, segment_ids=ids)
@@ -180,7 +180,7 @@ def _check(x, params, norm, rotary, rope_theta, xpos_scale_base):
 
 
 def _check_cache(x, params, rotary, kv_cache, offset):
-  shared = xla.values_are_keys(params, rotary)
+  shared = steps.values_are_keys(params, rotary)
   if len(kv_cache) != (1 if shared else 2):
     raise ValueError(f"kv_cache must be {'(keys,)' if shared else '(keys, values)'}; "
                      f"got {len(kv_cache)} arrays")

@@ -33,12 +33,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from .. import mesh as meshes
+from .. import mesh as meshes, norms, rotary as rotations
 from ..batching import folding_vmap
 from ..compat import promoting
 from ..guards import not_differentiable
 from ..platforms import here_or
-from . import xla
+from . import steps
 
 OP = "parallel_attention_ffn"
 # The dimension of each weight that heads or columns of the feed-forward part make up.
@@ -162,7 +162,7 @@ def parallel_attention_ffn(x, params, *, backend, chip, platforms, norm, norm_ep
   def from_stream(x, positions, weights):
     x, positions, weights = _varying_together(x, positions, weights)
     half = weights["key"].shape[1] // 2
-    rotation = xla.rotation_at(positions.reshape(-1), half, rope_theta) if rotated else None
+    rotation = rotations.rotation_at(positions.reshape(-1), half, rope_theta) if rotated else None
     made = project_in(options, x.reshape(-1, x.shape[-1]), weights, rotation)
     # Each device keeps the key and value that it made, as the head that its queries attend to:
     # nothing has to be told that they are equal, and gradients are summed with those of x.
@@ -189,10 +189,10 @@ def parallel_attention_ffn(x, params, *, backend, chip, platforms, norm, norm_ep
   query, key = without_batch(made.pop("query")), without_batch(made.pop("key"))
   value = without_batch(made.pop("value")) if "value" in made else key
   if not rotated:
-    query, key = xla.positioned(
+    query, key = steps.positioned(
         query, key, params, positions, norm_eps=norm_eps, rotary=rotary, rope_theta=rope_theta,
         xpos_scale_base=xpos_scale_base)
-  attended, cache = xla.attend(query, key, value, params, rotary=rotary,
+  attended, cache = steps.attend(query, key, value, params, rotary=rotary,
                                query_offset=query_offset, **attention_options)
   y = _over(
       mesh, to_stream, (stream, with_batch(attended), made, weights_out),
@@ -247,12 +247,13 @@ def _in_projection(options, x, weights, rotation, keep):
 
   def plain(tokens, weights):
     x, rotation = tokens
-    h = xla.normalize(x, weights["norm"], kind=options.norm, eps=options.eps)
-    made = {name: xla.project(h, w) for name, w in weights.items() if name != "norm"}
+    h = norms.normalize(x, weights["norm"], kind=options.norm, eps=options.eps)
+    made = {name: steps.project(h, w) for name, w in weights.items() if name != "norm"}
     query, key, gate, up = (made[name] for name in ("query", "key", "gate", "up"))
     if rotation is not None:
-      query, key = xla.rotate_by(query, rotation), xla.rotate_by(key[:, None], rotation)[:, 0]
-    return (query, key, made.get("value"), xla.activate(gate, up),
+      query = rotations.rotate_by(query, rotation)
+      key = rotations.rotate_by(key[:, None], rotation)[:, 0]
+    return (query, key, made.get("value"), steps.activate(gate, up),
             *((gate, up) if keep else (None, None)))
 
   made = zip(("query", "key", "value", "act", "gate", "up"),
@@ -271,8 +272,8 @@ def _project_in_backward(options, residuals, cotangents):
   d = _not_differentiable(cotangents)
   if rotation is not None:
     back = rotation[0], -rotation[1]
-    d |= dict(query=xla.rotate_by(d["query"], back),
-              key=xla.rotate_by(d["key"][:, None], back)[:, 0])
+    d |= dict(query=rotations.rotate_by(d["query"], back),
+              key=rotations.rotate_by(d["key"][:, None], back)[:, 0])
   d = {name: d.get(name) for name in ("query", "key", "value", "gate", "up")}
 
   def plain(tokens, weights):
@@ -282,7 +283,7 @@ def _project_in_backward(options, residuals, cotangents):
   dh = options.run(plain, lambda tokens, weights: options.backend.input_gradient(
       *tokens, weights, chip=options.chip), tuple(d.values()), weights)
   h, back = jax.vjp(
-      functools.partial(xla.normalize, kind=options.norm, eps=options.eps), x, weights["norm"])
+      functools.partial(norms.normalize, kind=options.norm, eps=options.eps), x, weights["norm"])
   dx, dnorm = back(dh)
   dweights = {name: _weight_gradient(h, d[name]) for name in weights if name != "norm"}
   return dx, dweights | dict(norm=dnorm), None
@@ -293,7 +294,7 @@ def project_out(options, x, attended, hidden, weights):
   """The last step: x + attended @ attn_out + act @ ff_out; hidden is {"act", "gate", "up"}."""
   def plain(tokens, weights):
     x, attended, act = tokens
-    y = xla.project(attended, weights[0], axes=2) + xla.project(act, weights[1])
+    y = steps.project(attended, weights[0], axes=2) + steps.project(act, weights[1])
     return y if x is None else x + y
 
   return options.run(plain, lambda tokens, weights: options.backend.out_projection(
@@ -313,7 +314,7 @@ def _project_out_backward(options, residuals, dy):
 
   def plain(tokens, ff_out):
     dy, gate, up = tokens
-    act, back = jax.vjp(xla.activate, gate, up)
+    act, back = jax.vjp(steps.activate, gate, up)
     return *back(dy @ ff_out.T), act
 
   dgate, dup, act = options.run(plain, lambda tokens, ff_out: options.backend.swiglu_gradient(
@@ -328,7 +329,7 @@ def _project_out_backward(options, residuals, dy):
 
 
 def _weight_gradient(x, dy):
-  """x.T @ dy for x [M, D] and dy [M, ...]; one product of two matrices, as in `xla.project`."""
+  """x.T @ dy for x [M, D] and dy [M, ...]; one product of two matrices, as in `steps.project`."""
   return (x.T @ dy.reshape(len(dy), -1)).reshape(x.shape[1], *dy.shape[1:])
 
 

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .. import norms
 from ..core import chips
 from ..hopper import product, tiles
 from ..hopper.product import CHUNK, STORE
 from ..hopper.tiles import ROWS, TILE, WARPGROUP_ROWS, pad_rows
-from . import configs, xla
+from . import configs
 from .fused import unfused
 from .mosaic_gpu_backward import input_gradient, swiglu_gradient  # noqa: F401
 
@@ -53,7 +54,7 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip):
   """
   num_tokens, dim = x.shape
   _, heads, dim_head = params["query"].shape
-  h = pad_rows(xla.normalize(x, params["norm"], kind=norm, eps=eps))  # mutant: statistics
+  h = pad_rows(norms.normalize(x, params["norm"], kind=norm, eps=eps))  # mutant: statistics
   weights = [params["query"].reshape(dim, -1), params["key"], params.get("value"),
              params["gate"], params["up"]]
   tables = (None, None)

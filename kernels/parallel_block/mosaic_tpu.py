@@ -207,7 +207,7 @@ def out_projection(x, attended, act, attn_out, ff_out, *, chip, config=None):
 
 
 def normalize(x, gain, h, chunk, norm, eps):
-  """h = norm(x), a few rows at a time; as `xla.normalize`."""
+  """h = norm(x), a few rows at a time; as `norms.normalize`."""
   def some_rows(i, _):
     at = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
     wide = x[at, :].astype(jnp.float32)

@@ -50,7 +50,7 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip):
     params: norm float32[D]; query [D, H, Dh]; key [D, Dh]; value [D, Dh] or absent; gate, up
       [D, F].
     rotation: (cos, sin), each float32[M, Dh / 2], by which query and key are rotated; or None.
-    norm, eps: as of `xla.normalize`; h is rounded as there.
+    norm, eps: as of `norms.normalize`; h is rounded as there.
     keep: whether gate and up are wanted.
     chip: as for `unsupported`.
 
@@ -80,7 +80,7 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip):
 
 
 def _normalize(x, gain, *, norm, eps, chip):
-  """`xla.normalize`, which reads x once however long its rows are."""
+  """`norms.normalize`, which reads x once however long its rows are."""
   triton_call.check()
   from . import triton_kernels  # and with it Triton, which may be absent
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from palm_haiku.kernels.parallel_block import xla
+from palm_haiku.kernels import norms, rotary
+from palm_haiku.kernels.parallel_block import steps
 from tests.kernels import contract as bound
 
 EPS = 1e-5
@@ -162,14 +163,14 @@ def rough(case: Case) -> dict:
 @functools.partial(jax.jit, static_argnames="case")
 def _rough(arrays, *, case):
   a, w = arrays, arrays["weights"]
-  h = xla.normalize(a["x"], w["norm"], kind=case.norm, eps=EPS)
-  made = {name: xla.project(h, w[name]) for name in w if name != "norm"}
+  h = norms.normalize(a["x"], w["norm"], kind=case.norm, eps=EPS)
+  made = {name: steps.project(h, w[name]) for name in w if name != "norm"}
   if case.rotated:
-    made["query"] = xla.rotate_by(made["query"], a["rotation"])
-    made["key"] = xla.rotate_by(made["key"][:, None], a["rotation"])[:, 0]
+    made["query"] = rotary.rotate_by(made["query"], a["rotation"])
+    made["key"] = rotary.rotate_by(made["key"][:, None], a["rotation"])[:, 0]
   swiglu = lambda gate, up: jax.nn.silu(gate) * up
   made["act"] = swiglu(made["gate"], made["up"])
-  made["y"] = xla.project(a["attended"], a["attn_out"], 2) + xla.project(a["act"], a["ff_out"])
+  made["y"] = steps.project(a["attended"], a["attn_out"], 2) + steps.project(a["act"], a["ff_out"])
   if case.with_x:
     made["y"] = a["x"] + made["y"]
   made["act of gradient"], pull = jax.vjp(swiglu, a["gate"], a["up"])

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from palm_haiku import PaLMConfig
-from palm_haiku.kernels import backend, parallel_attention_ffn
-from palm_haiku.kernels.parallel_block import fused, xla
+from palm_haiku.kernels import backend, norms, parallel_attention_ffn, rotary
+from palm_haiku.kernels.parallel_block import fused, steps
 from tests.kernels.parallel_block import contract
 from tests.kernels.parallel_block.test_parallel_block import LITE, options_of, random_params
 
@@ -33,11 +33,11 @@ class PlainBackend(types.ModuleType):
     return None if x.shape[-1] % 2 == 0 else f"an even dimension; got {x.shape[-1]}"
 
   def in_projection(self, x, params, rotation, *, norm, eps, keep, chip):
-    h = xla.normalize(x, params["norm"], kind=norm, eps=eps)
-    made = {name: xla.project(h, params[name]) for name in params if name != "norm"}
+    h = norms.normalize(x, params["norm"], kind=norm, eps=eps)
+    made = {name: steps.project(h, params[name]) for name in params if name != "norm"}
     if rotation is not None:
-      made["query"] = xla.rotate_by(made["query"], rotation)
-      made["key"] = xla.rotate_by(made["key"][:, None], rotation)[:, 0]
+      made["query"] = rotary.rotate_by(made["query"], rotation)
+      made["key"] = rotary.rotate_by(made["key"][:, None], rotation)[:, 0]
     act = jax.nn.silu(made["gate"]) * made["up"]
     return (made["query"], made["key"], made.get("value"), act,
             *((made["gate"], made["up"]) if keep else (None, None)))
@@ -67,8 +67,8 @@ def plain(monkeypatch):
       module if op == fused.OP else find(op, name)))
   monkeypatch.setattr("palm_haiku.kernels.guards._PLATFORMS", {"mosaic_gpu": ("cpu",)})
   # A kernel for the products alone.
-  attend = xla.attend
-  monkeypatch.setattr(xla, "attend", lambda *arrays, **options: attend(
+  attend = steps.attend
+  monkeypatch.setattr(steps, "attend", lambda *arrays, **options: attend(
       *arrays, **options | dict(implementation="xla")))
   return module
 
