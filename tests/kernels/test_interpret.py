@@ -5,6 +5,7 @@ import importlib.metadata
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -22,20 +23,20 @@ from palm_haiku.kernels.triton import call as triton_call
 needs_triton = pytest.mark.skipif(bool(triton_call.problem()), reason=f"{triton_call.problem()}")
 
 
-def normal(*shape, dtype="bfloat16"):
-  return jax.random.normal(jax.random.key(len(shape)), shape, dtype)
+def normal(*shape):
+  return np.random.default_rng(len(shape)).normal(size=shape).astype(jnp.bfloat16)
 
 
 def check(call, implementation):
   """`call(implementation)` inside of contexts is XLA's, and outside of them refused."""
+  want = [np.asarray(x, np.float32) for x in jax.tree.leaves(call("xla"))]
   for _ in range(2):
     with pytest.raises(ValueError, match=r"needs a device of .*run it in kernels\.interpret\(\)"):
       call(implementation)
     with interpret():
       got = call(implementation)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(call("xla")), strict=True):
-      a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-      assert jnp.linalg.norm(a - b) < 0.01 * jnp.linalg.norm(b)
+    for a, b in zip(jax.tree.leaves(got), want, strict=True):
+      assert np.linalg.norm(np.asarray(a, np.float32) - b) < 0.01 * np.linalg.norm(b)
 
 
 @pytest.mark.parametrize("jitted", [False, True])
@@ -56,12 +57,12 @@ def test_values_and_gradients_are_those_of_xla(implementation, jitted):
 def decode(implementation):
   cache = normal(1, 16, 1, 64)
   return decode_attention(
-      normal(1, 1, 2, 64), cache, cache, jnp.array([9]), implementation=implementation)
+      normal(1, 1, 2, 64), cache, cache, np.array([9]), implementation=implementation)
 
 
 def loss(implementation):
   return linear_cross_entropy(
-      normal(8, 128), normal(128, 128), jnp.arange(8) + 9, implementation=implementation)
+      normal(8, 128), normal(128, 128), np.arange(8) + 9, implementation=implementation)
 
 
 @pytest.mark.parametrize("call, implementation", [(loss, "mosaic_tpu"), (decode, "mosaic_gpu")])
@@ -92,6 +93,4 @@ def test_a_race_raises_also_if_another_kernel_follows():
     call("arbitrary", x)
   with pytest.raises(interpreters.Race), interpret(detect_races=True):
     call("parallel", x)
-    call("arbitrary", x)
-  with interpret(detect_races=True):
     call("arbitrary", x)
