@@ -2,9 +2,11 @@
 
   python examples/compare_attention.py                          # xla against auto
   python examples/compare_attention.py mosaic_gpu --dtype bfloat16
+  python examples/compare_attention.py triton --interpret --length 64   # on a laptop
 """
 
 import argparse
+import contextlib
 
 import haiku as hk
 import jax
@@ -28,6 +30,8 @@ def main(argv=None) -> float:
   parser.add_argument("implementation", nargs="?", default="auto")
   parser.add_argument("--dtype", default="float32")
   parser.add_argument("--length", type=int, default=512)
+  parser.add_argument("--interpret", action="store_true",
+                      help="run the kernels in their interpreters, on a CPU")
   args = parser.parse_args(argv)
   query, key = (jax.ShapeDtypeStruct((2, args.length, heads, 64), args.dtype) for heads in (4, 1))
   print(kernels.explain("flash_attention", query, key, implementation=args.implementation))
@@ -35,7 +39,8 @@ def main(argv=None) -> float:
     print(f"on {chip}:", kernels.explain("flash_attention", query, key, chip=chip).reason)
   tokens = jax.random.randint(jax.random.key(1), (2, args.length), 0, 256)
   want = gradients("xla", args.dtype, tokens)
-  got = gradients(args.implementation, args.dtype, tokens)
+  with kernels.interpret() if args.interpret else contextlib.nullcontext():
+    got = gradients(args.implementation, args.dtype, tokens)
   worst = 0.0
   for module, weights in want.items():
     for name, x in weights.items():
