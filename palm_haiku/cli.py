@@ -428,6 +428,7 @@ def _generate(args) -> int:
   if length is None:
     room = 256 if trained is None else trained + 1 - len(prompt)
     length = min(room, 256) if room > 0 else 256
+  _check_memory(model.config, len(prompt) + length, args.cache_dtype or args.dtype)
   decoder = tokenizer.stream_decoder(prompt)
   times = []
 
@@ -456,6 +457,22 @@ def _generate(args) -> int:
     print(f"{len(times)} tokens, {(len(times) - 1) / (times[-1] - times[0]):.0f} a second",
           file=sys.stderr)
   return 0
+
+
+def _check_memory(config, length, dtype):
+  """Raises where a cache is larger than all memory: some systems kill a process for that."""
+  import jax
+
+  from palm_haiku import memory
+  from palm_haiku.cache import empty_cache
+
+  there = memory.total(jax.local_devices()[0])
+  if there is not None and 0 < length < 2**31:
+    cache = jax.eval_shape(lambda: empty_cache(config, (), length, dtype))
+    need = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    if need > there:
+      raise MemoryError(f"keys and values of {length} tokens are {terminal.size(need)}, of "
+                        f"{terminal.size(there)} there are")
 
 
 @contextlib.contextmanager
@@ -527,7 +544,8 @@ def _convert(args) -> int:
   directory.checkpoints.save(0, {"params": params}, metadata)
   directory.keep(tokenizer)
   print(f"{terminal.quoted(args.out)}: {config.num_params:,} parameters from {args.from_peer}, "
-        f"{_sizes(config)}; sample: {typed('generate', args.out)}")
+        f"{_sizes(config)}{'' if args.heads else interop.other_reading(args.from_peer, config)}; "
+        f"sample: {typed('generate', args.out)}")
   return 0
 
 

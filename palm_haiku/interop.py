@@ -350,6 +350,12 @@ def _gain_offset(layout, peer, arrays, depth, given) -> int:
   return 1 - stored
 
 
+def other_reading(peer: str, config: PaLMConfig) -> str:
+  """The heads of the other model that arrays of this config may be of, in words; else ""."""
+  rest = config.dim_head * (1 if config.shared_kv else 2)
+  return _other_model(peer, rest, config.heads * config.dim_head)
+
+
 def _other_model(peer, rest, inner) -> str:
   """The heads that the arrays have if they are of the other of two models with the same names.
 

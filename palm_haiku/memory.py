@@ -1,5 +1,6 @@
 """Memory of a device, as far as JAX or the operating system tells."""
 
+import os
 import sys
 
 import jax
@@ -16,3 +17,13 @@ def peak(device: jax.Device) -> int | None:
     return None
   unit = 1 if sys.platform == "darwin" else 1024
   return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def total(device: jax.Device) -> int | None:
+  """The bytes that a device has; on a CPU, this machine."""
+  if device.platform != "cpu":
+    return (device.memory_stats() or {}).get("bytes_limit")
+  try:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  except (AttributeError, ValueError, OSError):  # Windows
+    return None

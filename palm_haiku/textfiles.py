@@ -13,6 +13,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import stat
 import struct
 import tarfile
@@ -32,6 +33,9 @@ _MARKS = {codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
 _NO_TEXT = {b"%PDF-": "a PDF", b"{\\rtf": "a Rich Text file", b"7z\xbc\xaf'\x1c": "a 7z archive",
             b"Rar!": "a RAR archive",
             b"version https://git-lfs": "a Git LFS pointer, which `git lfs pull` replaces"}
+for _mark in (b"+/v8", b"+/v9", b"+/v+", b"+/v/"):
+  _NO_TEXT[_mark] = "UTF-7; convert it first: iconv -f UTF-7 -t UTF-8"
+_ISO_2022 = re.compile(rb"\x1b\$[@AB()]")  # shifts from ASCII to two bytes a character
 
 
 def find(source: str) -> list[str]:
@@ -195,6 +199,9 @@ def _decode(content: bytes, name: str) -> bytes:
   for start, kind in _NO_TEXT.items():
     if content.startswith(start):
       raise ValueError(f"{name} is no text but {kind}")
+  if _ISO_2022.search(content):
+    raise ValueError(f"{name} is in ISO-2022, not UTF-8; convert it first, such as: "
+                     "iconv -f ISO-2022-JP -t UTF-8")
   content = content[len(mark):]
   try:
     if encoding != "utf-8":
@@ -202,6 +209,10 @@ def _decode(content: bytes, name: str) -> bytes:
     else:
       _check_utf8(content)
   except UnicodeDecodeError as error:
+    if encoding == "utf-8" and error.reason == "unexpected end of data":
+      size = len(mark) + error.start
+      raise ValueError(f"{name} ends within a character, at byte {size}; leave that out, such as: "
+                       f"head -c {size}") from error
     raise ValueError(
         f"{name} is no text in {encoding.upper()}: {error.reason} at byte {error.start}; convert "
         "text in another encoding first, such as: iconv -f LATIN1 -t UTF-8") from error

@@ -260,6 +260,12 @@ def test_two_models_of_a_peer_are_told_apart(peer, change, other, options, messa
     interop.load(other, arrays, **options)
 
 
+def test_conversion_names_what_arrays_of_the_other_model_would_be():
+  config = PaLMConfig(37, 32, 2, 4, 8)
+  assert interop.other_reading("palm-jax", config) == "; as palm-jax-lite they have 2 heads of 16"
+  assert interop.other_reading("palm-flax", config) == ""
+
+
 @pytest.mark.parametrize("peer", list(interop.PEERS))
 @pytest.mark.parametrize("wrap", [
     "module.{}", "_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "model.{}",

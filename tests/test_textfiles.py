@@ -147,7 +147,10 @@ def nested(depth):
 @pytest.mark.parametrize("name, content, message", [
     ("t.txt", "café au lait".encode("latin-1"), r"t.txt is no text in UTF-8: .* at byte 3; conv"),
     ("t.txt", "日本".encode("shift-jis"), "t.txt is no text in UTF-8"),
-    ("t.txt", UTF8 + b"\xe6\x95", f"t.txt is no text in UTF-8: .* at byte {len(UTF8)}"),
+    ("t.txt", UTF8 + b"\xe6\x95", f"t.txt ends within a character, at byte {len(UTF8)}; .*head -c"),
+    ("t.txt", "日本".encode("iso2022-jp"), "t.txt is in ISO-2022, not UTF-8"),
+    ("t.txt", "한국".encode("iso2022-kr"), "t.txt is in ISO-2022, not UTF-8"),
+    ("t.txt", b"+/v8-caf+AOk-", "t.txt is no text but UTF-7"),
     ("t.txt", "text".encode("utf-16-le"), "t.txt is no text: byte 1 is NUL; UTF-16 and UTF-32"),
     ("t.txt", "text".encode("utf-16-be"), "t.txt is no text: byte 0 is NUL"),
     ("t.txt", "text".encode("utf-32-le"), "t.txt is no text: byte 1 is NUL"),
