@@ -150,7 +150,7 @@ def choose(op: str, implementation: str, *arrays, on: Target, needs: str | None 
       return Choice("xla", f"{fitting} needs {problem}")
     reason = f"the fused kernel for {on.chip}"
     if family := chips.FAMILIES.get(on.chip or ""):
-      reason += f", with the block sizes of {family.configs}"
+      reason += f", with the block sizes of {family.like}"
     if op == "flash_attention":
       reason += " (xla where alibi_slopes are differentiated)"
     return Choice(fitting, reason if arrays else (
@@ -176,7 +176,7 @@ def _unasked(op: str, chip: str | None, array=None) -> str | None:
   """What keeps `auto` from a kernel that could run; see `unasked` of an op's configs."""
   if chip not in chips.ALL:
     return f"a chip of known block sizes; got {chip or 'one of no known name'}"
-  return _module(op, "configs").unasked(chips.ALL[chip].configs, array)
+  return _module(op, "configs").unasked(chip, array)
 
 
 def _named(chip: str) -> Target:

@@ -12,7 +12,7 @@ def unasked(chip: str, query=None) -> str | None:
   """What keeps `auto` from a kernel that could run: a shape of which nothing is known.
 
   Args:
-    chip: a name in one of the tables.
+    chip: its name.
     query: an array or its type; None for what any would be kept by.
   """
   if query is not None and query.shape[1] < LEAST:  # As when decoding: most rows would be empty.
@@ -78,7 +78,7 @@ TRITON = {"a100": _AMPERE, "rtx4090": _ADA, "h100": _HOPPER, "h200": _HOPPER, "b
 
 def triton(chip: str | None, dim_head: int) -> tuple[TritonConfig, TritonConfig, TritonConfig]:
   """Tiles of the forward, dq and dkv kernels for a chip; for None, those that any has room for."""
-  return TRITON[chips.gpu(chip).configs][max(dim_head, 64)]
+  return chips.gpu(chip).entry(TRITON)[max(dim_head, 64)]
 
 
 class HopperConfig(NamedTuple):
@@ -110,7 +110,7 @@ MOSAIC_GPU = {
 
 def mosaic_gpu(chip: str | None, dim_head: int) -> HopperConfig:
   """Tiles for a chip; those of an h200 where it is not known."""
-  return MOSAIC_GPU[chips.hopper(chip).configs, dim_head]
+  return chips.hopper(chip).entry(MOSAIC_GPU, dim_head)
 
 
 class TpuConfig(NamedTuple):
@@ -164,4 +164,4 @@ MOSAIC_TPU = {
 
 def mosaic_tpu(chip: str | None, dim_head: int) -> tuple[TpuConfig, TpuConfig]:
   """Block sizes of the forward and the backward kernel; those of a v4, the smallest, for None."""
-  return MOSAIC_TPU[chips.tpu(chip).configs, 128 if dim_head <= 128 else 256]
+  return chips.tpu(chip).entry(MOSAIC_TPU, 128 if dim_head <= 128 else 256)

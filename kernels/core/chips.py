@@ -6,6 +6,8 @@ A new chip is one entry here and its block sizes in the ops' `configs.py`. All s
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,16 +26,16 @@ class Chip:
   name: str  # as ops, `aot` and `plan` take it
   kind: str  # JAX's name of it
   variants: tuple[str, ...] = ()  # beginnings of the names of others that take its block sizes
-  like: str | None = None  # the chip whose block sizes it takes; None where it has its own
+  like: str | None = None  # the chip whose block sizes it takes where it has none of its own
   tflops: float  # published, dense bfloat16 with sums in float32, of the chip; NaN of a family
   bandwidth: float  # of the memory, bytes/s, published
   memory: float  # bytes that a program may use; NaN of a family
   network: Network | None  # None where nothing is planned for it
 
-  @property
-  def configs(self) -> str:
-    """The name under which an op's `configs.py` has its block sizes."""
-    return self.like or self.name
+  def entry(self, table: Mapping[Any, Any], *more) -> Any:
+    """Its block sizes of a table by (chip, *more), or by chip: else those of what it is like."""
+    keys = [(name, *more) if more else name for name in (self.name, self.like or self.name)]
+    return table[keys[0] if keys[0] in table else keys[1]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

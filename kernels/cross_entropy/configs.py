@@ -12,7 +12,7 @@ def unasked(chip: str, x=None) -> str | None:
   """What keeps `auto` from a kernel that could run: a shape of which nothing is known.
 
   Args:
-    chip: a name in one of the tables.
+    chip: its name.
     x: an array or its type; None for what any would be kept by.
   """
   if x is not None and x.shape[0] < LEAST:  # Most rows of a tile would be empty.
@@ -45,7 +45,7 @@ TRITON = {
 
 def triton(chip: str | None, itemsize: int) -> TritonConfig:
   """Tiles for a chip, or the smallest ones; a step is as many bytes deep in every dtype."""
-  blocks = TRITON[chips.gpu(chip).configs]
+  blocks = chips.gpu(chip).entry(TRITON)
   return blocks if itemsize == 2 else blocks._replace(columns=64, depth=32)
 
 
@@ -65,7 +65,7 @@ MOSAIC_GPU = {chip: _HOPPER for chip in ("h100", "h200")}
 
 def mosaic_gpu(chip: str | None) -> HopperConfig:
   """Tiles for a chip; those of an h200 where it is not known."""
-  return MOSAIC_GPU[chips.hopper(chip).configs]
+  return chips.hopper(chip).entry(MOSAIC_GPU)
 
 
 class TpuConfig(NamedTuple):
@@ -95,4 +95,4 @@ MOSAIC_TPU = {
 
 def mosaic_tpu(chip: str | None) -> tuple[TpuConfig, TpuConfig]:
   """Block sizes of the forward and the gradient kernel; those of a v4 for None."""
-  return MOSAIC_TPU[chips.tpu(chip).configs]
+  return chips.tpu(chip).entry(MOSAIC_TPU)

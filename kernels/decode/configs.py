@@ -20,6 +20,11 @@ class TritonConfig(NamedTuple):
   stages: int
 
 
+# Rows of a tile at dim_head 256 in 16 bits, at most, and stages: see `triton`.
+TRITON = {"a100": (64, 3), "rtx4090": (32, 2), "h100": (128, 3), "h200": (128, 3),
+          "b200": (128, 3)}
+
+
 def triton(chip: str | None, dim_head: int, rows: int, dtype) -> TritonConfig:
   """Tiles for a chip; for None, those that any has room for.
 
@@ -35,13 +40,13 @@ def triton(chip: str | None, dim_head: int, rows: int, dtype) -> TritonConfig:
     rows: that there are.
     dtype: of the queries.
   """
-  most, configs = 128 if dtype.itemsize == 2 else 32, chips.gpu(chip).configs
+  most, (widest, stages) = 128 if dtype.itemsize == 2 else 32, chips.gpu(chip).entry(TRITON)
   if dim_head == 256:
-    most = 16 if dtype.itemsize == 4 else {"rtx4090": 32, "a100": 64}.get(configs, 128)
+    most = 16 if dtype.itemsize == 4 else widest
   rows = min(max(16, 1 << (rows - 1).bit_length()), most)
   keys = 16_384 // dtype.itemsize // max(dim_head, 128 if rows > 32 else 64)
   return TritonConfig(
-      rows, keys, 4 if rows < 128 else 8, 2 if configs == "rtx4090" else 3)
+      rows, keys, 4 if rows < 128 else 8, stages)
 
 
 class HopperConfig(NamedTuple):
@@ -68,7 +73,7 @@ MOSAIC_GPU = {(chip, *key): value
 
 def mosaic_gpu(chip: str | None, dim_head: int, itemsize: int) -> HopperConfig:
   """For a chip and an itemsize of the cache; that of an h200 where the chip is not known."""
-  return MOSAIC_GPU[chips.hopper(chip).configs, dim_head, itemsize]
+  return chips.hopper(chip).entry(MOSAIC_GPU, dim_head, itemsize)
 
 
 class TpuConfig(NamedTuple):
@@ -97,7 +102,7 @@ _TPU_SIZES = {"v4": (4096, 4096), "v5e": (4096, 8192), "v5p": (4096, 16384),
 def mosaic_tpu(chip: str | None, itemsize: int, dim_head: int) -> TpuConfig:
   """Block sizes for a chip, those of a v4 for None; itemsize is that of the cache."""
   tpu = chips.tpu(chip)
-  bfloat16, int8 = _TPU_SIZES[tpu.configs]
+  bfloat16, int8 = tpu.entry(_TPU_SIZES)
   size = (int8 if itemsize == 1 else bfloat16 * 2 // itemsize) * 128 // max(dim_head, 128)
   return TpuConfig(max(size // 1024 * 1024, 1024), slots=4, chunk=512,
                    cores=tpu.cores // tpu.devices)

@@ -21,17 +21,18 @@ def unasked(chip: str, x=None) -> str | None:
   """What keeps `auto` from a kernel that could run: a shape of which nothing is known.
 
   Args:
-    chip: a name in one of the tables.
+    chip: its name.
     x: an array or its type; None for what any would be kept by.
   """
   better = f"figures better than XLA's products have, to be chosen unasked, on a {chip}"
-  if chip not in AUTO:
+  least = AUTO.get(chip, AUTO.get(chips.ALL[chip].like or chip))
+  if least is None:
     return better
   if x is None:
     return None
   if x.dtype.name != "bfloat16":
     return f"bfloat16 to be chosen unasked; got {x.dtype.name}"
-  if x.shape[1] < AUTO[chip]:
+  if x.shape[1] < least:
     return better
   if x.shape[0] < LEAST:  # Most rows of a tile would be empty.
     return f"{LEAST} tokens or more to be chosen unasked; got {x.shape[0]}"
@@ -78,7 +79,7 @@ NORM = 4096  # numbers of x in a program of the norm: 32 a thread in 71 register
 
 def triton(chip: str | None, itemsize: int, contraction: int) -> TritonConfig:
   """Tiles for a chip, or the smallest ones; contraction is how long all products of a sum are."""
-  long, short = TRITON[chips.gpu(chip).configs]
+  long, short = chips.gpu(chip).entry(TRITON)
   if itemsize == 4:
     return long._replace(columns=64, depth=32)
   return short if contraction <= SHORT else long
@@ -105,7 +106,7 @@ MOSAIC_GPU = {chip: _HOPPER for chip in ("h100", "h200")}
 
 def mosaic_gpu(chip: str | None) -> tuple[HopperConfig, ...]:
   """Tiles to choose from for a chip; those of an h200 where it is not known."""
-  return MOSAIC_GPU[chips.hopper(chip).configs]
+  return chips.hopper(chip).entry(MOSAIC_GPU)
 
 
 class ProductConfig(NamedTuple):
@@ -165,4 +166,4 @@ MOSAIC_TPU = {
 
 def mosaic_tpu(chip: str | None) -> TpuConfig:
   """Block sizes of the kernels of the parallel block; those of a v4 for None."""
-  return MOSAIC_TPU[chips.tpu(chip).configs]
+  return chips.tpu(chip).entry(MOSAIC_TPU)

@@ -1,6 +1,7 @@
 """The table of chips is the only one, and a GPU without an entry takes its family's kernels."""
 
 import ast
+import dataclasses
 import math
 import pathlib
 import re
@@ -81,7 +82,7 @@ def test_a_family_fits_in_its_shared_memory():
             (10, 3): 227, (11, 0): 227, (12, 0): 99, (12, 1): 99}
   for gpu in chips.GPUS.values():
     assert gpu.shared_memory <= limits[gpu.capability] * 1024
-    assert chips.CHIPS[gpu.configs].shared_memory == gpu.shared_memory
+    assert chips.CHIPS[gpu.like or gpu.name].shared_memory == gpu.shared_memory
     assert math.isnan(gpu.tflops) == (gpu.like is not None)
 
 
@@ -95,6 +96,18 @@ def test_every_op_has_block_sizes_for_every_chip():
   for name in chips.TPUS:
     attention.mosaic_tpu(name, 128), cross_entropy.mosaic_tpu(name)
     parallel_block.mosaic_tpu(name), decode.mosaic_tpu(name, 2, 128)
+
+
+def test_a_new_chip_is_an_entry_and_the_block_sizes_that_it_has(monkeypatch):
+  new = dataclasses.replace(chips.CHIPS["h200"], name="new", kind="NVIDIA New", like="h200")
+  sizes = attention.HopperConfig(64, 2, 64, 2, 1, 64, 1)
+  for table, entry in ((chips.ALL, new), (chips.GPUS, new)):
+    monkeypatch.setitem(table, "new", entry)
+  monkeypatch.setitem(attention.MOSAIC_GPU, ("new", 128), sizes)
+  assert attention.mosaic_gpu("new", 128) == sizes
+  assert attention.mosaic_gpu("new", 64) == attention.mosaic_gpu("h200", 64)
+  assert cross_entropy.triton("new", 2) == cross_entropy.triton("h200", 2)
+  assert kernels.explain("decode_attention", chip="new").implementation == "triton"
 
 
 ATTENTION = [(1, 2048, 8, 128), (1, 2048, 1, 128)]
