@@ -89,8 +89,8 @@ def main(argv: list[str] | None = None, deadline: float | None = None) -> int:
   parser.add_argument("--architectures", nargs="+", default=["palm"], choices=list(ARCHITECTURES))
   parser.add_argument("--implementations", nargs="+", metavar="NAME", choices=(*names, "auto"),
                       help=f"of {', '.join(names)}, auto; xla+attention is XLA's products with "
-                      "this project's attention, xla+cudnn with cuDNN's, xla+tokamax has tokamax's gated "
-                      "linear unit; default all, and auto on an accelerator")
+                      "this project's attention, xla+cudnn with cuDNN's, xla+tokamax has tokamax's "
+                      "gated linear unit; default all, and auto on an accelerator")
   parser.add_argument("--passes", nargs="+", default=["forward", "backward"],
                       choices=["forward", "backward"])
   parser.add_argument("--dtype", default="bfloat16")

@@ -63,16 +63,17 @@ RUNS = (
 )
 
 COLUMNS = {"implementation": "run", "shape": "machine", "variant": "mesh, remat", "batch": "batch",
-           "billions": "B parameters", "published": "published MFU, %", "forecast": "planned MFU, %",
-           "off": "off by, %", "most": "at most, %", "needs": "share of peak it needs, %",
-           "limit": "limited by", "gib": "GiB of a chip", "room": "room"}
+           "billions": "B parameters", "published": "published MFU, %",
+           "forecast": "planned MFU, %", "off": "off by, %", "most": "at most, %",
+           "needs": "share of peak it needs, %", "limit": "limited by", "gib": "GiB of a chip",
+           "room": "room"}
 
 
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m benchmarks plan", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--out", metavar="DIR", help="default benchmarks/results")
-  parser.add_argument("--only", metavar="TEXT", default="", help="runs whose name or machine has it")
+  parser.add_argument("--only", metavar="TEXT", default="", help="of a run's name or machine")
   parser.add_argument("--again", action="store_true", help="estimate anew what the newest result "
                       "compiled")
   parser.add_argument("--workers", type=int, default=1, help="compilers at one time (default 1)")

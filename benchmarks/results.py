@@ -28,7 +28,7 @@ def document(benchmark: str, device: str | None = None) -> dict:
     device = chip.device_kind if chip.platform != "cpu" else _processor()
   return {
       "benchmark": benchmark, "device": device,
-      "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+      "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
       "commit": _commit(), "python": platform.python_version(), "driver": _driver(),
       "versions": {name: version for name in _PACKAGES if (version := _version(name))},
       "rows": []}

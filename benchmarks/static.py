@@ -275,14 +275,15 @@ def mask_rows(about: dict, report: aot.Report) -> list[dict]:
 
 def _gpu_row(about, kernel, square):
   loops = kernel.code.tensor_loops
-  loop, tensor = "/".join(str(l.instructions) for l in loops), "/".join(
-      str(l.tensor) for l in loops)
+  loop = "/".join(str(loop.instructions) for loop in loops)
+  tensor = "/".join(str(loop.tensor) for loop in loops)
   return about | {
       "kernel": kernel.name, "registers": kernel.resources.registers,
       "spills": f"{kernel.resources.spill_stores}/{kernel.resources.spill_loads}",
       "shared": None if kernel.shared_memory is None else kernel.shared_memory // 1024,
       "loop": loop, "tensor": tensor,
-      "per_tensor": round(min((l.instructions / l.tensor for l in loops), default=0), 1) or None,
+      "per_tensor": round(min(
+          (one.instructions / one.tensor for one in loops), default=0), 1) or None,
       "serialized": kernel.resources.serialized, "square": square}
 
 

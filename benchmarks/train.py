@@ -325,7 +325,7 @@ def table(shape: Shape, rows: list[dict]) -> rich.table.Table:
 
 def write(directory: pathlib.Path, results: list[dict]) -> pathlib.Path:
   """Saves results as dated JSON with what is needed to take them again."""
-  now = datetime.datetime.now(datetime.timezone.utc)
+  now = datetime.datetime.now(datetime.UTC)
   commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
                           text=True, cwd=pathlib.Path(__file__).parent)
   versions = {}

@@ -28,7 +28,7 @@ def attention(implementation, num_queries, dim_head, heads):
 
 
 def main(argv=None) -> aot.Report:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
   parser.add_argument("chip", choices=sorted(chips.ALL))
   parser.add_argument("--implementation", default="auto", help="of the attention (default auto)")
   parser.add_argument("--seq-len", type=int, default=2048)

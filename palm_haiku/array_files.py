@@ -4,7 +4,8 @@ import os
 import pathlib
 import zipfile
 import zlib
-from typing import Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -63,7 +64,7 @@ def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> N
   draft = path.with_name(path.name + ".draft")
   try:
     with open(draft, "wb") as file:
-      np.savez(file, **arrays)
+      np.savez(file, **dict[str, Any](arrays))
     draft.rename(path)
   finally:
     draft.unlink(missing_ok=True)

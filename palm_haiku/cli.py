@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from typing import Any
 
 import rich.table
 
@@ -87,14 +88,14 @@ def _parser() -> argparse.ArgumentParser:
       "  palm-haiku train --out runs/first\n"
       "  palm-haiku train --model palm-lite --data 'books/*.txt' --out runs/books\n"
       "  palm-haiku train --resume --out runs/books\n"
-      "  palm-haiku train --init models/command-r7b --lora-rank 8 --data 'books/*.txt' --out runs/ft\n"
+      "  palm-haiku train --init models/command-r7b --lora-rank 8 --data 'b/*.txt' --out runs/ft\n"
       "  palm-haiku train --mesh fsdp=4,model=2 --model palm-8b --data 'books/*.txt' --out runs/8b")
   train.set_defaults(run=_train, parser=train)
   _add_model_options(train)
   group = train.add_argument_group("data")
   group.add_argument("--data", metavar="SOURCE", help="text to train on: pydoc (Python's own "
-                     "documentation, the default), enwik8, or a path or quoted glob of text files; on "
-                     "--resume, where the run's data are now")
+                     "documentation, the default), enwik8, or a path or quoted glob of text files; "
+                     "on --resume, where the run's data are now")
   group.add_argument("--tokenizer", metavar="NAME", help="bytes (the default), a SentencePiece "
                      "model file or a tokenizer.json, of which the run keeps a copy")
   group.add_argument("--eval-fraction", type=float, metavar="F", help="how much of the end of the "
@@ -107,8 +108,8 @@ def _parser() -> argparse.ArgumentParser:
   group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in "
                      "--out, with its settings; begin anew where there is none, with those in "
                      "config.json but for the options given")
-  group.add_argument("--init", metavar="DIR", help="start from the weights, and with the tokenizer, "
-                     "of a run or of a model of the Hugging Face hub")
+  group.add_argument("--init", metavar="DIR", help="start from the weights, and with the "
+                     "tokenizer, of a run or of a model of the Hugging Face hub")
   group.add_argument("--lora-rank", type=int, metavar="N", help="train adapters of this rank only; "
                      "with --init (default: all parameters)")
   group.add_argument("--steps", type=int, help="optimizer steps (default 2000)")
@@ -185,8 +186,8 @@ def _parser() -> argparse.ArgumentParser:
 
   from palm_haiku.plan.command import add_arguments as add_plan_arguments
   plan = commands.add_parser(
-      "plan", help="compile a step for a machine that is not here", description="Compile a training "
-      "step for chips that are not here: whether it fits, what\ntravels between them, and "
+      "plan", help="compile a step for a machine that is not here", description="Compile a "
+      "training step for chips that are not here: whether it fits, what\ntravels between them, and "
       "how long it takes.",
       epilog="examples:\n"
       "  palm-haiku plan --model palm-8b --topology v5p:4x4x4 --mesh fsdp=64 --batch-size 512\n"
@@ -200,8 +201,8 @@ def _parser() -> argparse.ArgumentParser:
   _add_implementation(plan)
 
   convert = commands.add_parser(
-      "convert", help="weights of other PaLMs and of the hub", description="Convert weights between "
-      "this project, the other public PaLMs and\nthe Hugging Face hub's layout.",
+      "convert", help="weights of other PaLMs and of the hub", description="Convert weights "
+      "between this project, the other public PaLMs and\nthe Hugging Face hub's layout.",
       epilog="examples:\n"
       "  palm-haiku convert --from hub models/command-r7b --out runs/imported\n"
       "  palm-haiku convert --to hub runs/books --out models/books  # for transformers, vLLM, "
@@ -219,9 +220,9 @@ def _parser() -> argparse.ArgumentParser:
   direction.add_argument("--to", dest="to_peer", metavar="PEER")
   convert.add_argument("--out", required=True, type=_path, metavar="PATH", help="a new run "
                        "directory (--from), file or directory (--to)")
-  convert.add_argument("--tokenizer", metavar="NAME", help="that the model was trained with: bytes, "
-                       "a SentencePiece model file or a tokenizer.json (default: the model's own; "
-                       "bytes where it has none)")
+  convert.add_argument("--tokenizer", metavar="NAME", help="that the model was trained with: "
+                       "bytes, a SentencePiece model file or a tokenizer.json (default: the "
+                       "model's own; bytes where it has none)")
   convert.add_argument("--heads", type=int, metavar="N", help="query heads, to check: PaLM-jax's "
                        "two models have arrays of the same names")
   convert.add_argument("--gain-offset", type=int, choices=(0, 1), help="of palm-rlhf-pytorch: 1 "
@@ -292,7 +293,8 @@ def _model(args, base: PaLMConfig | None = None,
     return None
   if missing:
     raise ValueError("a model without --model needs --" + ", --".join(missing))
-  return PaLMConfig(**({"num_tokens": 256} | given))
+  sizes: dict[str, Any] = {"num_tokens": 256} | given
+  return PaLMConfig(**sizes)
 
 
 def _train(args) -> int:
@@ -315,6 +317,7 @@ def _train(args) -> int:
     model = _initial_model(args)
   else:
     model = _model(args, base and base.model, configs["palm-tiny"])
+  assert model  # of the default, if of nothing else
   # A model that the run has already is large enough, but not one that is named again.
   if args.num_tokens is None and args.init is None and (base is None or args.model is not None):
     tokenizer = args.tokenizer or (base and base.tokenizer) or "bytes"

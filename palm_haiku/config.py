@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import operator
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any, Literal
 
 
 class _Product(int):
@@ -32,14 +33,14 @@ class PaLMConfig:
   dim_head: int = 64
   ff_mult: int = 4  # hidden width of the feed-forward branch is dim * ff_mult
   position: str = "rotary"  # "rotary" | "alibi"
-  norm: str = "layer"  # "layer" (bias-free LayerNorm) | "rms"
+  norm: Literal["layer", "rms"] = "layer"  # "layer" (bias-free LayerNorm) | "rms"
   shared_kv: bool = False  # values are the keys
   norm_eps: float = 1e-5  # added to the variance (layer) or to the mean square (rms)
   logits_scale: float | None = None  # None: 1/sqrt(dim), as in the paper
   qk_norm: str | None = None  # of queries and keys: "l2" (a gain per channel) | "layer" (and head)
   xpos_scale_base: int | None = None  # None: no xPos decay on top of rotary
   kv_heads: int = 1  # key and value heads; 1 is multi-query attention
-  dim_ff: int | None = None  # hidden width of the feed-forward branch; None: dim * ff_mult
+  dim_ff: int = _Product()  # hidden width of the feed-forward branch; left out: dim * ff_mult
   rope_theta: float = 10_000.0  # wavelength base of rotary positions
   window: int | None = None  # keys that a query sees, its own included; None: all before it
   global_every: int | None = None  # every n-th layer has no window and no positions
@@ -47,7 +48,8 @@ class PaLMConfig:
   norm_bias: bool = False  # norms add a learned bias (position-wise LayerNorm as in Falcon)
 
   def __post_init__(self):
-    qk_norm = {True: "l2", False: None}.get(self.qk_norm, self.qk_norm)  # as version 0.1 stored it
+    stored: dict[Any, str | None] = {True: "l2", False: None}  # by version 0.1
+    qk_norm = stored.get(self.qk_norm, self.qk_norm)
     object.__setattr__(self, "qk_norm", qk_norm)
     optional = [name for name in ("window", "global_every") if getattr(self, name) is not None]
     if isinstance(self.dim_ff, _Product) or self.dim_ff is None:
@@ -156,7 +158,7 @@ class PaLMConfig:
     return 6 * self.num_params + 3 * attention + again
 
 
-_LITE = dict(position="alibi", norm="rms", shared_kv=True)
+_LITE: dict[str, Any] = dict(position="alibi", norm="rms", shared_kv=True)
 
 # The first three are table 1 of the paper. `palm-lite` is the model that PaLM-jax trains on
 # enwik8. The small ones train on a laptop, on bytes.
@@ -171,9 +173,10 @@ configs: dict[str, PaLMConfig] = {
 }
 
 # Public models with PaLM's block; `palm_haiku.hub.load` reads their weights.
-_RLHF = dict(num_tokens=50_304, heads=8, dim_head=128, logits_scale=1.0, xpos_scale_base=512)
-_COHERE = dict(num_tokens=256_000, dim_head=128)
-_WINDOWS = dict(window=4096, global_every=4, rope_theta=50_000.0)
+_RLHF: dict[str, Any] = dict(
+    num_tokens=50_304, heads=8, dim_head=128, logits_scale=1.0, xpos_scale_base=512)
+_COHERE: dict[str, Any] = dict(num_tokens=256_000, dim_head=128)
+_WINDOWS: dict[str, Any] = dict(window=4096, global_every=4, rope_theta=50_000.0)
 configs |= {
     "palm-rlhf-150m": PaLMConfig(dim=768, depth=12, **_RLHF),
     "palm-rlhf-410m": PaLMConfig(dim=1024, depth=24, **_RLHF),

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 import pathlib
-from typing import Iterator
+from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -104,7 +104,7 @@ class SentencePieceTokenizer:
     """int32[T]; raises ValueError for bytes that are not UTF-8."""
     try:
       text = text.decode() if isinstance(text, bytes) else text.encode().decode()
-    except UnicodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
       raise ValueError(f"text is not valid UTF-8: {error.reason} at position "
                        f"{error.start}") from error
     return np.asarray(self._model.EncodeAsIds(text), np.int32)

@@ -6,7 +6,7 @@ matrix: 1.3 times the tokens a second on a CPU (dim 512, depth 8, batches of 1 a
 """
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def prepare(params, config: PaLMConfig, dtype=jnp.float32, weights: str | None =
 
 
 def run(weights: Weights, config: PaLMConfig, tokens, cache: Cache, *, dtype=jnp.float32,
-        fresh: bool = False, prompt_lengths=None, implementation: str = "auto"):
+        fresh: bool = False, prompt_lengths=None, implementation: kernels.Implementation = "auto"):
   """The normalised residual stream after the last layer, and the new cache.
 
   Args:
@@ -104,7 +104,7 @@ def run(weights: Weights, config: PaLMConfig, tokens, cache: Cache, *, dtype=jnp
   for i, (layer, stored) in enumerate(zip(weights.layers, cache.layers)):
     is_global = c.is_global(i)
     window, alibi = None if is_global else c.window, c.position == "alibi" and not is_global
-    options = dict(
+    options: dict[str, Any] = dict(
         implementation=implementation,
         alibi_slopes=kernels.alibi_slopes(c.heads) if alibi else None)
     h = normalize(x, *layer.norm, kind=c.norm, eps=c.norm_eps)

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 from palm_haiku import decoder, speculative
 from palm_haiku.cache import empty_cache
 from palm_haiku.config import PaLMConfig
+from palm_haiku.kernels import Implementation
 from palm_haiku.model import palm_params
 from palm_haiku.sampling import log_probabilities, sample
 
@@ -20,7 +21,7 @@ def generate(params, config: PaLMConfig, prompt, length: int, *, prompt_lengths=
              eod: int | None = None, dtype=jnp.float32, weights: str | None = None,
              cache_dtype=None, prefix: str | None = None, draft: tuple | None = None,
              draft_length: int = 4,
-             implementation: str = "auto",
+             implementation: Implementation = "auto",
              on_token: Callable[[np.ndarray], None] | None = None):
   """Continues prompts by up to `length` tokens.
 
@@ -146,8 +147,8 @@ def _generate(params, prompt, lengths, key, temperature, top_p, *, configs, leng
   if len(models) > 1:
     ends = jnp.full(lead, start, jnp.int32) if lengths is None else lengths
     drawn = speculative.continuation(
-        *models, prompt, caches, ends, key, length=length, draft_length=draft_length, eod=eod,
-        on_token=on_token, distribution=functools.partial(
+        models[0], models[1], prompt, caches, ends, key, length=length,
+        draft_length=draft_length, eod=eod, on_token=on_token, distribution=functools.partial(
             log_probabilities, temperature=temperature, top_k=top_k, top_p=top_p))
     if eod is not None:
       ended = jnp.cumsum(drawn == eod, -1) - (drawn == eod) > 0
@@ -156,7 +157,7 @@ def _generate(params, prompt, lengths, key, temperature, top_p, *, configs, leng
     draw = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
     if temperature is None:
       draw = lambda logits, key: jnp.argmax(logits, -1).astype(jnp.int32)
-    drawn = _continuation(*models, prompt, *caches, lengths, key, draw=draw, length=length,
+    drawn = _continuation(models[0], prompt, caches[0], lengths, key, draw=draw, length=length,
                           eod=eod, on_token=on_token)
   if lengths is None:
     return jnp.concatenate([prompt, drawn], -1)

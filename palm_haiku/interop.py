@@ -11,7 +11,8 @@ import difflib
 import re
 import statistics
 import warnings
-from typing import Any, Mapping
+from typing import Any, Literal
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +35,7 @@ class _Peer:
   ff_out: str
   final_gain: str
   position: str = "rotary"
-  norm: str = "layer"
+  norm: Literal["layer", "rms"] = "layer"
   transposed: bool = False  # matrices are (out, in)
   pairs: bool = False  # rotary turns channels (2i, 2i + 1), not (i, i + dim_head/2)
   # What may have to be added to a stored gain; where that is not one number, the newest first.
@@ -169,14 +170,14 @@ def load(peer: str, arrays: Mapping[str, Any], heads: int | None = None, *,
   embedding = take(layout.embedding, axes=2)
   num_tokens, dim = embedding.shape
   layers: list[dict[str, np.ndarray]] = []
-  inner = hidden = None
+  inner = hidden = dim_head = 0
+  kv = 1 if layout.shared_kv else 2
   qk_norm = layout.qk_scale is not None and layout.qk_scale.format(i=0, which="q") in left
   for i in range(depth):
-    attn_out = take_matrix(_name(layout.attn_out, i), inner, dim)
-    ff_out = take_matrix(_name(layout.ff_out, i), hidden, dim)
+    attn_out = take_matrix(_name(layout.attn_out, i), inner or None, dim)
+    ff_out = take_matrix(_name(layout.ff_out, i), hidden or None, dim)
     inner, hidden = len(attn_out), len(ff_out)
     fused = take_matrix(_name(layout.fused, i), dim)
-    kv = 1 if layout.shared_kv else 2
     dim_head, rest = divmod(fused.shape[1] - inner - 2 * hidden, kv)
     if dim_head < 1 or rest or inner % dim_head or (
         layout.position == "rotary" and dim_head % 2) or (
@@ -196,7 +197,7 @@ def load(peer: str, arrays: Mapping[str, Any], heads: int | None = None, *,
     if layout.pairs:
       halves = np.argsort(_pairs(dim_head))  # mutant: rotary pairs
       layer["query"], layer["key"] = layer["query"][..., halves], layer["key"][..., halves]
-    if qk_norm:
+    if qk_norm and layout.qk_scale:
       for which, name in (("q", "query_scale"), ("k", "key_scale")):
         layer[name] = take(layout.qk_scale.format(i=i, which=which), (dim_head,))
     layers.append(layer)
@@ -210,7 +211,7 @@ def load(peer: str, arrays: Mapping[str, Any], heads: int | None = None, *,
                      + _other_model(peer, kv * dim_head, inner))
   config = PaLMConfig(
       num_tokens=num_tokens, dim=dim, depth=depth, heads=found, dim_head=dim_head,
-      **({"dim_ff": hidden} if hidden % dim else {"ff_mult": hidden // dim}),
+      ff_mult=4 if hidden % dim else hidden // dim, dim_ff=hidden,
       position=layout.position, norm=layout.norm,
       shared_kv=layout.shared_kv, norm_eps=layout.norm_eps(dim), logits_scale=1.0,
       qk_norm="l2" if qk_norm else None,
@@ -265,8 +266,8 @@ def dump(peer: str, config: PaLMConfig, params: Mapping[str, Any], *, prefix: st
   stream = np.float32(1)
   if not layout.has_epsilon:
     if config.norm_eps > 1e-12:
-      warnings.warn(f"{peer} adds no epsilon to its norms; this model's {config.norm_eps:g} is left "
-                    "out, which changes logits by about as much, relatively", stacklevel=2)
+      warnings.warn(f"{peer} adds no epsilon to its norms; this model's {config.norm_eps:g} is "
+                    "left out, which changes logits by about as much, relatively", stacklevel=2)
   elif config.norm_eps != eps:
     if not config.norm_eps:
       raise ValueError(f"{peer} adds an epsilon to its norms; this model does not")
@@ -291,7 +292,7 @@ def dump(peer: str, config: PaLMConfig, params: Mapping[str, Any], *, prefix: st
         _name(layout.attn_out, i): orient(layer["attn_out"].reshape(-1, config.dim) * stream),
         _name(layout.ff_out, i): orient(layer["ff_out"] * stream),
     }
-    if config.qk_norm:
+    if config.qk_norm and layout.qk_scale:
       for which, name in (("q", "query_scale"), ("k", "key_scale")):
         arrays[layout.qk_scale.format(i=i, which=which)] = layer[name]
   final_gain = palm["norm"] * np.float32(logits_scale / stream) - offset

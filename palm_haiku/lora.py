@@ -5,7 +5,8 @@ which begins as zero. Only A and B are trained. They are parameters of the layer
 "query_lora_a", "query_lora_b" and so on.
 """
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import haiku as hk
 import jax
@@ -36,7 +37,7 @@ def adapted(params: Mapping[str, jax.Array], rank: int, stack: tuple[int, ...]):
   return out
 
 
-def split(params) -> tuple[dict, dict]:
+def split(params: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
   """Trained and frozen parameters: with adapters these and all else, without them all and none."""
   if not any(_is_adapter(path[-1].key) for path, _ in jax.tree_util.tree_leaves_with_path(params)):
     return params, {}

@@ -6,7 +6,7 @@ import sys
 import jax
 
 
-def peak(device: jax.Device) -> int | None:
+def peak(device: jax.Device) -> int | None:  # pyright: ignore[reportInvalidTypeForm]
   """The most bytes that were in use on a device; on a CPU, by this process."""
   stats = device.memory_stats() or {}
   if device.platform != "cpu":

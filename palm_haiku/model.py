@@ -1,15 +1,18 @@
 """PaLM as Haiku modules."""
 
 import dataclasses
-from typing import Any, Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from palm_haiku import kernels, lora
 from palm_haiku.config import PaLMConfig
+from palm_haiku.kernels import Implementation
 from palm_haiku.kernels.integers import known
 from palm_haiku.kernels.norms import normalize
 from palm_haiku.sharding import Rules, constrain
@@ -67,11 +70,11 @@ class KVCache(NamedTuple):
 class ParallelBlock(hk.Module):
   """One layer: x + attention(norm(x)) + feed_forward(norm(x)) (PaLM, section 2)."""
 
-  def __init__(self, config: PaLMConfig, *, implementation: str = "auto", lora_rank: int = 0,
-               name: str | None = "parallel_block"):
+  def __init__(self, config: PaLMConfig, *, implementation: Implementation = "auto",
+               lora_rank: int = 0, name: str | None = "parallel_block"):
     super().__init__(name)
     self.config = config
-    self.implementation = implementation
+    self.implementation: Implementation = implementation
     self.lora_rank = lora_rank
 
   def params(self, depth: int | None = None) -> dict[str, jax.Array]:
@@ -148,7 +151,7 @@ class PaLM(hk.Module):
 
   def __init__(self, num_tokens: int, dim: int, depth: int, heads: int, dim_head: int = 64,
                ff_mult: int = 4, *, dtype=jnp.float32, remat: str = "none",
-               implementation: str = "auto", rules: Rules = Rules(), lora_rank: int = 0,
+               implementation: Implementation = "auto", rules: Rules = Rules(), lora_rank: int = 0,
                name: str | None = "palm", **architecture):
     """Describes the model; the first six names are PaLM-jax's.
 
@@ -168,7 +171,8 @@ class PaLM(hk.Module):
     if remat not in REMAT_POLICIES:
       raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}; got {remat!r}")
     self.dtype, self.remat = dtype, remat
-    self.implementation, self.rules, self.lora_rank = implementation, rules, lora_rank
+    self.implementation: Implementation = implementation
+    self.rules, self.lora_rank = rules, lora_rank
 
   @classmethod
   def from_config(cls, config: PaLMConfig, **options) -> "PaLM":
@@ -233,7 +237,7 @@ class PaLM(hk.Module):
     x = self._between_layers(x)
 
     if c.global_every is not None:
-      x, arrays = self._layers_by_period(x, segment_ids, cache)
+      x, arrays = self._layers_by_period(x, segment_ids, cache, c.global_every)
     elif cache is None:
       x = hk.layer_stack(c.depth, name="layers")(self._layer(segment_ids=segment_ids))(x)
     else:
@@ -258,7 +262,7 @@ class PaLM(hk.Module):
     return layer if policy is None else hk.remat(layer, policy=policy, prevent_cse=False)
 
   @hk.transparent
-  def _layers_by_period(self, x, segment_ids, cache):
+  def _layers_by_period(self, x, segment_ids, cache, every: int):
     """All layers where every n-th is global: a scan over periods of n, then what is left of one.
 
     Parameters are stacked by layer, as `hk.layer_stack` has them, whatever a layer's kind.
@@ -287,15 +291,15 @@ class PaLM(hk.Module):
       return x, jax.tree.map(lambda *a: jnp.stack(a), *per_layer)
 
     stacked = block.params(c.depth), None if cache is None else cache.arrays
-    periods = c.depth // c.global_every
+    periods = c.depth // every
     arrays = []
     if periods:
       x, outputs = jax.lax.scan(period, x, jax.tree.map(
-          lambda a: a[:periods * c.global_every].reshape(periods, c.global_every, *a.shape[1:]),
+          lambda a: a[:periods * every].reshape(periods, every, *a.shape[1:]),
           stacked))
       arrays.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs))
-    if c.depth % c.global_every:
-      x, outputs = period(x, jax.tree.map(lambda a: a[periods * c.global_every:], stacked))
+    if c.depth % every:
+      x, outputs = period(x, jax.tree.map(lambda a: a[periods * every:], stacked))
       arrays.append(outputs)
     return x, jax.tree.map(lambda *a: jnp.concatenate(a), *arrays)
 
@@ -314,14 +318,14 @@ class PaLM(hk.Module):
         raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of "
                          f"{self.config.num_tokens} tokens")
     length = None if cache is None else known(cache.length)
-    if length is not None:
+    if cache is not None and length is not None:
       room = cache.arrays[0].shape[jnp.ndim(tokens)] - int(length.max())
       if jnp.shape(tokens)[-1] > room:
         raise ValueError(f"the cache has room for {room} more positions; "
                          f"got {jnp.shape(tokens)[-1]} tokens")
 
 
-def _array(x):
+def _array(x) -> Any:
   """An array of nested lists, which may hold what is traced; anything else as it is."""
   if not isinstance(x, (list, tuple)):
     return x

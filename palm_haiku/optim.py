@@ -77,7 +77,7 @@ def _scale_by_parameter_rms(min_rms: float = 1e-3) -> optax.GradientTransformati
 
 
 def _decay_by_squared_learning_rate(schedule) -> optax.GradientTransformation:
-  def update(updates, state, params):
+  def update(updates, state, params=None, **_):
     decay = schedule(state.count) ** 2  # mutant: palm's decay
     updates = jax.tree.map(lambda u, p: u - decay * p, updates, params)
     return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))

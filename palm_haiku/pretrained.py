@@ -3,7 +3,8 @@
 import logging
 import os
 import pathlib
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
+from collections.abc import Callable
 
 from palm_haiku.config import PaLMConfig
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import haiku as hk
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from palm_haiku import optim, sharding
 from palm_haiku.config import PaLMConfig
+from palm_haiku.kernels import Implementation
 from palm_haiku.model import PaLM
 
 
@@ -40,7 +42,7 @@ class TrainConfig:
   seed: int = 0
   dtype: str = "float32"  # of activations and matrix products; "float32" | "bfloat16"
   remat: str = "none"
-  implementation: str = "auto"
+  implementation: Implementation = "auto"
   mesh: str = ""  # see `sharding.parse_mesh`; "" for one device
   shard_residual: bool = False  # between layers, over the model axis
   skip_batches: str = ""  # "1200:1500": batches 1200..1499 are left out; more, by commas
@@ -77,7 +79,7 @@ class TrainConfig:
       raise ValueError("lora_rank trains adapters of a model that there is; name it with init")
     if not self.spike >= 0:
       raise ValueError(f"spike must not be negative; got {self.spike}")
-    self.skipped  # so that a mistake is told here
+    _ = self.skipped  # so that a mistake is told here
 
   @property
   def rules(self) -> sharding.Rules:
@@ -123,19 +125,18 @@ class TrainConfig:
 
   def sequences_of(self, batch: int) -> range:
     """The numbers of the sequences that a batch holds."""
-    first, starts = 0, list(self.batch_sizes)
-    for start, end in zip(starts, starts[1:] + [math.inf]):
-      if batch < end:
-        first += (batch - start) * self.batch_sizes[start]  # mutant: batch ramp
-        return range(first, first + self.batch_sizes[start])
-      first += (end - start) * self.batch_sizes[start]
+    first, starts = 0, [start for start in self.batch_sizes if start <= batch]
+    for start, end in zip(starts, starts[1:] + [batch]):
+      first += (end - start) * self.batch_sizes[start]  # mutant: batch ramp
+    return range(first, first + self.batch_sizes[starts[-1]])
 
   def build_model(self) -> hk.Transformed:
     """The model as a pure function (params, tokens, targets, segment_ids) -> (nll, log Z)."""
     return hk.without_apply_rng(hk.transform(
         lambda tokens, targets, segment_ids=None: PaLM.from_config(
             self.model, dtype=jnp.dtype(self.dtype), remat=self.remat, rules=self.rules,
-            lora_rank=self.lora_rank, implementation=self.implementation).loss(tokens, targets, segment_ids=segment_ids)))
+            lora_rank=self.lora_rank, implementation=self.implementation,
+        ).loss(tokens, targets, segment_ids=segment_ids)))
 
   def build_optimizer(self) -> optax.GradientTransformation:
     """The optimizer with its schedule."""
@@ -191,7 +192,8 @@ def change_of_rate(now: TrainConfig, before: TrainConfig, step: int) -> str | No
   """A line on what another number of steps does to the learning rate of a run that goes on."""
   if now.optimizer != "adamw" or now.steps in (before.steps, step):
     return None
-  rates = [float(optim.schedule(c.peak_learning_rate, steps=c.steps)(step)) for c in (before, now)]
+  rates = [np.asarray(optim.schedule(c.peak_learning_rate, steps=c.steps)(step)).item()
+           for c in (before, now)]
   if math.isclose(*rates, rel_tol=1e-3):
     return None
   return (f"{now.steps} steps instead of {before.steps} move the learning rate's cosine: from step "

@@ -5,7 +5,8 @@ import logging
 import os
 import pathlib
 import socket
-from typing import Any, Callable
+from typing import Any
+from collections.abc import Callable
 
 import jax
 
@@ -92,8 +93,8 @@ class RunDirectory:
       return None
     metadata = self.checkpoints.metadata(step)
     if metadata["data_fingerprint"] is None:
-      raise ValueError(f"{self.path} holds imported weights, without data and optimizer state to go "
-                       "on with: sample from it with generate, or export it with convert --to")
+      raise ValueError(f"{self.path} holds imported weights, without data and optimizer state to "
+                       "go on with: sample from it with generate, or export it with convert --to")
     return metadata | {"step": step}
 
   def begin(self, config: dict[str, Any], tokenizer) -> None:
@@ -128,12 +129,12 @@ class RunDirectory:
     """
     kept = str(self.path / TOKENIZER)
     fingerprint = metadata and metadata.get("tokenizer_fingerprint")
-    if fingerprint is None:  # Runs did not always keep their tokenizer.
+    if metadata is None or fingerprint is None:  # Runs did not always keep their tokenizer.
       there = name == "bytes" or os.path.exists(os.path.expanduser(name))
       names = [name] if there else [kept, name]
     else:
       names = [kept, name] if name == metadata["config"]["tokenizer"] else [name]
-    problem = None
+    problem = ""
     for name in names:
       if name != kept or os.path.exists(kept):
         try:

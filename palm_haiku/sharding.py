@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 import re
+import types
 from typing import Any
 
 import jax
@@ -136,7 +137,8 @@ def make_mesh(text: str, devices=None) -> Mesh:
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check(config: PaLMConfig, mesh: Mesh, rules: Rules, *, batch_size: int, seq_len: int) -> None:
+def check(config: PaLMConfig, mesh: Mesh | types.SimpleNamespace, rules: Rules, *, batch_size: int,
+          seq_len: int) -> None:
   """Raises one line if a model or a batch cannot be divided over a mesh.
 
   A vocabulary need not be divisible: parameters then keep it whole, and the loss pads it.

@@ -5,7 +5,8 @@ value head its cache too. What comes out is distributed as if it had drawn alone
 (arXiv:2211.17192, theorem 1); without randomness it is token for token the same.
 """
 
-from typing import Callable, NamedTuple
+from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,11 @@ def continuation(target: Model, draft: Model, prompt, caches, lengths, key, *, l
   """
   lead = lengths.shape
   at = lambda x, i: jnp.take_along_axis(x, i[..., None, None], -2)[..., 0, :]
-  tell = None if on_token is None else lambda tokens, n: [on_token(t) for t in tokens[:n]]
+
+  def tell(tokens, n):
+    for token in tokens[:n]:
+      on_token(token)
+
 
   def prefill(model, cache):
     return model.run(prompt, cache, fresh=True, prompt_lengths=lengths)
@@ -47,7 +52,7 @@ def continuation(target: Model, draft: Model, prompt, caches, lengths, key, *, l
   _, draft_cache = prefill(draft, caches[1])
   first = jax.random.categorical(jax.random.fold_in(key, 0), distribution(
       target.logits(at(x, lengths - 1)))).astype(jnp.int32)
-  if tell:
+  if on_token is not None:
     jax.debug.callback(tell, first[None], 1, ordered=True)
   drawn = jnp.zeros((*lead, length + draft_length + 1), jnp.int32).at[..., 0].set(first)
 
@@ -91,7 +96,7 @@ def continuation(target: Model, draft: Model, prompt, caches, lengths, key, *, l
       ends = (tokens == eod) & shown
       new = jnp.where(ends.any(-1), jnp.argmax(ends, -1).astype(jnp.int32) + 1, new)
       done |= ends.any(-1)
-    if tell:
+    if on_token is not None:
       jax.debug.callback(tell, tokens, new, ordered=True)
     count += new
     last = jnp.where(new > 0, jnp.take_along_axis(

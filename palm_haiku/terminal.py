@@ -1,5 +1,6 @@
 """Output for people and shells: literal text, commands that can be pasted, readers that leave."""
 
+import io
 import os
 import shlex
 import sys
@@ -73,7 +74,7 @@ def prepare() -> None:
     except OSError:  # Or the next file that is opened would get what is printed.
       os.dup2(os.open(os.devnull, os.O_RDWR), number)
   for stream in (sys.stdout, sys.stderr):
-    if hasattr(stream, "reconfigure"):
+    if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")
 
 

@@ -19,7 +19,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from typing import Iterator
+from collections.abc import Iterator
 
 # Left by systems and editors, beside the hidden files that a glob leaves out too.
 _LITTER = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "*~", "#*#")
@@ -143,16 +143,16 @@ def _unpack(content, name, depth, is_named=True):
   if depth > _MAX_DEPTH:
     raise RuntimeError(f"{name} is within more than {_MAX_DEPTH} others")
   if content.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-      names = archive.namelist()
+    with zipfile.ZipFile(io.BytesIO(content)) as zipped:
+      names = zipped.namelist()
       if "[Content_Types].xml" in names or names[:1] == ["mimetype"]:
         raise RuntimeError(f"{name} is an Office, OpenDocument or EPUB file")
-      members = [(member.filename, lambda member=member: archive.read(member))
-                 for member in archive.infolist() if not member.is_dir()]
+      members = [(member.filename, lambda member=member: zipped.read(member))
+                 for member in zipped.infolist() if not member.is_dir()]
       yield from _members(members, name, depth)
   elif content[257:262] == b"ustar":
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-      members = [(member.name, lambda member=member: archive.extractfile(member).read())
+      members = [(member.name, lambda member=member: _content(archive, member))
                  for member in archive if member.isfile()]
       yield from _members(members, name, depth)
   elif (inner := _decompressed(content)) is not None:
@@ -161,6 +161,12 @@ def _unpack(content, name, depth, is_named=True):
     raise RuntimeError(f"{name} is not compressed; rename it if it is plain text")
   else:
     yield name, content
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+  file = archive.extractfile(member)
+  assert file  # as of every member that is a file
+  return file.read()
 
 
 def _members(members, name, depth):
@@ -179,7 +185,7 @@ def _decompressed(content) -> bytes | None:
     return lzma.decompress(content)
   if content.startswith(b"\x28\xb5\x2f\xfd"):
     try:
-      from compression import zstd
+      from compression import zstd  # pyright: ignore[reportMissingImports]  (of Python 3.14)
     except ImportError as error:
       raise RuntimeError("Python reads zst from 3.14 on; unpack it with `zstd -d`") from error
     try:
@@ -191,11 +197,8 @@ def _decompressed(content) -> bytes | None:
 
 def _decode(content: bytes, name: str) -> bytes:
   """Text in UTF-8 without a byte order mark."""
-  for mark, encoding in _MARKS.items():
-    if content.startswith(mark):
-      break
-  else:
-    mark, encoding = b"", "utf-8"
+  mark = next(filter(content.startswith, _MARKS), b"")
+  encoding = _MARKS.get(mark, "utf-8")
   for start, kind in _NO_TEXT.items():
     if content.startswith(start):
       raise ValueError(f"{name} is no text but {kind}")

@@ -177,7 +177,7 @@ class _Run:
     return interrupts.received
 
   def _initial_state(self) -> TrainState:
-    """The state before the first step, its parameters those of `config.init` where that is given."""
+    """The state before the first step, its parameters those of `config.init` if that is given."""
     state = self.program.init()
     if not self.config.init:
       return state
@@ -271,7 +271,7 @@ class _Run:
     end = max(first + SKIP, self.config.batch_of(step))  # mutant: left out
     self.config = self.config.skipping(f"{first}:{end}")
     self.checkpoints.forget_after(back)
-    self.state = None  # Room for the other.
+    del self.state  # Room for the other.
     self.state = self._restore(back)
     if log:
       self.directory.write_settings(dataclasses.asdict(self.config))

@@ -1,7 +1,8 @@
 """One step of training as a pure function, and how it is compiled for a mesh."""
 
 import functools
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +115,7 @@ def program(config: TrainConfig, mesh: Mesh | None = None) -> Program:
   params = sharding.params_shardings(state.params, mesh, config.rules)
   trained = [lora.split(tree)[0] for tree in (state.params, params)]
   shardings = TrainState(params, sharding.opt_state_shardings(
-      config.build_optimizer(), *trained, mesh))
+      config.build_optimizer(), trained[0], trained[1], mesh))
   state = jax.tree.map(
       lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings)
   whole = NamedSharding(mesh, P())

@@ -12,10 +12,12 @@ or from a shell, for a function of arrays or one that returns (function, argumen
 from ..core.chips import Gpu, Tpu
 from .build import compile
 from .errors import AotError, UnknownDump
-from .jobs import Job, job, report, run, run_all
 from .llo import Steps
 from .report import GpuKernel, Report, TpuKernel
 from .targets import chip, devices, environment
+
+# isort: split
+from .jobs import Job, job, report, run, run_all  # last: `report` is the function, not its module
 
 __all__ = ["AotError", "Gpu", "GpuKernel", "Job", "Report", "Steps", "Tpu", "TpuKernel",
            "UnknownDump", "chip", "compile", "devices", "environment", "job", "report", "run",

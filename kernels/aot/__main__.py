@@ -47,9 +47,10 @@ def main(argv: list[str] | None = None) -> int:
   try:
     arrays = [_shape(text) for text in args.rest if "=" not in text]
     keywords = dict(_keyword(text) for text in args.rest if "=" in text)
+    rows, columns = map(int, args.square.split(",")) if args.square else (None, None)
     print(result := report(
         args.function, *arrays, target=args.target, backward=args.backward,
-        square=tuple(int(n) for n in args.square.split(",")) if args.square else None,
+        square=None if rows is None or columns is None else (rows, columns),
         flops=args.flops, timeout=args.timeout,
         steps=Steps(args.grid, args.active, args.edge, args.inner), **keywords))
   except (AotError, ValueError) as error:

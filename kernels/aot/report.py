@@ -149,7 +149,9 @@ class Report:
   def utilization(self, part: str = "") -> float | None:
     """TPU: `flops` over what the whole chip could do in `seconds`."""
     seconds = self.seconds(part)
-    return self.flops / (seconds * self.chip.tflops * 1e12) if seconds and self.flops else None
+    if not (seconds and self.flops and self.chip.tflops):
+      return None
+    return self.flops / (seconds * self.chip.tflops * 1e12)
 
   def __str__(self):
     versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())

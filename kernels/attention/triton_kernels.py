@@ -13,8 +13,9 @@ LEFT and RIGHT are the mask: a query at position p sees key j iff p - LEFT <= j 
 None is no bound, and causal is RIGHT = 0.
 """
 
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-# Constants of a `triton.jit` function are passed as plain values, and static_range is compiled.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# Constants of a `triton.jit` function are passed as plain values, static_range is compiled, and
+# Pyright takes kernels/triton for the package.
 import triton
 import triton.language as tl
 

@@ -5,8 +5,9 @@ keeps BLOCK_N tokens and walks WALK blocks of BLOCK_V rows of the embedding. VAL
 rows that count end; D is the contraction.
 """
 
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-# Constants of a `triton.jit` function are passed as plain values, and static_range is compiled.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# Constants of a `triton.jit` function are passed as plain values, static_range is compiled, and
+# Pyright takes kernels/triton for the package.
 import triton
 import triton.language as tl
 

@@ -13,8 +13,9 @@ An int8 cache is multiplied as it is, being exact in 16 bits. What its scales ap
 scores and weights, which are smaller than tiles of the cache.
 """
 
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-# Constants of a `triton.jit` function are passed as plain values, and static_range is compiled.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# Constants of a `triton.jit` function are passed as plain values, static_range is compiled, and
+# Pyright takes kernels/triton for the package.
 import triton
 import triton.language as tl
 

@@ -207,7 +207,8 @@ def fastest(configs, rows: int, across, processors: int):
   return min((config for config in configs if across(config.columns)), key=time)
 
 
-def launch(kernel, name, operands, widths, slot, *, copies, across, num_tokens, dtype, chip, configs):
+def launch(kernel, name, operands, widths, slot, *, copies, across, num_tokens, dtype, chip,
+           configs):
   """What kernel(*operands, *results, ring) makes: [num_tokens, width] for each of `widths`.
 
   Args:

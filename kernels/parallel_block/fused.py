@@ -54,12 +54,13 @@ class Options:
   chip: str | None
   norm: str
   eps: float
-  platforms: tuple[str, ...] = ()  # that have the kernels; empty where the program is for them alone
+  platforms: tuple[str, ...] = ()  # that have the kernels; empty if the program is for them alone
 
   def run(self, plain, kernel, *arrays):
     """The backend's kernel of (tokens, others), plain JAX where a platform has none."""
     kernel = folding_vmap(kernel)
-    return (here_or(promoting(plain), kernel, self.platforms) if self.platforms else kernel)(*arrays)
+    run = here_or(promoting(plain), kernel, self.platforms) if self.platforms else kernel
+    return run(*arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +279,8 @@ def _project_in_backward(options, residuals, cotangents):
 
   def plain(tokens, weights):
     matrix = lambda a: a.reshape(len(a), -1)
-    return sum(matrix(dy) @ matrix(weights[name]).T for name, dy in zip(d, tokens) if dy is not None)
+    return sum(
+        matrix(dy) @ matrix(weights[name]).T for name, dy in zip(d, tokens) if dy is not None)
 
   dh = options.run(plain, lambda tokens, weights: options.backend.input_gradient(
       *tokens, weights, chip=options.chip), tuple(d.values()), weights)

@@ -5,8 +5,9 @@ tile of the result, BLOCK_M tokens by BLOCK_N columns, from weights as they lie 
 them is the contraction if they project into the layer, its columns if they lead out of it.
 """
 
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-# Constants of a `triton.jit` function are passed as plain values, and static_range is compiled.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# Constants of a `triton.jit` function are passed as plain values, static_range is compiled, and
+# Pyright takes kernels/triton for the package.
 import triton
 import triton.language as tl
 

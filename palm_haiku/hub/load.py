@@ -19,7 +19,7 @@ _RLHF = "palm-rlhf-pytorch"
 
 
 def is_model(path) -> bool:
-  """Whether a path is a hub directory (it has a config.json with a model_type) or a weights file."""
+  """Whether a path is a hub directory (its config.json has a model_type) or a weights file."""
   path = pathlib.Path(path)
   if path.is_file():
     return path.suffix in (".safetensors", ".pt", ".pth", ".bin")
@@ -194,7 +194,7 @@ def _load_rlhf(arrays, mesh, rules):
 def _torch_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
   """The arrays of a state dict that torch saved."""
   try:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]  (nobody needs it for hub directories)
   except ImportError:
     raise HubError(f"{path} is a file of PyTorch's; to read it, pip install torch") from None
   try:

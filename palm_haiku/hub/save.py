@@ -4,7 +4,8 @@ import json
 import os
 import pathlib
 import shutil
-from typing import Any, Mapping
+from typing import Any
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -90,8 +91,8 @@ def _tensors(config, params):
                                                              stored))
 
 
-def _stored(array: jax.Array, stored) -> np.ndarray:
-  array = np.asarray(array, np.float32)
+def _stored(parameter: jax.Array, stored) -> np.ndarray:
+  array = np.asarray(parameter, np.float32)
   if stored.halves:
     array = array[..., np.argsort(layouts.to_halves(array.shape[-1]))]
   if isinstance(stored, layouts.Matrix):

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from typing import Iterable
+from collections.abc import Iterable
 
 import ml_dtypes  # noqa: F401  (names bfloat16 to numpy)
 import numpy as np

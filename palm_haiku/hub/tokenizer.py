@@ -57,7 +57,7 @@ class HubTokenizer:
       end = self._files["config.json"].get("eos_token_id")
       end = end[0] if isinstance(end, list) and end else end
       if end is not None:
-        return end
+        return end  # pyright: ignore[reportReturnType]  (its type is checked by the caller)
       names = _ENDS
     for token in names:
       if (end := self._tokenizer.token_to_id(token)) is not None:
@@ -76,7 +76,7 @@ class HubTokenizer:
   def _encode(self, text, special):
     try:
       text = text.decode() if isinstance(text, bytes) else text.encode().decode()
-    except UnicodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
       raise ValueError(f"text is not valid UTF-8: {error.reason} at position "
                        f"{error.start}") from error
     return np.asarray(self._tokenizer.encode(text, add_special_tokens=special).ids, np.int32)

@@ -41,6 +41,7 @@ def compile_elsewhere(config: TrainConfig, machine: Machine, timeout: float) -> 
   with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
     child = subprocess.Popen([sys.executable, "-m", "palm_haiku.plan.child"], text=True,
                              stdin=subprocess.PIPE, stdout=out, stderr=err, env=environment)
+    assert child.stdin
     try:
       try:
         child.stdin.write(request + "\n")
@@ -57,7 +58,8 @@ def compile_elsewhere(config: TrainConfig, machine: Machine, timeout: float) -> 
         child.stdin.close()
       except BrokenPipeError:
         pass
-    out.seek(0), err.seek(0)
+    out.seek(0)
+    err.seek(0)
     if status:
       last = (err.read().strip().splitlines() or ["without a word"])[-1]
       how = (f"killed by signal {-status}, perhaps for want of memory" if status < 0
