@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import mesh as meshes
+from .. import cost, mesh as meshes
 from ..core.constants import LOG2E, LOWEST
 from ..interpreters import mode
 from ..tpu import vmem
@@ -99,6 +99,8 @@ def forward(x, embedding, targets, *, scale, num_valid, chip, config=None):
   here = (targets >= 0) & (targets < num_valid)
   # The kernel compares with the numbers of rows alone.
   targets = pad(jnp.where(here, targets, -1), 0, padded)[None]
+  out_shape = [meshes.out_shape((1, padded), jnp.float32, x, embedding, targets)] * 3
+  logits = num_tokens * embedding.shape[0]
   results = pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -108,7 +110,8 @@ def forward(x, embedding, targets, *, scale, num_valid, chip, config=None):
                     pl.BlockSpec((plan.rows, dim), lambda i, j, *_: (j, 0)), vector()],
           out_specs=[vector()] * 3,
           scratch_shapes=[pltpu.VMEM((SUBLANES, plan.tokens), jnp.float32)] * 3),
-      out_shape=[meshes.out_shape((1, padded), jnp.float32, x, embedding, targets)] * 3,
+      out_shape=out_shape,
+      cost_estimate=cost.estimate(2 * dim * logits, logits, [x, embedding, targets, *out_shape]),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary"),
           vmem_limit_bytes=plan.vmem_bytes),
@@ -159,6 +162,8 @@ def logit_gradient(x, rows, targets, top, spread, peak, *, first, scale, num_val
 
   targets = jnp.where((targets >= 0) & (targets < num_valid), targets - first, -1)
   vectors = [pad(v, 0, padded)[None] for v in (targets, top, spread, peak)]
+  out_shape = meshes.out_shape((num_tokens, num_rows), x.dtype, x, rows, *vectors)
+  logits = num_tokens * num_rows
   g = pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -169,7 +174,8 @@ def logit_gradient(x, rows, targets, top, spread, peak, *, first, scale, num_val
                     *(vector() for _ in vectors)],
           out_specs=pl.BlockSpec((plan.tokens, plan.rows), lambda i, j, *_: (i, j)),
           scratch_shapes=[pltpu.VMEM((plan.tokens, LANES), v.dtype) for v in vectors]),
-      out_shape=meshes.out_shape((num_tokens, num_rows), x.dtype, x, rows, *vectors),
+      out_shape=out_shape,
+      cost_estimate=cost.estimate(2 * dim * logits, logits, [x, rows, *vectors, out_shape]),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary"),
           vmem_limit_bytes=plan.vmem_bytes),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import mesh as meshes
+from .. import cost, mesh as meshes
 from ..core.constants import LOWEST
 from ..interpreters import mode
 from ..tpu import vmem
@@ -91,6 +91,8 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
 
   ranges, common = deal(plan, lengths)
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
+  out_shape = [meshes.out_shape(*x, query, key, value, lengths) for x in outputs.values()]
+  pairs = plan.sequences * rows * max_len  # at most: only the device knows the lengths
   out, *pieces = pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -99,7 +101,8 @@ def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, valu
               pl.BlockSpec(x.shape, lambda *_: (0, 0, 0)) for x in tables.values()],
           out_specs=[anywhere] * len(outputs),
           scratch_shapes=list(scratch.values())),
-      out_shape=[meshes.out_shape(*x, query, key, value, lengths) for x in outputs.values()],
+      out_shape=out_shape,
+      cost_estimate=cost.estimate(2 * 2 * dim * pairs, pairs, [*streams.values(), *out_shape]),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel",), vmem_limit_bytes=plan.vmem_bytes),
       interpret=mode.mosaic_tpu(plan.cores),

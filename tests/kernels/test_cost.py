@@ -55,6 +55,31 @@ def test_no_kernel_of_a_layer_is_free():
     assert 2 * numbers <= found[name].bytes_accessed <= 2 * numbers * 1.2
 
 
+def test_neither_the_loss_nor_decoding_is_free():
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
+  vocabulary, length = 500, 512
+
+  def loss(x, embedding):
+    targets = jnp.zeros(TOKENS, jnp.int32)
+    return kernels.linear_cross_entropy(
+        x, embedding, targets, implementation="mosaic_tpu")[0].sum()
+
+  found = estimates(jax.make_jaxpr(jax.grad(loss, (0, 1)))(
+      array(TOKENS, DIM), array(vocabulary, DIM)).jaxpr)
+  found |= estimates(jax.make_jaxpr(lambda query, cache, lengths: kernels.decode_attention(
+      query, cache, cache, lengths, implementation="mosaic_tpu"))(
+          array(3, 1, HEADS, DIM_HEAD), array(3, length, 1, DIM_HEAD),
+          jax.ShapeDtypeStruct((3,), "int32")).jaxpr)
+  product = 2 * TOKENS * DIM * vocabulary
+  assert {name: estimate.flops for name, estimate in found.items()} == {
+      "cross_entropy_forward": product, "cross_entropy_gradient": product,
+      "decode_attention": 2 * 2 * DIM_HEAD * 3 * HEADS * length}
+  moved = {"cross_entropy_forward": 2 * DIM * (TOKENS + vocabulary),
+           "decode_attention": 2 * DIM_HEAD * 3 * (length + 2 * HEADS)}
+  for name, least in moved.items():  # vectors of tokens, and what two cores hand over, are small
+    assert least <= found[name].bytes_accessed <= 1.1 * least
+
+
 @pytest.mark.parametrize("length, num_keys, query_offset", [(50, 50, 0), (20, 70, 50), (9, 30, 3)])
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("window", [None, (7, 0), (5, 3)])
