@@ -125,8 +125,10 @@ def tokamax_splash_kernel(length, blocks):
 
 def jax_splash_kernel(length, heads, blocks):
   """A function of query [H, T, D], already scaled, and key and value [T, D]."""
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash,
+    splash_attention_mask as masks,
+  )
   block_q, block_kv, compute = blocks
   sizes = splash.BlockSizes(
       block_q=block_q, block_kv=block_kv, block_kv_compute=compute, block_q_dkv=block_q,

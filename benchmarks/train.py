@@ -58,8 +58,8 @@ class PalmHaiku:
 
   def __init__(self, implementation: str, shape: Shape, dtype: str):
     import jax
-    from palm_haiku import PaLMConfig
-    from palm_haiku import train_step
+
+    from palm_haiku import PaLMConfig, train_step
 
     model = PaLMConfig(256, shape.dim, shape.depth, shape.heads, shape.dim_head, position="alibi",
                        norm="rms", shared_kv=True)
@@ -89,6 +89,7 @@ class PalmJax:
     import jax
     import optax
     from palm_jax.palm_lite import PaLM
+
     from palm_haiku import optim
 
     self._build = lambda: PaLM(

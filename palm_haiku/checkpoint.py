@@ -15,8 +15,8 @@ import pathlib
 import re
 import shutil
 import tempfile
-from typing import Any
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp

@@ -9,8 +9,8 @@ import os
 import shlex
 import sys
 import threading
-from typing import Any
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp

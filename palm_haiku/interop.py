@@ -11,8 +11,8 @@ import difflib
 import re
 import statistics
 import warnings
-from typing import Any, Literal
 from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np

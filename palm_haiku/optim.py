@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-
 LEARNING_RATES = {"adamw": 3e-3, "palm": 1e-2}  # the highest, unless another is asked for
 
 

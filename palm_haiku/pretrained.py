@@ -3,8 +3,8 @@
 import logging
 import os
 import pathlib
-from typing import Any, NamedTuple
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from palm_haiku.config import PaLMConfig
 

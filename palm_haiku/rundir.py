@@ -5,8 +5,8 @@ import logging
 import os
 import pathlib
 import socket
-from typing import Any
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -216,8 +216,8 @@ class RunDirectory:
     """Raises if the metrics go beyond a checkpoint, of which there is none."""
     rows, config = runlog.read_metrics(self.path / runlog.METRICS), self._config()
     if rows and config and rows[-1]["step"] > load_config({"config": config}).checkpoint_every:
-      raise ValueError(f"{self.path} was trained up to step {rows[-1]['step']}, but its checkpoints "
-                       "are gone: restore them, or choose another --out for a new run")
+      raise ValueError(f"{self.path} was trained up to step {rows[-1]['step']}, but its "
+                       "checkpoints are gone: restore them, or choose another --out for a new run")
 
   def _acquire(self):
     # Not to be deleted at the end: another process may have opened it by then.

@@ -5,8 +5,8 @@ value head its cache too. What comes out is distributed as if it had drawn alone
 (arXiv:2211.17192, theorem 1); without randomness it is token for token the same.
 """
 
-from typing import NamedTuple
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

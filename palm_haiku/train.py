@@ -15,8 +15,7 @@ import jax
 import numpy as np
 import rich.console
 
-from palm_haiku import (
-    data, distributed, lora, memory, pretrained, runlog, sharding, terminal)
+from palm_haiku import data, distributed, lora, memory, pretrained, runlog, sharding, terminal
 from palm_haiku.checkpoint import CheckpointError
 from palm_haiku.config import PaLMConfig
 from palm_haiku.kernels.core import chips

@@ -1,8 +1,8 @@
 """One step of training as a pure function, and how it is compiled for a mesh."""
 
 import functools
-from typing import Any, NamedTuple
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import safetensors.numpy
 
-
 COHERE = dict(
     model_type="cohere", vocab_size=37, hidden_size=24, intermediate_size=44, num_hidden_layers=3,
     num_attention_heads=4, num_key_value_heads=2, head_dim=8, layer_norm_eps=1e-5, logit_scale=0.3,

@@ -12,7 +12,16 @@ import pytest
 import sentencepiece
 
 from palm_haiku import (
-    PaLMConfig, array_files, checkpoint, cli, configs, data, distributed, interop, runlog, train)
+  PaLMConfig,
+  array_files,
+  checkpoint,
+  cli,
+  configs,
+  data,
+  distributed,
+  runlog,
+  train,
+)
 from tests import numpy_peers
 from tests.short_runs import TEXT
 

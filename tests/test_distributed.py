@@ -12,7 +12,6 @@ import time
 import pytest
 
 from palm_haiku import checkpoint, cli, runlog
-
 from tests.short_runs import TEXT
 
 ROOT = pathlib.Path(__file__).parents[1]

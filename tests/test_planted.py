@@ -8,12 +8,30 @@ import inspect
 import pytest
 
 from palm_haiku import (
-    checkpoint, data, generate, interop, loss, optim, recipe, sampling, sharding, speculative,
-    train, train_step)
-
+  checkpoint,
+  data,
+  generate,
+  interop,
+  loss,
+  optim,
+  recipe,
+  sampling,
+  sharding,
+  speculative,
+  train,
+  train_step,
+)
 from tests import (
-    test_checkpoint, test_data, test_generate, test_interop, test_loss, test_optim, test_recipe,
-    test_run, test_sharding)
+  test_checkpoint,
+  test_data,
+  test_generate,
+  test_interop,
+  test_loss,
+  test_optim,
+  test_recipe,
+  test_run,
+  test_sharding,
+)
 from tests.mutants import Mistake, planted
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from palm_haiku import PaLMConfig, checkpoint, configs, recipe, runlog, train, train_step
 from palm_haiku.recipe import TrainConfig
-
 from tests.short_runs import TEXT, run
 
 MODEL = PaLMConfig(128, 16, 1, 2, 8)

@@ -13,12 +13,10 @@ import numpy as np
 import optax
 import pytest
 
-from palm_haiku import (
-    PaLM, PaLMConfig, checkpoint, data, optim, recipe, runlog, train, train_step)
+from palm_haiku import PaLM, PaLMConfig, checkpoint, data, optim, recipe, runlog, train, train_step
 from palm_haiku.kernels.core import chips
 from palm_haiku.loss import next_token_loss
 from palm_haiku.recipe import TrainConfig
-
 from tests.short_runs import run
 
 MODEL = PaLMConfig(128, 16, 1, 2, 8)

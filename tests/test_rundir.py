@@ -13,12 +13,10 @@ import pytest
 import rich.console
 import sentencepiece
 
-from palm_haiku import (
-    PaLMConfig, array_files, cli, data, generate, recipe, rundir, runlog, train)
+from palm_haiku import PaLMConfig, array_files, cli, data, generate, recipe, rundir, runlog, train
 from palm_haiku.checkpoint import CheckpointError
 from palm_haiku.recipe import TrainConfig
 from palm_haiku.rundir import RunDirectory
-
 from tests import numpy_peers
 from tests.short_runs import TEXT, run
 

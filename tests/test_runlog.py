@@ -3,9 +3,9 @@ import json
 import os
 import sys
 
-import numpy as np
 import jax
 import matplotlib.figure
+import numpy as np
 import rich.console
 
 from palm_haiku import memory, runlog

@@ -1,7 +1,6 @@
 import io
 import os
 import pathlib
-import shlex
 import subprocess
 import sys
 import warnings

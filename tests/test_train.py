@@ -20,7 +20,6 @@ import pytest
 from palm_haiku import PaLM, PaLMConfig, checkpoint, data, rundir, runlog, train, train_step
 from palm_haiku.checkpoint import CheckpointError
 from palm_haiku.recipe import TrainConfig
-
 from tests.short_runs import TEXT, run
 
 MODEL = PaLMConfig(128, 16, 2, 2, 8)

@@ -1,7 +1,7 @@
 """Architectures as `config.json` describes them, and back."""
 
-from typing import Any
 from collections.abc import Mapping
+from typing import Any
 
 from palm_haiku.config import PaLMConfig
 from palm_haiku.hub.errors import HubError

@@ -4,8 +4,8 @@ import json
 import os
 import pathlib
 import shutil
-from typing import Any
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np

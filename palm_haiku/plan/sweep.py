@@ -4,8 +4,8 @@ import concurrent.futures
 import dataclasses
 import itertools
 import time
-from typing import Any
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from palm_haiku.plan.estimate import plan
 from palm_haiku.plan.machine import Machine, PlanError, check

@@ -13,9 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import __main__ as command
-from benchmarks import attention, block, decode, generate, loss, loss_training, measure, peers
-from benchmarks import static, suite
+from benchmarks import (
+  __main__ as command,
+  attention,
+  block,
+  decode,
+  generate,
+  loss,
+  loss_training,
+  measure,
+  peers,
+  static,
+  suite,
+)
 from benchmarks.shapes import Attention
 from palm_haiku.kernels import aot
 from tests.kernels.parallel_block.test_fused import PlainBackend

@@ -1,7 +1,6 @@
 """What `auto` decides when a program is lowered, and what it leaves to plain JAX."""
 
 import types
-from unittest import mock
 
 import jax
 import jax.numpy as jnp

@@ -14,7 +14,6 @@ import pytest
 
 from palm_haiku.kernels import aot
 from palm_haiku.kernels.aot import __main__ as command, ptxas
-
 from tests.kernels.aot import programs
 
 _NEW = jax.__version_info__ >= (0, 12)

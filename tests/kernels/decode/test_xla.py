@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from palm_haiku.kernels import alibi_slopes, decode_attention
+from palm_haiku.kernels import decode_attention
 from palm_haiku.kernels.decode import xla
 from tests.kernels.decode import contract
 from tests.kernels.decode.contract import Case
