@@ -1,6 +1,7 @@
 """A rule for `vmap` of what works on rows of tokens."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from .compat import in_32_bits
 
 
-def folding_vmap(function):
+def folding_vmap(function: Callable):
   """`function(tokens, others)` with a rule for `vmap`: mapped tokens become more tokens.
 
   Every array of `tokens`, and every result, has one row for each token. Where one of the others
@@ -36,7 +37,7 @@ def folding_vmap(function):
   return mapped
 
 
-def folding_batch(function):
+def folding_batch(function: Callable):
   """Attention's forward or backward pass, which `vmap` calls on a larger batch.
 
   Its arrays and segment ids have one row for each sequence; mapped slopes or offsets are called

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 
-def write(cache, rows, offset, axis=-2):
+def write(cache: jax.Array, rows: jax.Array, offset: int | jax.Array, axis: int = -2):
   """The cache [..., S, Dh] with rows [..., T, Dh] from position `offset` on, int[] or int[...].
 
   Args:

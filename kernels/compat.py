@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.core
@@ -20,7 +22,7 @@ def interpreting() -> bool:
   return config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
-def in_32_bits(function):
+def in_32_bits(function: Callable):
   """The function, traced as if `jax_enable_x64` were off, and no promotion strict.
 
   Kernels are written for indices of 32 bits; with 64 they would not compile.
@@ -32,7 +34,7 @@ def in_32_bits(function):
   return narrow
 
 
-def promoting(function):
+def promoting(function: Callable):
   """The function, traced with JAX's default promotion of ranks and dtypes.
 
   The strict settings are for the caller's code to find its mistakes by.
@@ -49,7 +51,7 @@ def under_jit() -> bool:
   return core.unsafe_am_i_under_a_jit()
 
 
-def compiled_once(function):
+def compiled_once(function: Callable):
   """The function of arrays and of hashable keywords, which `jit` compiles where nothing else does.
 
   Called operation by operation, loops and derivatives in it would be compiled at every call, for
@@ -74,7 +76,7 @@ def compiled_once(function):
   return call
 
 
-def is_known(x) -> bool:
+def is_known(x: Any) -> bool:
   """Whether x is an array of JAX with a value, not one that stands for it while tracing."""
   return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
 

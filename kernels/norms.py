@@ -7,7 +7,8 @@ from .compat import promoting
 
 
 @promoting
-def normalize(x, gain, bias=None, *, kind, eps):
+def normalize(x: jax.Array, gain: jax.Array, bias: jax.Array | None = None, *, kind: str,
+              eps: float):
   """LayerNorm ("layer") or RMSNorm ("rms") over the last axis, with a bias if one is given.
 
   Computed in float32 at least; returns the dtype of x.
@@ -21,7 +22,7 @@ def normalize(x, gain, bias=None, *, kind, eps):
 
 
 @promoting
-def l2_normalize(x, scale):
+def l2_normalize(x: jax.Array, scale: jax.Array):
   """x divided by its l2 norm over the last axis, times a scale per channel (QK-norm)."""
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   square = jnp.square(wide).sum(-1, keepdims=True)

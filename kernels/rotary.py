@@ -1,5 +1,8 @@
 """Rotary positions, with the decay of xPos."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -7,7 +10,8 @@ from .compat import promoting
 
 
 @promoting
-def rotate(x, positions, *, theta=10_000.0, xpos_scale_base=None, xpos_sign=1):
+def rotate(x: jax.Array, positions: jax.Array, *, theta: float = 10_000.0,
+           xpos_scale_base: int | None = None, xpos_sign: int = 1):
   """Rotary positions, the two halves of the channels paired (arXiv:2104.09864).
 
   Args:
@@ -30,7 +34,7 @@ def rotate(x, positions, *, theta=10_000.0, xpos_scale_base=None, xpos_sign=1):
 
 
 @promoting
-def rotation_at(positions, half, theta=10_000.0, dtype=jnp.float32):
+def rotation_at(positions: jax.Array, half: int, theta: float = 10_000.0, dtype: Any = jnp.float32):
   """Cosines and sines that positions [...] rotate channels by, two arrays [..., half]."""
   frequency = jnp.asarray(theta ** (-np.arange(half) / half), dtype)
   angle = positions.astype(dtype)[..., None] * frequency
@@ -38,7 +42,7 @@ def rotation_at(positions, half, theta=10_000.0, dtype=jnp.float32):
 
 
 @promoting
-def rotate_by(x, rotation):
+def rotate_by(x: jax.Array, rotation: tuple[jax.Array, jax.Array]):
   """x [..., heads, dim_head] rotated by a pair of cosines and sines, each [..., dim_head / 2]."""
   cos, sin = (a[..., None, :] for a in rotation)
   first, second = jnp.split(x.astype(cos.dtype), 2, -1)

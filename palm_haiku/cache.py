@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from palm_haiku.config import PaLMConfig
 from palm_haiku.kernels.cache import write
@@ -32,7 +33,7 @@ class View(NamedTuple):
   window: int | None  # rows that a query sees, its own included; None: all before it
 
 
-def empty_cache(config: PaLMConfig, lead: tuple[int, ...], max_len: int, dtype,
+def empty_cache(config: PaLMConfig, lead: tuple[int, ...], max_len: int, dtype: DTypeLike,
                 step: int = 1) -> Cache:
   """A cache with room for at least `max_len` positions of sequences with leading dimensions `lead`.
 
@@ -56,7 +57,7 @@ def empty_cache(config: PaLMConfig, lead: tuple[int, ...], max_len: int, dtype,
                jnp.zeros((), jnp.int32))
 
 
-def fill(stored, rows, lengths, *, window: int | None):
+def fill(stored, rows: tuple[jax.Array, ...], lengths: jax.Array, *, window: int | None):
   """A layer's empty cache with the rows of prompts.
 
   Args:
@@ -76,7 +77,8 @@ def fill(stored, rows, lengths, *, window: int | None):
                       stored, rows)
 
 
-def extend(stored, rows, length, *, axis: int, window: int | None, by_position: bool):
+def extend(stored, rows: tuple[jax.Array, ...], length: jax.Array, *, axis: int, window: int | None,
+           by_position: bool):
   """A layer's cache with rows added, and what their queries attend to.
 
   Args:

@@ -8,8 +8,10 @@ matrix: 1.3 times the tokens a second on a CPU (dim 512, depth 8, batches of 1 a
 import itertools
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from palm_haiku import cache as caches, kernels
 from palm_haiku.cache import Cache, Int8Rows
@@ -38,8 +40,8 @@ class Weights(NamedTuple):
   layers: tuple[Layer, ...]
 
 
-def prepare(params, config: PaLMConfig, dtype=jnp.float32, weights: str | None = None,
-            prefix: str | None = None) -> Weights:
+def prepare(params: chex.ArrayTree, config: PaLMConfig, dtype: DTypeLike = jnp.float32,
+            weights: str | None = None, prefix: str | None = None) -> Weights:
   """Weights for generation.
 
   Args:
@@ -75,8 +77,9 @@ def prepare(params, config: PaLMConfig, dtype=jnp.float32, weights: str | None =
   return Weights(embedding, norm(model), tuple(map(layer, range(config.depth))))
 
 
-def run(weights: Weights, config: PaLMConfig, tokens, cache: Cache, *, dtype=jnp.float32,
-        fresh: bool = False, prompt_lengths=None, implementation: kernels.Implementation = "auto"):
+def run(weights: Weights, config: PaLMConfig, tokens: jax.Array, cache: Cache, *,
+        dtype: DTypeLike = jnp.float32, fresh: bool = False,
+        prompt_lengths: jax.Array | None = None, implementation: kernels.Implementation = "auto"):
   """The normalised residual stream after the last layer, and the new cache.
 
   Args:
@@ -138,7 +141,7 @@ def run(weights: Weights, config: PaLMConfig, tokens, cache: Cache, *, dtype=jnp
   return x, Cache(tuple(layers), length)
 
 
-def logits(weights: Weights, config: PaLMConfig, x) -> jax.Array:
+def logits(weights: Weights, config: PaLMConfig, x: jax.Array) -> jax.Array:
   """float32[..., V] of what `run` returns."""
   wide = jnp.promote_types(x.dtype, jnp.float32)
   if isinstance(weights.embedding, Int8):

@@ -3,10 +3,13 @@
 import functools
 import operator
 from collections.abc import Callable
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from palm_haiku import decoder, speculative
 from palm_haiku.cache import empty_cache
@@ -16,11 +19,12 @@ from palm_haiku.model import palm_params
 from palm_haiku.sampling import log_probabilities, sample
 
 
-def generate(params, config: PaLMConfig, prompt, length: int, *, prompt_lengths=None, key=None,
+def generate(params: Any, config: PaLMConfig, prompt: ArrayLike, length: int, *,
+             prompt_lengths: ArrayLike | None = None, key: chex.PRNGKey | None = None,
              temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-             eod: int | None = None, dtype=jnp.float32, weights: str | None = None,
-             cache_dtype=None, prefix: str | None = None, draft: tuple | None = None,
-             draft_length: int = 4,
+             eod: int | None = None, dtype: DTypeLike = jnp.float32, weights: str | None = None,
+             cache_dtype: DTypeLike | None = None, prefix: str | None = None,
+             draft: tuple | None = None, draft_length: int = 4,
              implementation: Implementation = "auto",
              on_token: Callable[[np.ndarray], None] | None = None):
   """Continues prompts by up to `length` tokens.

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 # Rows that one pass over a CPU's accumulators takes. Of 512 x 4,672 weights on two cores (AVX-512)
 # it multiplies 18 a nanosecond with 8 rows, 14 with 32 and 10 with 128; XLA's product of float32
@@ -21,20 +22,20 @@ class Int8(NamedTuple):
   def shape(self) -> tuple[int, ...]:
     return self.values.shape
 
-  def columns(self, index, dtype) -> jax.Array:
+  def columns(self, index: jax.Array, dtype: DTypeLike) -> jax.Array:
     """The columns that int[...] names, [..., K]."""
     picked = jnp.moveaxis(jnp.take(self.values, index, axis=1), 0, -1).astype(jnp.float32)
     return (picked * jnp.take(self.scales, index)[..., None]).astype(dtype)
 
 
-def quantize(matrix) -> Int8:
+def quantize(matrix: jax.Array) -> Int8:
   """The nearest int8 matrix, by a scale for each column of float[K, N]; zero columns stay zero."""
   matrix = matrix.astype(jnp.float32)
   scales = jnp.abs(matrix).max(0) / 127
   return Int8(jnp.round(matrix / jnp.where(scales == 0, 1, scales)).astype(jnp.int8), scales)
 
 
-def product(x, matrix, accum=None):
+def product(x: jax.Array, matrix, accum=None):
   """x @ matrix, for a matrix of the dtype of x or an `Int8`.
 
   Args:

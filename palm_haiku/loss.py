@@ -14,7 +14,8 @@ class Loss(NamedTuple):
   log_z_squared: jax.Array  # squared log of the softmax normaliser
 
 
-def next_token_loss(logits, targets, *, weights=None, z_loss: float = 0.0) -> Loss:
+def next_token_loss(logits: jax.Array, targets: jax.Array, *, weights: jax.Array | None = None,
+                    z_loss: float = 0.0) -> Loss:
   """Cross-entropy of the next token, plus the auxiliary z-loss.
 
   Args:
@@ -48,7 +49,8 @@ def next_token_loss(logits, targets, *, weights=None, z_loss: float = 0.0) -> Lo
   return mean_loss(nll, log_z, weights=weights, z_loss=z_loss)
 
 
-def mean_loss(nll, log_z, *, weights=None, z_loss: float = 0.0) -> Loss:
+def mean_loss(nll: jax.Array, log_z: jax.Array, *, weights: jax.Array | None = None,
+              z_loss: float = 0.0) -> Loss:
   """The same from what `PaLM.loss` returns, which never holds the logits.
 
   Args:

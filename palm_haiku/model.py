@@ -9,10 +9,12 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from palm_haiku import kernels, lora
 from palm_haiku.config import PaLMConfig
 from palm_haiku.kernels import Implementation
+from palm_haiku.kernels.compat import Array
 from palm_haiku.kernels.integers import known
 from palm_haiku.kernels.norms import normalize
 from palm_haiku.sharding import Rules, constrain
@@ -60,7 +62,7 @@ class KVCache(NamedTuple):
 
   @classmethod
   def empty(cls, config: PaLMConfig, lead: tuple[int, ...], max_len: int,
-            dtype=jnp.float32) -> "KVCache":
+            dtype: DTypeLike = jnp.float32) -> "KVCache":
     """A cache with room for `max_len` positions of sequences with leading dimensions `lead`."""
     heads = (config.kv_heads,) if config.kv_heads > 1 else ()
     zeros = jnp.zeros((config.depth, *lead, max_len, *heads, config.dim_head), dtype)
@@ -112,8 +114,9 @@ class ParallelBlock(hk.Module):
         params[name] = vector(name, ((heads, c.dim_head) if of_heads else (c.dim_head,)))
     return lora.adapted(params, self.lora_rank, stack) if self.lora_rank else params
 
-  def __call__(self, x, *, params=None, is_global: bool = False, segment_ids=None, kv_cache=None,
-               query_offset=0):
+  def __call__(self, x: jax.Array, *, params: Mapping[str, jax.Array] | None = None,
+               is_global: bool = False, segment_ids: Array | None = None,
+               kv_cache: tuple[jax.Array, ...] | None = None, query_offset: int | Array = 0):
     """Applies the layer.
 
     Args:
@@ -150,7 +153,7 @@ class PaLM(hk.Module):
   """A decoder-only language model; tokens in, next-token logits out."""
 
   def __init__(self, num_tokens: int, dim: int, depth: int, heads: int, dim_head: int = 64,
-               ff_mult: int = 4, *, dtype=jnp.float32, remat: str = "none",
+               ff_mult: int = 4, *, dtype: DTypeLike = jnp.float32, remat: str = "none",
                implementation: Implementation = "auto", rules: Rules = Rules(), lora_rank: int = 0,
                name: str | None = "palm", **architecture):
     """Describes the model; the first six names are PaLM-jax's.
@@ -179,7 +182,8 @@ class PaLM(hk.Module):
     """A model of the given architecture; `options` are those of `__init__`."""
     return cls(**dataclasses.asdict(config), **options)
 
-  def __call__(self, tokens, *, segment_ids=None, cache: KVCache | None = None):
+  def __call__(self, tokens: Any, *, segment_ids: Array | None = None,
+               cache: KVCache | None = None):
     """Logits of the token after each position.
 
     Args:
@@ -205,7 +209,8 @@ class PaLM(hk.Module):
     return logits if cache is None else (logits, cache)
 
   @hk.name_like("__call__")
-  def loss(self, tokens, targets, *, segment_ids=None, weights=None, z_loss: float = 0.0):
+  def loss(self, tokens: Any, targets: Any, *, segment_ids: Array | None = None,
+           weights: Any = None, z_loss: float = 0.0):
     """The loss of each target, without ever holding the logits.
 
     Args:

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 
-def sample(logits, key, *, temperature=1.0, top_k: int | None = None, top_p=None):
+def sample(logits: jax.Array, key: jax.Array, *, temperature: float | jax.Array | None = 1.0,
+           top_k: int | None = None, top_p: float | jax.Array | None = None):
   """Draws a token from the distribution that the logits describe.
 
   Args:
@@ -26,7 +27,8 @@ def sample(logits, key, *, temperature=1.0, top_k: int | None = None, top_p=None
   return choice.astype(jnp.int32)
 
 
-def log_probabilities(logits, *, temperature=1.0, top_k: int | None = None, top_p=None):
+def log_probabilities(logits: jax.Array, *, temperature: float | jax.Array | None = 1.0,
+                      top_k: int | None = None, top_p: float | jax.Array | None = None):
   """The logarithms of what `sample` draws from.
 
   Args:

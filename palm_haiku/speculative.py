@@ -8,6 +8,7 @@ value head its cache too. What comes out is distributed as if it had drawn alone
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -21,8 +22,9 @@ class Model(NamedTuple):
   logits: Callable  # hidden state -> float32[..., V]
 
 
-def continuation(target: Model, draft: Model, prompt, caches, lengths, key, *, length: int,
-                 draft_length: int, distribution: Callable, eod: int | None, on_token):
+def continuation(target: Model, draft: Model, prompt: jax.Array, caches, lengths: jax.Array,
+                 key: chex.PRNGKey, *, length: int, draft_length: int, distribution: Callable,
+                 eod: int | None, on_token: Callable | None):
   """What follows the prompts.
 
   Args:

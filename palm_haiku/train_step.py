@@ -1,9 +1,10 @@
 """One step of training as a pure function, and how it is compiled for a mesh."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -28,7 +29,8 @@ def init(config: TrainConfig) -> TrainState:
   return TrainState(params, config.build_optimizer().init(lora.split(params)[0]))
 
 
-def train_step(config: TrainConfig, state: TrainState, batch) -> tuple[TrainState, dict]:
+def train_step(config: TrainConfig, state: TrainState,
+               batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict]:
   """One step of the optimizer on one batch, divided over the mesh in context.
 
   Args:
@@ -79,7 +81,8 @@ def _accumulated(loss_of, params, batch, num_parts):
   return jax.tree.map(jax.freeze, sums), jax.tree.map(lambda x: x.mean(0), losses)
 
 
-def eval_step(config: TrainConfig, params, batch) -> tuple[jax.Array, jax.Array]:
+def eval_step(config: TrainConfig, params: chex.ArrayTree,
+              batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
   """Summed negative log-likelihood of a batch's targets, and the sum of their weights."""
   nll, _ = config.build_model().apply(params, *_inputs_and_targets(batch))
   return (nll * batch["weights"]).sum(), batch["weights"].sum()

@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.core
@@ -134,14 +135,15 @@ def _on_any_tpu(query, key, value, dynamic, static):
                          **dynamic, **dict(static))
 
 
-def default_scale(dim_head) -> float | jax.Array:
+def default_scale(dim_head: int) -> float | jax.Array:
   """1/sqrt(dim_head); an array where programs are exported for any."""
   if isinstance(dim_head, int):
     return dim_head**-0.5
   return jax.lax.rsqrt(jnp.asarray(dim_head, jnp.float32))
 
 
-def check(query, key, value, *, alibi_slopes, segment_ids, local_window_size, query_offset):
+def check(query: Any, key: Any, value: Any, *, alibi_slopes: Any, segment_ids: Any,
+          local_window_size: Any, query_offset: Any):
   """Raises a ValueError where arguments of `flash_attention` do not fit, arrays or their types."""
   for name, array in (("query", query), ("key", key), ("value", value)):
     if array.ndim < 3:
@@ -173,7 +175,7 @@ def check(query, key, value, *, alibi_slopes, segment_ids, local_window_size, qu
     _check_segments(pair(segment_ids), query.shape[:-2], key.shape[:-2])
 
 
-def window_of(size) -> tuple[int, int] | None:
+def window_of(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
   """A `local_window_size` as (left, right), or None."""
   if size is None:
     return None
@@ -205,7 +207,7 @@ def _near(offset, num_queries, num_keys, window):
   return jnp.clip(integers.clamped(offset, -2**30, 2**30), *map(jnp.asarray, (low, high)))
 
 
-def pair(segment_ids):
+def pair(segment_ids: Array | tuple[Array, Array]):
   return segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
 
 

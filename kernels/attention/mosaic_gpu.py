@@ -4,6 +4,7 @@ How it works, and what it costs: docs/attention.md.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ from . import configs, mosaic_gpu_mask as masking
 from .mosaic_gpu_backward import backward as backward
 
 
-def unsupported(query, key, value, *, chip):
+def unsupported(query: jax.Array | jax.ShapeDtypeStruct, key: jax.Array | jax.ShapeDtypeStruct,
+                value: jax.Array | jax.ShapeDtypeStruct | None, *, chip: str | None):
   """The first requirement that the operands fail, or None."""
   del key, value
   if chip not in (None, *chips.HOPPER):
@@ -152,8 +154,10 @@ def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slope
     plgpu.wait_smem_to_gmem(0)
 
 
-def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_causal, scale,
-            window, chip, config=None):
+def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, *,
+            segment_ids: tuple[jax.Array, jax.Array] | None, alibi_slopes: jax.Array | None,
+            query_offset: int | jax.Array, is_causal: bool, scale: float,
+            window: tuple[int, int] | None, chip: str | None, config: Any = None):
   """(out, lse); shapes and meaning as in `flash_attention`, heads and batch flat."""
   batch, length, heads, dim = query.shape
   num_keys, kv_heads = key.shape[1:3]

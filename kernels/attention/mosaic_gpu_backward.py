@@ -318,8 +318,10 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref,
         store(dv_ref, dv, v_tile)
 
 
-def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, query_offset,
-             is_causal, scale, window, chip, config=None):
+def backward(query: jax.Array, key: jax.Array, value: jax.Array | None, out: jax.Array,
+             lse: jax.Array, dout: jax.Array, *, segment_ids: tuple[jax.Array, jax.Array] | None,
+             alibi_slopes: jax.Array | None, query_offset: int | jax.Array, is_causal: bool,
+             scale: float, window: tuple[int, int] | None, chip: str | None, config: Any = None):
   """(dquery, dkey, dvalue) from what `forward` returned; without `value`, dkey is both's sum."""
   batch, length, heads, dim = query.shape
   num_keys, kv_heads = key.shape[1:3]

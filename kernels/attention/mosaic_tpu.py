@@ -7,6 +7,8 @@ the weights enter the second product as the stationary operand, so that the movi
 """
 
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -24,7 +26,8 @@ from .mosaic_tpu_backward import backward as backward
 SUM_ROWS = 16  # under the values (one bfloat16 tile), the first of ones: its product is the sum
 
 
-def unsupported(query, key, value, *, chip) -> str | None:
+def unsupported(query: jax.Array | jax.ShapeDtypeStruct, key: jax.Array | jax.ShapeDtypeStruct,
+                value: jax.Array | jax.ShapeDtypeStruct | None, *, chip: str | None) -> str | None:
   """The first requirement that these shapes and dtypes fail, in words; None if they fit.
 
   Args:
@@ -51,8 +54,10 @@ def unsupported(query, key, value, *, chip) -> str | None:
 
 
 @folding_batch
-def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_causal, scale,
-            window, chip, config=None):
+def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, *,
+            segment_ids: tuple[jax.Array, jax.Array] | None, alibi_slopes: jax.Array | None,
+            query_offset: int | jax.Array, is_causal: bool, scale: float,
+            window: tuple[int, int] | None, chip: str | None, config: Any = None):
   """Attention and its log-sum-exp; the contract of every backend.
 
   Args:

@@ -8,6 +8,8 @@ Blocks of keys follow each other in a loop around the kernel, and the query grad
 """
 
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -22,8 +24,10 @@ from . import configs, mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
 
 
 @folding_batch
-def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, query_offset,
-             is_causal, scale, window, chip, config=None):
+def backward(query: jax.Array, key: jax.Array, value: jax.Array | None, out: jax.Array,
+             lse: jax.Array, dout: jax.Array, *, segment_ids: tuple[jax.Array, jax.Array] | None,
+             alibi_slopes: jax.Array | None, query_offset: int | jax.Array, is_causal: bool,
+             scale: float, window: tuple[int, int] | None, chip: str | None, config: Any = None):
   """The gradients of attention; the contract of every backend.
 
   Args:

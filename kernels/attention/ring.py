@@ -69,7 +69,8 @@ class Ring:
     other = jax.lax.ppermute(other, self.axis, [(i, self.size - 1 - i) for i in range(self.size)])
     return jnp.concatenate([kept, other], axis=1)
 
-  def forward(self, query, key, value, *, segment_ids, **options):
+  def forward(self, query: jax.Array, key: jax.Array, value: jax.Array | None, *,
+              segment_ids: tuple[jax.Array, jax.Array] | None, **options):
     """(out, lse) as any backend's; the arrays are shards."""
     query_ids, key_ids = segment_ids or (None, None)
     rows, tour = (query, query_ids), _tour(self.size, query, key, options)
@@ -99,7 +100,9 @@ class Ring:
         tour[0] + 1, tour[-1] + 1, turn, carry, unroll=len(tour) <= UNROLLED)[1]
     return out.astype(query.dtype), lse.swapaxes(1, 2)
 
-  def backward(self, query, key, value, out, lse, dout, *, segment_ids, **options):
+  def backward(self, query: jax.Array, key: jax.Array, value: jax.Array | None, out: jax.Array,
+               lse: jax.Array, dout: jax.Array, *, segment_ids: tuple[jax.Array, jax.Array] | None,
+               **options):
     """(dquery, dkey, dvalue) as any backend's, from the (out, lse) of all keys."""
     query_ids, key_ids = segment_ids or (None, None)
     rows = query, out, lse.swapaxes(1, 2), dout, query_ids

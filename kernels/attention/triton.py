@@ -20,7 +20,8 @@ _DIMS = (16, 32, 64, 128, 256)
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
-def unsupported(query, key, value, *, chip: str | None) -> str | None:
+def unsupported(query: jax.Array | jax.ShapeDtypeStruct, key: jax.Array | jax.ShapeDtypeStruct,
+                value: jax.Array | jax.ShapeDtypeStruct | None, *, chip: str | None) -> str | None:
   """The first requirement that shapes and dtypes fail, in words, or None.
 
   Args:
@@ -40,8 +41,10 @@ def unsupported(query, key, value, *, chip: str | None) -> str | None:
   return triton_call.problem()
 
 
-def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_causal, scale,
-            window, chip):
+def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, *,
+            segment_ids: tuple[jax.Array, jax.Array] | None, alibi_slopes: jax.Array | None,
+            query_offset: int | jax.Array, is_causal: bool, scale: float,
+            window: tuple[int, int] | None, chip: str | None):
   """Attention and the log of each row's sum of exponentials.
 
   Args:
@@ -65,8 +68,10 @@ def forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_ca
   return _of_batch(_forward, static, query, key, value, *extras)
 
 
-def backward(query, key, value, out, lse, dout, *, segment_ids, alibi_slopes, query_offset,
-             is_causal, scale, window, chip):
+def backward(query: jax.Array, key: jax.Array, value: jax.Array | None, out: jax.Array,
+             lse: jax.Array, dout: jax.Array, *, segment_ids: tuple[jax.Array, jax.Array] | None,
+             alibi_slopes: jax.Array | None, query_offset: int | jax.Array, is_causal: bool,
+             scale: float, window: tuple[int, int] | None, chip: str | None):
   """dquery, dkey, dvalue; dkey is the sum of both and dvalue None where value is the key.
 
   Arguments and results of `forward`, and dout like out.

@@ -5,6 +5,7 @@ the chip. How it works, and what it costs: docs/loss.md.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,8 @@ from .fused import merged
 from .xla import target_logit
 
 
-def unsupported(x, embedding, *, chip):
+def unsupported(x: jax.Array | jax.ShapeDtypeStruct, embedding: jax.Array | jax.ShapeDtypeStruct, *,
+                chip: str | None):
   """The first requirement that the operands fail, or None."""
   if chip not in (None, *chips.HOPPER):
     return f"a Hopper GPU (h100, h200); got {chip}"
@@ -208,7 +210,8 @@ def _walk(x, rows, config, chip):
                          x.shape[1] // CHUNK, config.stages, chips.hopper(chip).multiprocessors)
 
 
-def forward(x, embedding, targets, *, scale, num_valid, chip, config=None):
+def forward(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, scale: float,
+            num_valid: int | jax.Array, chip: str | None, config: Any = None):
   """(top, total, logit), each float32[N]; the contract of every backend, in `fused`."""
   config = config or configs.mosaic_gpu(chip)
   tokens, rows = pad_rows(x), pad_rows(embedding)
@@ -224,8 +227,9 @@ def forward(x, embedding, targets, *, scale, num_valid, chip, config=None):
       x, embedding, targets, scale=scale, num_valid=num_valid)
 
 
-def logit_gradient(x, rows, targets, top, spread, peak, *, first, scale, num_valid, chip,
-                   config=None):
+def logit_gradient(x: jax.Array, rows: jax.Array, targets: jax.Array, top: jax.Array,
+                   spread: jax.Array, peak: jax.Array, *, first: int | jax.Array, scale: float,
+                   num_valid: int | jax.Array, chip: str | None, config: Any = None):
   """A block of columns of the gradient of x @ embedding.T; the contract in `fused`."""
   config = config or configs.mosaic_gpu(chip)
   shape = x.shape[0], rows.shape[0]

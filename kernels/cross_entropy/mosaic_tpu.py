@@ -6,7 +6,7 @@ this one's logits, so that the matrix units work while the vector units do.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ from ..tpu.product import ahead, clear, dot
 from . import configs
 
 
-def unsupported(x, embedding, *, chip) -> str | None:
+def unsupported(x: jax.Array | jax.ShapeDtypeStruct, embedding: jax.Array | jax.ShapeDtypeStruct, *,
+                chip: str | None) -> str | None:
   """The first requirement that these shapes and dtypes fail, in words; None if they fit.
 
   Args:
@@ -42,7 +43,8 @@ def unsupported(x, embedding, *, chip) -> str | None:
   return None
 
 
-def forward(x, embedding, targets, *, scale, num_valid, chip, config=None):
+def forward(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, scale: float,
+            num_valid: int | jax.Array, chip: str | None, config: Any = None):
   """(top, total, logit), each float32[N]; the contract of every backend, in `fused`.
 
   Logits are held transposed, [rows of the embedding, tokens]: what belongs to a token is one
@@ -121,8 +123,9 @@ def forward(x, embedding, targets, *, scale, num_valid, chip, config=None):
   return tuple(result[0, :num_tokens] for result in results)
 
 
-def logit_gradient(x, rows, targets, top, spread, peak, *, first, scale, num_valid, chip,
-                   config=None):
+def logit_gradient(x: jax.Array, rows: jax.Array, targets: jax.Array, top: jax.Array,
+                   spread: jax.Array, peak: jax.Array, *, first: int | jax.Array, scale: float,
+                   num_valid: int | jax.Array, chip: str | None, config: Any = None):
   """A block of columns of the gradient of x @ embedding.T; the contract in `fused`."""
   x, rows = widen(x), widen(rows)
   (num_tokens, dim), num_rows = x.shape, rows.shape[0]

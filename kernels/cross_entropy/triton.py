@@ -16,7 +16,8 @@ from .xla import target_logit
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
-def unsupported(x, embedding, *, chip: str | None) -> str | None:
+def unsupported(x: jax.Array | jax.ShapeDtypeStruct, embedding: jax.Array | jax.ShapeDtypeStruct, *,
+                chip: str | None) -> str | None:
   """The first requirement that shapes and dtypes fail, in words, or None.
 
   Args:
@@ -32,7 +33,8 @@ def unsupported(x, embedding, *, chip: str | None) -> str | None:
   return triton_call.problem()
 
 
-def forward(x, embedding, targets, *, scale, num_valid, chip):
+def forward(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, scale: float,
+            num_valid: int | jax.Array, chip: str | None):
   """(top, total, logit), each float32[N]; the contract of every backend, in `fused`."""
   valid = jnp.asarray(num_valid, jnp.int32).reshape(1)
   parts = _call(
@@ -43,7 +45,9 @@ def forward(x, embedding, targets, *, scale, num_valid, chip):
       x, embedding, targets, scale=scale, num_valid=num_valid)
 
 
-def logit_gradient(x, rows, targets, top, spread, peak, *, first, scale, num_valid, chip):
+def logit_gradient(x: jax.Array, rows: jax.Array, targets: jax.Array, top: jax.Array,
+                   spread: jax.Array, peak: jax.Array, *, first: int | jax.Array, scale: float,
+                   num_valid: int | jax.Array, chip: str | None):
   """A block of columns of the gradient of x @ embedding.T; the contract in `fused`."""
   valid = jnp.asarray(num_valid - first, jnp.int32).reshape(1)
   return _call(

@@ -4,6 +4,7 @@ How it works, and what it costs: docs/decode.md.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,8 @@ BLOCK = 64  # positions of a tile
 PIECE = 16  # positions of a copy: no more than these are loaded past a sequence's end
 
 
-def unsupported(query, key, value, *, chip):
+def unsupported(query: jax.Array | jax.ShapeDtypeStruct, key: jax.Array | jax.ShapeDtypeStruct,
+                value: jax.Array | jax.ShapeDtypeStruct | None, *, chip: str | None):
   """The first requirement that the operands fail, or None."""
   del value
   if chip not in (None, *chips.HOPPER):
@@ -168,8 +170,9 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
     plgpu.wait_smem_to_gmem(0)
 
 
-def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value_scales, chip,
-            config=None):
+def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: jax.Array, *,
+            alibi_slopes: jax.Array | None, scale: float, key_scales: jax.Array | None,
+            value_scales: jax.Array | None, chip: str | None, config: Any = None):
   """Attention to what is filled of a cache; arguments and result as in `xla.attend`."""
   dim, kv_heads = query.shape[3], key.shape[2]
   config = config or configs.mosaic_gpu(chip, dim, key.dtype.itemsize)

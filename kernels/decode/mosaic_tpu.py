@@ -9,6 +9,7 @@ chains that do not wait for each other.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ from .mosaic_tpu_plan import deal, fit, merge, powers
 GRANULE = 32  # positions: a tile of int8, two of bfloat16; the end of a sequence is fetched to it
 
 
-def unsupported(query, key, value, *, chip) -> str | None:
+def unsupported(query: jax.Array | jax.ShapeDtypeStruct, key: jax.Array | jax.ShapeDtypeStruct,
+                value: jax.Array | jax.ShapeDtypeStruct | None, *, chip: str | None) -> str | None:
   """The first requirement that these shapes and dtypes fail, in words; None if they fit.
 
   Args:
@@ -46,8 +48,9 @@ def unsupported(query, key, value, *, chip) -> str | None:
                        f"with {plan.rows} rows for a key/value head it")
 
 
-def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value_scales, chip,
-            config=None):
+def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: jax.Array, *,
+            alibi_slopes: jax.Array | None, scale: float, key_scales: jax.Array | None,
+            value_scales: jax.Array | None, chip: str | None, config: Any = None):
   """Attention to the cache; the contract of every backend, in `fused`.
 
   Args:

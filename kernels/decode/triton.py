@@ -19,7 +19,8 @@ _PROGRAMS = 2  # a multiprocessor: one computes while the other waits for memory
 _PARTS = 64  # of a row that the merge loads at a time
 
 
-def unsupported(query, key, value, *, chip: str | None) -> str | None:
+def unsupported(query: jax.Array | jax.ShapeDtypeStruct, key: jax.Array | jax.ShapeDtypeStruct,
+                value: jax.Array | jax.ShapeDtypeStruct | None, *, chip: str | None) -> str | None:
   """The first requirement that shapes and dtypes fail, in words, or None.
 
   Args:
@@ -38,7 +39,9 @@ def unsupported(query, key, value, *, chip: str | None) -> str | None:
   return triton_call.problem()
 
 
-def forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value_scales, chip):
+def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: jax.Array, *,
+            alibi_slopes: jax.Array | None, scale: float, key_scales: jax.Array | None,
+            value_scales: jax.Array | None, chip: str | None):
   """Attention to what is filled of a cache.
 
   Args:

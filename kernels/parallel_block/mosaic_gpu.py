@@ -5,7 +5,10 @@ mosaic_gpu_backward.py, the main loop is hopper/product.py.
 """
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -20,7 +23,8 @@ from .fused import unfused
 from .mosaic_gpu_backward import input_gradient, swiglu_gradient  # noqa: F401
 
 
-def unsupported(x, params, *, chip):
+def unsupported(x: jax.Array | jax.ShapeDtypeStruct, params: Mapping[str, Any], *,
+                chip: str | None):
   """The first requirement that x [M, D] or the params fail, or None."""
   if chip not in (None, *chips.HOPPER):
     return f"a Hopper GPU (h100, h200); got {chip}"
@@ -37,7 +41,9 @@ def unsupported(x, params, *, chip):
   return None
 
 
-def in_projection(x, params, rotation, *, norm, eps, keep, chip):
+def in_projection(x: jax.Array, params: Mapping[str, jax.Array],
+                  rotation: tuple[jax.Array, jax.Array] | None, *, norm: str, eps: float,
+                  keep: bool, chip: str | None):
   """(query [M, H, Dh], key [M, Dh], value [M, Dh] or None, act [M, F], gate, up) of norm(x).
 
   act = silu(gate) * up, from the float32 sums. gate and up [M, F] are None unless `keep`.
@@ -173,7 +179,8 @@ def _rotated(sums, at, cos_ref, sin_ref, rows, dim_head):
   return halves[second_half]
 
 
-def out_projection(x, attended, act, attn_out, ff_out, *, chip):
+def out_projection(x: jax.Array | None, attended: jax.Array, act: jax.Array, attn_out: jax.Array,
+                   ff_out: jax.Array, *, chip: str | None):
   """y [M, D] = x + attended @ attn_out + act @ ff_out, summed in float32 and rounded once.
 
   Args:

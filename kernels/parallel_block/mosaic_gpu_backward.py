@@ -4,6 +4,9 @@ Weights are contracted as they lie: [columns, 64] of them are in a slot, which t
 transposed. Costs and figures: docs/parallel_block.md.
 """
 
+from collections.abc import Mapping
+
+import jax
 from jax.experimental import pallas as pl
 
 from ..hopper import product, tiles
@@ -12,7 +15,8 @@ from ..hopper.tiles import ROWS, pad_rows
 from . import configs
 
 
-def swiglu_gradient(dy, gate, up, ff_out, *, chip):
+def swiglu_gradient(dy: jax.Array, gate: jax.Array, up: jax.Array, ff_out: jax.Array, *,
+                    chip: str | None):
   """(dgate, dup, act), [M, F] each, of act = silu(gate) * up where dact = dy @ ff_out.T.
 
   dact stays in float32 and on the chip.
@@ -57,7 +61,8 @@ def _swiglu_gradient_kernel(dy_ref, gate_ref, up_ref, ff_out_ref, dgate_ref, dup
   product.run(ring, [(depth, products), (columns // STORE, gate_and_up)], compute)
 
 
-def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip):
+def input_gradient(dquery: jax.Array, dkey: jax.Array, dvalue: jax.Array | None, dgate: jax.Array,
+                   dup: jax.Array, params: Mapping[str, jax.Array], *, chip: str | None):
   """dh [M, D], the gradient of norm(x): all branches in one float32 sum, rounded once.
 
   Args:

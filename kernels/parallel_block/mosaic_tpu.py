@@ -6,6 +6,9 @@ stands after the product of the next rows in program order: the vector units wor
 matrix units make the other.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -26,7 +29,8 @@ ROTATED = ("query", "key")
 __all__ = ["in_projection", "input_gradient", "out_projection", "swiglu_gradient", "unsupported"]
 
 
-def unsupported(x, params, *, chip) -> str | None:
+def unsupported(x: jax.Array | jax.ShapeDtypeStruct, params: Mapping[str, Any], *,
+                chip: str | None) -> str | None:
   """The first requirement that these shapes and dtypes fail, in words; None if they fit.
 
   Args:
@@ -55,7 +59,9 @@ def unsupported(x, params, *, chip) -> str | None:
   return None
 
 
-def in_projection(x, params, rotation, *, norm, eps, keep, chip, config=None):
+def in_projection(x: jax.Array, params: Mapping[str, jax.Array],
+                  rotation: tuple[jax.Array, jax.Array] | None, *, norm: str, eps: float,
+                  keep: bool, chip: str | None, config: Any = None):
   """All that the layer computes from norm(x) before attention, in one launch.
 
   The norm of a block of rows is computed once, into VMEM. `act` is computed from gate and up in
@@ -184,7 +190,8 @@ def in_projection(x, params, rotation, *, norm, eps, keep, chip, config=None):
           found.get("up"))
 
 
-def out_projection(x, attended, act, attn_out, ff_out, *, chip, config=None):
+def out_projection(x: jax.Array | None, attended: jax.Array, act: jax.Array, attn_out: jax.Array,
+                   ff_out: jax.Array, *, chip: str | None, config: Any = None):
   """x + attended @ attn_out + act @ ff_out in one float32 accumulator, rounded once.
 
   Args:

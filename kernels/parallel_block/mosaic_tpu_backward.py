@@ -1,5 +1,8 @@
 """Two products of the parallel block's backward pass for TPUs, with what stands around them."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -12,7 +15,8 @@ from . import configs
 from .mosaic_tpu_plan import Pair, contraction, fit_columns, fit_sum, sum_of_products
 
 
-def swiglu_gradient(dy, gate, up, ff_out, *, chip, config=None):
+def swiglu_gradient(dy: jax.Array, gate: jax.Array, up: jax.Array, ff_out: jax.Array, *,
+                    chip: str | None, config: Any = None):
   """From the gradient of act @ ff_out those of gate and up, and act itself once more.
 
   The gradient of act is never in memory.
@@ -71,7 +75,9 @@ def swiglu_gradient(dy, gate, up, ff_out, *, chip, config=None):
   )(*operands)
 
 
-def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip, config=None):
+def input_gradient(dquery: jax.Array, dkey: jax.Array, dvalue: jax.Array | None, dgate: jax.Array,
+                   dup: jax.Array, params: Mapping[str, jax.Array], *, chip: str | None,
+                   config: Any = None):
   """The gradient of norm(x) from those of all that was projected, in one float32 accumulator.
 
   Weights are contracted as they lie, by columns.

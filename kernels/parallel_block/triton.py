@@ -4,6 +4,8 @@ Nothing is added atomically, so the same inputs give the same bits.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,8 @@ _STEP = 64  # The contraction is walked in steps that divide this: no product ma
 _MOST = 32_768  # A row of x is in the registers of one program.
 
 
-def unsupported(x, params, *, chip: str | None) -> str | None:
+def unsupported(x: jax.Array | jax.ShapeDtypeStruct, params: Mapping[str, Any], *,
+                chip: str | None) -> str | None:
   """The first requirement that shapes and dtypes fail, in words, or None.
 
   Args:
@@ -42,7 +45,9 @@ def unsupported(x, params, *, chip: str | None) -> str | None:
   return triton_call.problem()
 
 
-def in_projection(x, params, rotation, *, norm, eps, keep, chip):
+def in_projection(x: jax.Array, params: Mapping[str, jax.Array],
+                  rotation: tuple[jax.Array, jax.Array] | None, *, norm: str, eps: float,
+                  keep: bool, chip: str | None):
   """All that the layer computes from h = norm(x), before attention.
 
   Args:
@@ -95,7 +100,8 @@ def _normalize(x, gain, *, norm, eps, chip):
       BLOCK_D=columns)[0]
 
 
-def out_projection(x, attended, act, attn_out, ff_out, *, chip):
+def out_projection(x: jax.Array | None, attended: jax.Array, act: jax.Array, attn_out: jax.Array,
+                   ff_out: jax.Array, *, chip: str | None):
   """x + attended @ attn_out + act @ ff_out, [M, D], rounded once.
 
   Args:
@@ -115,7 +121,8 @@ def out_projection(x, attended, act, attn_out, ff_out, *, chip):
       ATTENDED=inner, F=hidden, WITH_X=x is not None)[0]
 
 
-def swiglu_gradient(dy, gate, up, ff_out, *, chip):
+def swiglu_gradient(dy: jax.Array, gate: jax.Array, up: jax.Array, ff_out: jax.Array, *,
+                    chip: str | None):
   """(dgate, dup, act), each [M, F]: the gradients through act = silu(gate) * up, and act.
 
   The gradient of act, dy [M, D] @ ff_out.T, is never written.
@@ -128,7 +135,8 @@ def swiglu_gradient(dy, gate, up, ff_out, *, chip):
       out_types=(jax.ShapeDtypeStruct(gate.shape, dy.dtype),) * 3, D=d, F=hidden)
 
 
-def input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip):
+def input_gradient(dquery: jax.Array, dkey: jax.Array, dvalue: jax.Array | None, dgate: jax.Array,
+                   dup: jax.Array, params: Mapping[str, jax.Array], *, chip: str | None):
   """The gradient [M, D] of norm(x) through all of `in_projection`, in one sum, rounded once.
 
   Args:

@@ -1,6 +1,7 @@
 """The parallel block in plain JAX: in-projection, attention, out-projection."""
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from ..norms import normalize
 from .steps import activate, attend, positioned, project
 
 
-def in_projection(x, params, positions, *, norm, norm_eps, **positions_options):
+def in_projection(x: jax.Array, params: Mapping[str, jax.Array], positions: jax.Array | None, *,
+                  norm: str, norm_eps: float, **positions_options):
   """All that the layer computes from norm(x), before attention.
 
   Returns:
@@ -30,7 +32,8 @@ def in_projection(x, params, positions, *, norm, norm_eps, **positions_options):
   return query, key, value, gate, project(h, params["up"])
 
 
-def out_projection(x, attended, gate, up, params):
+def out_projection(x: jax.Array | None, attended: jax.Array, gate: jax.Array | None,
+                   up: jax.Array | None, params: Mapping[str, jax.Array]):
   """x + attended @ attn_out + act(gate, up) @ ff_out; attended is [..., T, H, Dh]."""
   attn = project(attended, params["attn_out"], axes=2)
   return x + attn + project(activate(gate, up), params["ff_out"])
