@@ -1,4 +1,4 @@
-"""PaLM of any architecture in numpy and float64, as plain as can be: the oracle of the model's tests."""
+"""PaLM of any architecture in numpy and float64, as plain as can be: the model's oracle."""
 
 import math
 

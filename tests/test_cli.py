@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import os
 import shlex
@@ -200,12 +201,12 @@ def test_a_sample_ends_when_nobody_wants_more(trained, end):
 
 
 def test_a_backend_that_does_not_start_is_one_line(trained, tmp_path, capsys, monkeypatch):
-  def fail():
+  def fail(problem):
     raise problem
 
-  monkeypatch.setattr(distributed.jax, "devices", fail)
   for problem in (RuntimeError("Unable to initialize backend 'nope': it is not\nthere"),
                   AssertionError()):  # of a plugin that could not be loaded
+    monkeypatch.setattr(distributed.jax, "devices", functools.partial(fail, problem))
     for command in (["train", *TINY, "--out", tmp_path / "new"], ["generate", trained],
                     ["convert", "--to", "palm-jax", trained, "--out", tmp_path / "new"]):
       for wanted in ("nope", None):
@@ -278,7 +279,7 @@ TRAIN = ["train", *TINY]
     (["generate", "RUN", "--prompt", "a\udcff"], "cannot be encoded as UTF-8"),
     (["generate", "RUN", "--length", "0"], "length must be at least 1; got 0"),
     (["generate", "RUN", "--length", str(2 * 10**10)], "fewer than 2^31 positions; got 1 and 2000"),
-    (["generate", "RUN", "--length", str(2**31 - 300)], "out of memory (keys and values of 2147483"),
+    (["generate", "RUN", "--length", str(2**31 - 300)], "out of memory (keys and values of 21474"),
     (["generate", "RUN", "--length", "2e10"], "invalid int value: '2e10'"),
     (["generate", "RUN", "--seed", str(2**64)], "--seed must be from 0 to 2^32 - 1; got 1844"),
     (["generate", "RUN", "--seed", "-1"], "--seed must be from 0 to 2^32 - 1; got -1"),

@@ -283,10 +283,10 @@ def test_greedy_with_a_draft_is_greedy(config):
     end = n + list(text[n: n + 17]).index(eod) if eod in text[n: n + 17] else n + 17
     text[end:] = eod
   # Mostly wrong; always right.
-  for draft, draft_length, eod, want in ((DRAFT, 1, None, want), (config, 4, eod, ended)):
-    got = generate(params, config, prompt, 17, eod=eod, draft_length=draft_length,
+  for draft, draft_length, end_token, result in ((DRAFT, 1, None, want), (config, 4, eod, ended)):
+    got = generate(params, config, prompt, 17, eod=end_token, draft_length=draft_length,
                    draft=(sharper(make(draft)[1]), draft), **options)
-    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(got, result)
 
 
 @pytest.mark.full

@@ -147,7 +147,8 @@ def test_fine_tuning_starts_where_evaluation_says_and_resumes(model, tmp_path, m
 
 
 @pytest.mark.parametrize("changes", [
-    dict(kv_heads=2, window=5, global_every=2), pytest.param(dict(), marks=pytest.mark.full)], ids=str)
+    dict(kv_heads=2, window=5, global_every=2), pytest.param(dict(), marks=pytest.mark.full)],
+    ids=str)
 def test_adapters_begin_as_nothing_and_merge(changes):
   config = PaLMConfig(61, 64, 3, 4, 16, **changes)
   tokens = np.random.default_rng(0).integers(0, 61, (2, 9))

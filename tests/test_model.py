@@ -91,8 +91,8 @@ def test_options_match_numpy_and_finite_differences_in_float64(options):
           lambda at, x, sign=sign: x + sign * step if at == path else x, params)
           for sign in (1, -1)]
       slope = (loss(moved[0]) - loss(moved[1])) / 2
-      np.testing.assert_allclose((grad * step).sum(), slope, rtol=1e-4, atol=1e-9 * abs(slope) + 1e-8,
-                                 err_msg=str(path))
+      np.testing.assert_allclose((grad * step).sum(), slope, rtol=1e-4,
+                                 atol=1e-9 * abs(slope) + 1e-8, err_msg=str(path))
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -330,6 +330,7 @@ def test_lists_are_arrays():
   want = model.apply(params, np.array(tokens), np.array(tokens))
   np.testing.assert_array_equal(model.apply(params, tokens, tokens), want)
   np.testing.assert_allclose(jax.jit(model.apply)(params, tokens, tokens), want, rtol=1e-5)
-  for bad, message in (([[1, 2], [3]], "rectangular"), ([13], "token 13 is outside"), ([], "integers")):
+  for bad, message in (
+      ([[1, 2], [3]], "rectangular"), ([13], "token 13 is outside"), ([], "integers")):
     with pytest.raises(ValueError, match=message):
       model.apply(params, bad, bad)

@@ -1,4 +1,4 @@
-"""The planting of mistakes: where it changes the code, and that it never silently changes nothing."""
+"""The planting of mistakes: where it changes the code, never silently changing nothing."""
 
 import importlib.util
 import textwrap
@@ -78,8 +78,9 @@ def test_a_mistake_lasts_as_long_as_its_context(module, mistake, wrong):
   assert results(module, total) == (1, 4, 6, 1, 2)
   changed = {}
   exec(text(module.__file__, Mistake(*mistake)), changed)
-  assert results(type("module", (), {name: staticmethod(value) if name in ("clip", "total") else value
-                                     for name, value in changed.items()})) == wrong
+  members = {name: staticmethod(value) if name in ("clip", "total") else value
+             for name, value in changed.items()}
+  assert results(type("module", (), members)) == wrong
 
 
 @pytest.mark.parametrize("mistake, message", [

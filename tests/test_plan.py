@@ -275,7 +275,8 @@ def test_candidates_divide_chips_heads_and_batch():
 
 
 def test_a_sweep_ranks_what_fits_and_keeps_what_failed(monkeypatch):
-  outcomes = {"full": dict(fits=True, step_seconds=2.0), "attention": dict(fits=True, step_seconds=1.0),
+  outcomes = {"full": dict(fits=True, step_seconds=2.0),
+              "attention": dict(fits=True, step_seconds=1.0),
               "none": dict(fits=False, step_seconds=0.5)}
 
   def fake(config, machine, timeout):
@@ -285,8 +286,8 @@ def test_a_sweep_ranks_what_fits_and_keeps_what_failed(monkeypatch):
 
   monkeypatch.setattr(sys.modules["palm_haiku.plan.sweep"], "plan", fake)
   seen = []
-  tried = [plan.Candidate(mesh, remat) for mesh in ("data=1,fsdp=4,model=1", "data=1,fsdp=2,model=2")
-           for remat in outcomes]
+  meshes = "data=1,fsdp=4,model=1", "data=1,fsdp=2,model=2"
+  tried = [plan.Candidate(mesh, remat) for mesh in meshes for remat in outcomes]
   rows = plan.sweep(CONFIG, plan.Machine("v5e:2x2"), tried, on_row=seen.append)
   assert len(seen) == len(rows) == 6
   assert [row["remat"] for row in rows[:3]] == ["attention", "full", "none"]
@@ -315,7 +316,8 @@ def test_every_chip_that_is_planned_for_has_a_network():
 
 
 @pytest.mark.parametrize("written, shape", [
-    ("v5e:1", (1, 1)), ("v5e:2", (1, 2)), ("v6e:4", (2, 2)), ("v5e:8", (2, 4)), ("v5e:256", (16, 16)),
+    ("v5e:1", (1, 1)), ("v5e:2", (1, 2)), ("v6e:4", (2, 2)), ("v5e:8", (2, 4)),
+    ("v5e:256", (16, 16)),
     ("v5e:2x2", (2, 2)), ("v5p:1", (1, 1, 1)), ("v4:4", (2, 2, 1)), ("v5p:8", (2, 2, 2)),
     ("v4:16", (2, 2, 4)), ("v5p:2x2", (2, 2, 1)), ("v4:12x16x16", (12, 16, 16)), ("h200:8", (8,))])
 def test_topologies_may_be_numbers_of_chips(written, shape):

@@ -116,7 +116,8 @@ def test_damage_to_a_line_costs_no_other(tmp_path):
   lines = [json.dumps(row) for row in good]
   bad = ["null", "", "  ", "[]", "NaN", "7", '"step"', '{"step": 3, "lo{"step": 4, "loss": 1}',
          '{"step": null, "loss": 1.0}', '{"step": "3", "loss": 1.0}', '{"step": true, "loss": 1}',
-         '{"step": 3, "loss": null}', '{"step": -3, "loss": 1.0}', '{"step": 3}', "\x00\x00\x00", "\ufffd", "[" * 100_000]
+         '{"step": 3, "loss": null}', '{"step": -3, "loss": 1.0}', '{"step": 3}',
+         "\x00\x00\x00", "\ufffd", "[" * 100_000]
   lines[2:2] = bad
   path = tmp_path / "metrics.jsonl"
   path.write_text("\n".join(lines) + "\n")

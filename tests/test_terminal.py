@@ -11,8 +11,8 @@ import rich.table
 
 from palm_haiku import failures, terminal
 
-ODD = ["runs/[lr=3e-3] a", "[/old]/run", ":car: 5", "it's", pathlib.Path("-out"), "a\tb", "a\nb", "$HOME `x` \\",
-       "héλ", os.fsdecode(b"\xff[bold]"), "~/x"]
+ODD = ["runs/[lr=3e-3] a", "[/old]/run", ":car: 5", "it's", pathlib.Path("-out"), "a\tb", "a\nb",
+       "$HOME `x` \\", "héλ", os.fsdecode(b"\xff[bold]"), "~/x"]
 
 
 @pytest.mark.parametrize("console", [terminal.Console, rich.console.Console])
@@ -81,15 +81,15 @@ def test_warnings_are_lines(capsys):
 
 
 @pytest.mark.parametrize("count, text", [
-    (0, "0 B"), (1000, "1,000 B"), (4512, "4.41 KiB"), (2**20, "1.00 MiB"), (1.5 * 2**30, "1.50 GiB"),
-    (2**52, "4,096.00 TiB")])
+    (0, "0 B"), (1000, "1,000 B"), (4512, "4.41 KiB"), (2**20, "1.00 MiB"),
+    (1.5 * 2**30, "1.50 GiB"), (2**52, "4,096.00 TiB")])
 def test_sizes_have_a_unit_that_shows_them(count, text):
   assert terminal.size(count) == text
 
 
 @pytest.mark.parametrize("error, command, message", [
     (MemoryError(), "train", "out of memory .Python has none left.: --accumulate, --remat full"),
-    (MemoryError("std::bad_alloc"), "convert", "out of memory .std::bad_alloc.: it needs a machine"),
+    (MemoryError("std::bad_alloc"), "convert", "out of memory .std::bad_alloc.: it needs a mach"),
     (RuntimeError("INTERNAL: Out of memory allocating 16 bytes."), "generate", "--weights int8"),
     (RuntimeError("RESOURCE_EXHAUSTED: x\ny"), "plan", "out of memory .RESOURCE_EXHAUSTED: x y.:"),
     (OSError(12, "Cannot allocate memory"), "train", "out of memory"),

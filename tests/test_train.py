@@ -78,7 +78,8 @@ def test_a_short_training(long):
   # Another resume has nothing to do and says how it went.
   again, _ = run(config, out, resume=True)
   assert again == result and losses(out) == [
-      {k: v for k, v in row.items() if k not in ("tokens_per_second", "memory_bytes")} for row in rows]
+      {k: v for k, v in row.items() if k not in ("tokens_per_second", "memory_bytes")}
+      for row in rows]
 
 
 def test_steps_that_are_logged_and_evaluated(whole):
@@ -226,11 +227,11 @@ def test_settings_are_there_before_the_first_step(config, tmp_path, monkeypatch)
     raise PowerCut
 
   monkeypatch.setattr(train._Run, "_batch", die)
-  for config in (config, dataclasses.replace(config, seed=1)):
+  for now in (config, dataclasses.replace(config, seed=1)):
     with pytest.raises(PowerCut):
-      run(config, tmp_path, resume=True)
-    assert json.loads((tmp_path / "config.json").read_text()) == dataclasses.asdict(config)
-    assert rundir.RunDirectory(tmp_path).settings() == {"config": dataclasses.asdict(config)}
+      run(now, tmp_path, resume=True)
+    assert json.loads((tmp_path / "config.json").read_text()) == dataclasses.asdict(now)
+    assert rundir.RunDirectory(tmp_path).settings() == {"config": dataclasses.asdict(now)}
 
 
 def refuse(config, out, message, resume=False):

@@ -136,7 +136,8 @@ def test_the_loss_counts_the_tokens_of_a_device():
 @pytest.mark.parametrize("implementation, platform, kind", [
     ("mosaic_tpu", "tpu", "TPU v5 lite"), ("mosaic_gpu", "gpu", "NVIDIA H200"),
     ("triton", "gpu", "NVIDIA A100")])
-def test_kernels_are_built_where_numbers_have_64_bits(op, arguments, implementation, platform, kind):
+def test_kernels_are_built_where_numbers_have_64_bits(
+    op, arguments, implementation, platform, kind):
   if implementation == "triton" and (trouble := triton_call.problem()):
     pytest.skip(f"needs {trouble}")
   arrays = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16), arguments,

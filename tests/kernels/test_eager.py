@@ -42,7 +42,8 @@ def calls():
   x, query, params = array(1, 70, 8), array(1, 70, 2, 4), weights()
   mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
   heads = jax.NamedSharding(mesh, jax.P(None, None, "model"))
-  slopes, ids, targets = kernels.alibi_slopes(2), np.zeros((1, 70), np.int64), np.zeros((1, 70), int)
+  slopes, ids = kernels.alibi_slopes(2), np.zeros((1, 70), np.int64)
+  targets = np.zeros((1, 70), int)
   cache = array(1, 90, 1, 4)
   attend = lambda q: kernels.flash_attention(q, q, q, alibi_slopes=slopes, segment_ids=ids)
   loss = lambda x: kernels.linear_cross_entropy(x, params["norm"][None], targets)[0]

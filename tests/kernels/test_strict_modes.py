@@ -84,7 +84,7 @@ def test_any_other_dimension_is_exported():
   export.export(jax.jit(attend))(array(a, 70, b, c), array(a, 20, 1, c))
   loss = lambda x, e, t: kernels.linear_cross_entropy(x, e, t)[0]
   program = export.export(jax.jit(loss))(array(a, c), array(b, c), array(a, dtype="int32"))
-  arrays = jax.random.normal(jax.random.key(0), (5, 8)), jax.random.normal(jax.random.key(1), (9, 8))
+  arrays = [jax.random.normal(jax.random.key(i), (n, 8)) for i, n in enumerate((5, 9))]
   targets = jnp.arange(5)
   assert jnp.allclose(program.call(*arrays, targets), loss(*arrays, targets), rtol=1e-5)
 
@@ -108,7 +108,8 @@ def test_slopes_in_a_list_and_a_traced_scale_on_a_mesh():
       q = jax.device_put(query, NamedSharding(mesh, P("data", None, "model")))
       k = jax.device_put(key, NamedSharding(mesh, P("data")))
       jax.eval_shape(f, q, k, jnp.float32(0.1))
-      x, e = (jax.device_put(jnp.ones(s), NamedSharding(mesh, P("data"))) for s in ((2, 4, 8), (6, 8)))
+      x, e = (jax.device_put(jnp.ones(s), NamedSharding(mesh, P("data")))
+              for s in ((2, 4, 8), (6, 8)))
       jax.eval_shape(lambda x, e, s: kernels.linear_cross_entropy(
           x, e, jnp.zeros((2, 4), int), scale=s), x, e, jnp.float32(0.1))
 

@@ -131,7 +131,8 @@ def test_narrow_targets(dtype, vocabulary):
 
 def test_logits_do_not_exist():
   shapes = (jax.ShapeDtypeStruct((4096, 64), jnp.bfloat16),
-            jax.ShapeDtypeStruct((32_000, 64), jnp.float32), jax.ShapeDtypeStruct((4096,), jnp.int32))
+            jax.ShapeDtypeStruct((32_000, 64), jnp.float32),
+            jax.ShapeDtypeStruct((4096,), jnp.int32))
   compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*shapes).compile()
   logits = 4096 * 32_000 * 4
   assert compiled.memory_analysis().temp_size_in_bytes < logits / 5

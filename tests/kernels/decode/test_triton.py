@@ -78,7 +78,8 @@ def test_fuzz(case, keys, per_row):
     Case(lengths=(1999, 3), max_len=2000, heads=3, num_queries=4, dim_head=256),
     Case(lengths=(1500,), max_len=1500, heads=8, kv_heads=2, dim_head=32, int8=True),
     Case(lengths=(900, 70), max_len=900, heads=48, num_queries=3),  # 144 rows: two tiles
-    Case(lengths=(900, 70), max_len=900, heads=2, dtype="float32", shared=True, scale=0.0)], ids=str)
+    Case(lengths=(900, 70), max_len=900, heads=2, dtype="float32", shared=True, scale=0.0)],
+    ids=str)
 def test_the_block_sizes_of_the_table(case, chip):
   check(case, None, splits.POSITIONS_PER_ROW, chip=chip)
 

@@ -268,7 +268,8 @@ def test_a_policy_chooses_what_runs_again(plain, monkeypatch):
 
 def test_policies_name_the_same_in_the_xla_path(capsys):
   x, params, options = problem({})
-  shapes = dict(query="[4,6,4,8]", key="[4,6,1,8]", value="[4,6,1,8]", gate="[4,6,64]", up="[4,6,64]")
+  shapes = dict(query="[4,6,4,8]", key="[4,6,1,8]", value="[4,6,1,8]", gate="[4,6,64]",
+                up="[4,6,64]")
 
   def kept(*names):
     policy = jax.checkpoint_policies.save_only_these_names(*(f"block_{name}" for name in names))

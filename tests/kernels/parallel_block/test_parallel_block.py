@@ -164,7 +164,8 @@ def test_xpos_decays_with_distance_alone():
     (dict(attn_out=(3, 4, 11)), r"params\['attn_out'\] must be \(3, 4, 12\)"),
     (dict(gate=(12,)), r"\['gate'\] must be"),
     (dict(gate=(12, 0), up=(12, 0), ff_out=(0, 12)), "none of them 0"),
-    (dict(query=(12, 3, 5), key=(12, 5), value=(12, 5), attn_out=(3, 5, 12)), "must be even; got 5"),
+    (dict(query=(12, 3, 5), key=(12, 5), value=(12, 5), attn_out=(3, 5, 12)),
+     "must be even; got 5"),
 ])
 def test_weights_that_do_not_fit_are_named(change, message):
   params = random_params(PaLMConfig(10, 12, 1, 3, 4))
@@ -187,7 +188,8 @@ def test_weights_that_do_not_fit_are_named(change, message):
     (jnp.zeros((5, 12)), dict(kv_cache=(jnp.zeros((5, 4)),)), r"must be \(keys, values\)"),
     (jnp.zeros((5, 12)), dict(kv_cache=(jnp.zeros((4, 4)),) * 2), "S of at least 5"),
     (jnp.zeros((5, 12)), dict(kv_cache=(jnp.zeros((9, 3)),) * 2), r"\['S', 4\]"),
-    (jnp.zeros((5, 12)), dict(kv_cache=(jnp.zeros((9, 4), jnp.int8),) * 2), "floating point; got int8"),
+    (jnp.zeros((5, 12)), dict(kv_cache=(jnp.zeros((9, 4), jnp.int8),) * 2),
+     "floating point; got int8"),
     (jnp.zeros((5, 12)), dict(kv_cache=(jnp.zeros((9, 4)),) * 2, query_offset=5),
      "rows 5 to 9 are not all in the cache of 9"),
     (jnp.zeros((5, 12)), dict(kv_cache=(jnp.zeros((9, 4)),) * 2, query_offset=jnp.asarray(-1)),
@@ -205,7 +207,8 @@ def test_other_bad_input_is_named(monkeypatch, x, options, message):
 def test_weights_of_integers_are_refused():
   params = random_params(PaLMConfig(10, 12, 1, 3, 4))
   with pytest.raises(ValueError, match=r"params\['up'\] must be floating point; got int32"):
-    parallel_attention_ffn(jnp.zeros((5, 12)), params | dict(up=np.zeros_like(params["up"], "int32")))
+    up = np.zeros_like(params["up"], "int32")
+    parallel_attention_ffn(jnp.zeros((5, 12)), params | dict(up=up))
 
 
 def test_the_op_is_what_the_module_calls():
@@ -227,7 +230,8 @@ def test_parts_of_a_layer_that_no_kernel_has_take_xla(chip, backend, changes, re
   layer = hk.transform(lambda: ParallelBlock(config).params())
   params, = jax.eval_shape(layer.init, jax.random.key(0)).values()
   array = lambda *shape: jax.ShapeDtypeStruct((1, 2048, *shape), jnp.bfloat16)
-  block = functools.partial(kernels.explain, "parallel_attention_ffn", array(4096), params, chip=chip)
+  block = functools.partial(
+      kernels.explain, "parallel_attention_ffn", array(4096), params, chip=chip)
   assert block().implementation == "xla"
   with pytest.raises(ValueError, match=f"{backend} needs {reason}"):
     block(implementation=backend)
