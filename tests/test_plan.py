@@ -298,14 +298,12 @@ def test_a_sweep_ranks_what_fits_and_keeps_what_failed(monkeypatch):
 @needs_libtpu
 def test_a_small_sweep(capsys, tmp_path):
   argv = ["plan", *TINY, "--topology", "v5e:2x2", "--batch-size", "8", "--sweep", "--remat", "full",
-          "--limit", "2", "--plot", str(tmp_path / "sweep.png")]
+          "--limit", "1", "--plot", str(tmp_path / "sweep.png")]
   assert cli.main([*argv, "--json"]) == 0
   found = json.loads(capsys.readouterr().out)
-  assert {row["mesh"] for row in found["rows"]} == {"data=1,fsdp=4,model=1",
-                                                    "data=1,fsdp=2,model=2"}
-  assert found["left_out"] == 4 and found["best"]["mesh"] == found["rows"][0]["mesh"]
-  assert all(row["error"] is None and row["fits"] for row in found["rows"])
-  assert found["rows"][0]["step_seconds"] <= found["rows"][1]["step_seconds"]
+  row, = found["rows"]
+  assert row["mesh"] == "data=1,fsdp=4,model=1" and found["best"]["mesh"] == row["mesh"]
+  assert found["left_out"] == 5 and row["error"] is None and row["fits"]
   assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
 
 
