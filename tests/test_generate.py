@@ -270,21 +270,20 @@ def test_texts_have_the_probability_that_the_model_gives_them(options, draft):
   check_the_distribution_of_texts(draft, **options)
 
 
-@LITE_FIRST
-def test_greedy_with_a_draft_is_greedy(config):
-  params = sharper(make(config)[1])
+def test_greedy_with_a_draft_is_greedy():
+  params = sharper(make(LITE)[1])
   prompt = np.random.default_rng(1).integers(0, 11, (2, 3, 6))
   lengths = np.array([[1, 6, 2], [3, 5, 4]])
   options = dict(prompt_lengths=lengths, temperature=0)
-  want = np.asarray(generate(params, config, prompt, 17, **options))
+  want = np.asarray(generate(params, LITE, prompt, 17, **options))
   eod = int(want[0, 0, 5])
   ended = want.copy()
   for text, n in zip(ended.reshape(-1, 23), lengths.ravel()):
     end = n + list(text[n: n + 17]).index(eod) if eod in text[n: n + 17] else n + 17
     text[end:] = eod
   # Mostly wrong; always right.
-  for draft, draft_length, end_token, result in ((DRAFT, 1, None, want), (config, 4, eod, ended)):
-    got = generate(params, config, prompt, 17, eod=end_token, draft_length=draft_length,
+  for draft, draft_length, end_token, result in ((DRAFT, 1, None, want), (LITE, 4, eod, ended)):
+    got = generate(params, LITE, prompt, 17, eod=end_token, draft_length=draft_length,
                    draft=(sharper(make(draft)[1]), draft), **options)
     np.testing.assert_array_equal(got, result)
 
@@ -299,13 +298,12 @@ def test_tokens_with_a_draft_are_streamed_in_order():
 
 
 @pytest.mark.full
-def test_64_bit_mode_changes_no_token():
-  draw = lambda: np.asarray(generate(
-      sharper(make(CONFIG)[1]), CONFIG, np.array([1, 2, 3]), 9, temperature=0, eod=0,
-      draft=(make(DRAFT)[1], DRAFT)))
+def test_64_bit_mode_and_a_draft_change_no_token():
+  draw = lambda **options: np.asarray(generate(
+      sharper(make(CONFIG)[1]), CONFIG, np.array([1, 2, 3]), 9, temperature=0, eod=0, **options))
   want = draw()
   with jax.enable_x64(True):
-    np.testing.assert_array_equal(draw(), want)
+    np.testing.assert_array_equal(draw(draft=(make(DRAFT)[1], DRAFT)), want)
 
 
 @pytest.mark.parametrize("config, dtype, cache_dtype, weights, tolerance", [

@@ -165,27 +165,25 @@ def test_killed_and_resumed_is_undisturbed(long, tmp_path):
   assert losses(out) == losses(undisturbed)
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.full), signal.SIGTERM])
-def test_interrupted_and_resumed_is_undisturbed(long, tmp_path, monkeypatch, number):
+def test_interrupted_and_resumed_is_undisturbed(long, tmp_path, monkeypatch):
   config, undisturbed, *_ = long
   out = tmp_path / "out"
-  progress = random.Random(number).randrange(20, 120)
-  write = runlog.RunLog.write
+  write, last = runlog.RunLog.write, 0
+  for number, progress in ((signal.SIGTERM, 37), (signal.SIGINT, 101)):
+    def write_and_signal(self, row):
+      write(self, row)
+      if row["step"] == progress:
+        signal.raise_signal(number)
 
-  def write_and_signal(self, row):
-    write(self, row)
-    if row["step"] == progress:
-      signal.raise_signal(number)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(runlog.RunLog, "write", write_and_signal)
-    result, _ = run(config, out)
-  steps = checkpoint.Checkpoints(out / "checkpoints").steps()
-  assert result.interrupted_by == number and progress <= result.step < 150
-  assert steps[-1] == losses(out)[-1]["step"] == result.step
+    with monkeypatch.context() as patch:
+      patch.setattr(runlog.RunLog, "write", write_and_signal)
+      result, text = run(config, out, resume=bool(last))
+    assert not last or f"resuming from step {last}" in text
+    last = checkpoint.Checkpoints(out / "checkpoints").steps()[-1]
+    assert result.interrupted_by == number and progress <= result.step < 150
+    assert last == losses(out)[-1]["step"] == result.step
   result, text = run(config, out, resume=True)
-  assert result.step == 150 and f"resuming from step {steps[-1]}" in text
+  assert result.step == 150 and f"resuming from step {last}" in text
   assert losses(out) == losses(undisturbed)
 
 
