@@ -70,6 +70,8 @@ class Shape:
     return (weights + stream + (2 * weights + 1.5 * stream if backward else 0)) * itemsize
 
 
+# Positions and norms, as a model has them by default.
+OPTIONS = dict(norm_eps=1e-5, rope_theta=10_000.0, xpos_scale_base=None)
 STEPS = ("layer", "in_projection", "out_projection")
 ARCHITECTURES = {"palm": dict(norm="layer", rotary=True),
                  "palm-lite": dict(norm="rms", rotary=False)}
@@ -196,7 +198,7 @@ def _layer(name, shape, options, x, weights):
   slopes = None if options["rotary"] else jnp.asarray(kernels.alibi_slopes(shape.heads))
   if name in ("xla+attention", "xla+cudnn"):
     query, key, value, gate, up = xla.in_projection(
-        x, weights, jnp.arange(shape.length), norm_eps=1e-5, xpos_scale_base=None, **options)
+        x, weights, jnp.arange(shape.length), **OPTIONS, **options)
     if name == "xla+cudnn":
       attended = peers.cudnn(query, key, value, alibi=slopes is not None)
     else:
@@ -210,7 +212,7 @@ def _layer(name, shape, options, x, weights):
 def _first_step(name, shape, options, chip, x, weights, backward):
   if name in ("xla", "xla+tokamax"):
     query, key, value, gate, up = xla.in_projection(
-        x, weights, jnp.arange(shape.length), norm_eps=1e-5, xpos_scale_base=None, **options)
+        x, weights, jnp.arange(shape.length), **OPTIONS, **options)
     made = dict(query=query, key=key[..., 0, :])
     if "value" in weights:
       made["value"] = value[..., 0, :]

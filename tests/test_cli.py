@@ -233,7 +233,7 @@ def test_printed_commands_can_be_pasted(text, tmp_path, capsys, monkeypatch):
     status, out, err = call(capsys, "train", *TINY, "--steps", 1, "--data", text, *argument)
     assert status == 0, err
     command = shlex.split(next(line for line in out.splitlines() if line.startswith("sample")))
-    assert command[1:3] == ["palm-haiku", "generate"]
+    assert command[1:3] == shlex.split(cli.typed("generate"))
     status, out, err = call(capsys, *command[2:-1], "To", "--length", 2)
     assert status == 0 and out.startswith("To"), err
 

@@ -89,7 +89,7 @@ def test_a_run_is_its_restatement(tmp_path, monkeypatch):
   assert [row.get("tokens_per_second") for row in rows] == [None] + [8 * 16] * 4
   metadata = checkpoint.Checkpoints(tmp_path / "out" / "checkpoints").metadata(5)
   assert metadata == {"config": dataclasses.asdict(config), "step": 5,
-                      "data_fingerprint": corpus.fingerprint}
+                      "data_fingerprint": corpus.fingerprint, "tokenizer_fingerprint": "bytes"}
   for row, want in zip(rows, restated(config, corpus.train, corpus.eval, batches), strict=True):
     assert ("eval_loss" in row) == (row["step"] in (2, 4, 5))
     for name, x in want.items():
