@@ -45,7 +45,7 @@ def program(*, step, shape, implementation, chip, norm="layer", rotary=True, val
   if step == "in_projection":
     rotation = (array(tokens, dim_head // 2, dtype="float32"),) * 2 if rotary else None
 
-    def function(x, params, rotation):
+    def projections(x, params, rotation):
       if own:
         return mosaic_tpu.in_projection(
             x, params, rotation, norm=norm, eps=1e-5, keep=keep, chip=chip)
@@ -54,7 +54,7 @@ def program(*, step, shape, implementation, chip, norm="layer", rotary=True, val
           xpos_scale_base=None)
       return query, key, value, jax.nn.silu(gate) * up, *((gate, up) if keep else ())
 
-    return function, (x, params, rotation)
+    return projections, (x, params, rotation)
   if step == "out_projection":
     if own:
       function = lambda *a: mosaic_tpu.out_projection(*a, chip=chip)
@@ -63,10 +63,10 @@ def program(*, step, shape, implementation, chip, norm="layer", rotary=True, val
           x + steps.project(attended, attn_out, axes=2) + steps.project(act, ff_out))
     return function, (x, attended, act, params["attn_out"], params["ff_out"])
   if step == "swiglu_gradient":
-    def plain(dy, gate, up, ff_out):
+    def plain_swiglu(dy, gate, up, ff_out):
       act, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
       return *pull(dy @ ff_out.T), act
-    function = (lambda *a: mosaic_tpu.swiglu_gradient(*a, chip=chip)) if own else plain
+    function = (lambda *a: mosaic_tpu.swiglu_gradient(*a, chip=chip)) if own else plain_swiglu
     return function, (x, act, act, params["ff_out"])
 
   def plain(dquery, dkey, dvalue, dgate, dup, params):

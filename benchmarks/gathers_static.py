@@ -58,7 +58,7 @@ def compiled(target, mesh, shape, *, implementation, layers, unroll, backward, o
     function = jax.jit(jax.grad(total), out_shardings=jax.tree.map(lambda x: x.sharding, weights))
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     lowered = function.trace(weights, x).lower(lowering_platforms=("tpu",))
-  return lowered.compile(compiler_options=options).as_text()
+  return lowered.compile(compiler_options=options).as_text() or ""
 
 
 def rows(text: str) -> list[dict]:

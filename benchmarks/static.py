@@ -252,7 +252,8 @@ def mask_rows(about: dict, report: aot.Report) -> list[dict]:
       for core in range(plan.cores):
         steps = attention_steps.steps(plan, shape, report.target, backward, met, mask, core=core)
         # The loop over the steps of a block of rows mostly says its trips, but not always.
-        around = dataclasses.replace(steps, inner=[plan.steps, *steps.inner])
+        inner = steps.inner  # a list of `attention_steps`
+        around = dataclasses.replace(steps, inner=[plan.steps, *inner])  # pyright: ignore[reportGeneralTypeIssues]
         fits = kernel.schedule.set_runs(steps) or kernel.schedule.set_runs(around)
         found.append(kernel.cycles * kernel.calls if fits else math.nan)
       return max(found)

@@ -88,7 +88,7 @@ class PalmJax:
   def __init__(self, shape: Shape, num_tokens: int = 256):
     import jax
     import optax
-    from palm_jax.palm_lite import PaLM
+    from palm_jax.palm_lite import PaLM  # pyright: ignore[reportMissingImports]
 
     from palm_haiku import optim
 
@@ -121,7 +121,7 @@ class PalmJax:
 
   def sample(self, state, prompt, length, key):
     import jax
-    from palm_jax.utils import sample
+    from palm_jax.utils import sample  # pyright: ignore[reportMissingImports]
     model = jax.tree.unflatten(self._tree, state[0])
     return sample(key, model, prompt, len(prompt) + length, top_k=25)
 

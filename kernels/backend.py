@@ -5,6 +5,7 @@ import types
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.core
 
 from . import compat, mesh
 from .core import chips

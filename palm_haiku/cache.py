@@ -67,14 +67,14 @@ def fill(stored, rows: tuple[jax.Array, ...], lengths: jax.Array, *, window: int
       a query comes to its position.
     window: of the layer; None for all positions.
   """
-  axis, rows = lengths.ndim, _in_form(stored, rows)
-  size, length = (jax.tree.leaves(x)[0].shape[axis] for x in (stored, rows))
+  axis, formed = lengths.ndim, _in_form(stored, rows)
+  size, length = (jax.tree.leaves(x)[0].shape[axis] for x in (stored, formed))
   if window is not None and length > size:
     last = lengths[..., None] - 1
     newest = last - (last - jnp.arange(size)) % size  # position of each slot of the ring
-    return _take(rows, jnp.maximum(newest, 0))
+    return _take(formed, jnp.maximum(newest, 0))
   return jax.tree.map(lambda old, new: _write(old, new, jnp.zeros((), jnp.int32), axis),
-                      stored, rows)
+                      stored, formed)
 
 
 def extend(stored, rows: tuple[jax.Array, ...], length: jax.Array, *, axis: int, window: int | None,

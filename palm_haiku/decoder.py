@@ -6,6 +6,7 @@ matrix: 1.3 times the tokens a second on a CPU (dim 512, depth 8, batches of 1 a
 """
 
 import itertools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -40,8 +41,8 @@ class Weights(NamedTuple):
   layers: tuple[Layer, ...]
 
 
-def prepare(params: chex.ArrayTree, config: PaLMConfig, dtype: DTypeLike = jnp.float32,
-            weights: str | None = None, prefix: str | None = None) -> Weights:
+def prepare(params: Mapping[str, chex.ArrayTree], config: PaLMConfig,
+            dtype: DTypeLike = jnp.float32, weights: str | None = None, prefix: str | None = None) -> Weights:
   """Weights for generation.
 
   Args:

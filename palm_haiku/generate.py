@@ -19,7 +19,7 @@ from palm_haiku.model import palm_params
 from palm_haiku.sampling import log_probabilities, sample
 
 
-def generate(params: Any, config: PaLMConfig, prompt: ArrayLike, length: int, *,
+def generate(params: Any, config: PaLMConfig, prompt: ArrayLike | list[Any], length: int, *,
              prompt_lengths: ArrayLike | None = None, key: chex.PRNGKey | None = None,
              temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
              eod: int | None = None, dtype: DTypeLike = jnp.float32, weights: str | None = None,

@@ -19,7 +19,7 @@ def peak(device: jax.Device) -> int | None:  # pyright: ignore[reportInvalidType
   return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def total(device: jax.Device) -> int | None:
+def total(device: jax.Device) -> int | None:  # pyright: ignore[reportInvalidTypeForm]
   """The bytes that a device has; on a CPU, this machine."""
   if device.platform != "cpu":
     return (device.memory_stats() or {}).get("bytes_limit")

@@ -44,8 +44,8 @@ def continuation(target: Model, draft: Model, prompt: jax.Array, caches, lengths
 
   def tell(tokens, n):
     for token in tokens[:n]:
+      assert on_token
       on_token(token)
-
 
   def prefill(model, cache):
     return model.run(prompt, cache, fresh=True, prompt_lengths=lengths)

@@ -82,7 +82,7 @@ def _mutate(source: str, mistake: Mistake) -> tuple[ast.Module, set[str]]:
       return replacements.get(node, node)
 
   qualnames = {_outermost_function(tree, statement) for statement in marked}
-  return ast.fix_missing_locations(Plant().visit(tree)), qualnames
+  return ast.fix_missing_locations(Plant().visit(tree)), qualnames  # pyright: ignore[reportReturnType]
 
 
 def _marked(tree: ast.Module, source: str) -> dict[str, list[ast.stmt]]:
@@ -107,7 +107,7 @@ def _marked(tree: ast.Module, source: str) -> dict[str, list[ast.stmt]]:
 
 def _header_end(statement: ast.stmt) -> int:
   body = getattr(statement, "body", None)
-  return max(statement.lineno, body[0].lineno - 1) if body else statement.end_lineno
+  return max(statement.lineno, body[0].lineno - 1) if body else statement.end_lineno or 0
 
 
 def _replacement(statement: ast.stmt, mistake: Mistake) -> list[ast.stmt]:

@@ -82,7 +82,7 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: 
       result=vmem((2, rows, dim), query.dtype),
       fetched=pltpu.SemaphoreType.DMA((plan.slots, len(streams))),
       written=pltpu.SemaphoreType.DMA((2,)))
-  outputs = dict(out=((plan.sequences, rows, dim), query.dtype))
+  outputs: dict[str, Any] = dict(out=((plan.sequences, rows, dim), query.dtype))
   if plan.cores > 1:
     piece = rows, round_up(dim, LANES) + LANES
     outputs["pieces"] = (plan.cores, *piece), f32

@@ -4,6 +4,9 @@ The query heads of one key/value head are rows of one matrix: row r = i * group 
 head g.
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
@@ -24,7 +27,7 @@ def pack(x, kv_heads):
   return x.reshape(batch * kv_heads, length * group, 1, dim)
 
 
-def pad_rows(*arrays):
+def pad_rows(*arrays: jax.Array | None) -> tuple[Any, ...]:
   """The arrays [B, rows, ...] or None with zeros after the last row, for copies."""
   return tuple(None if x is None else tiles.pad_rows(x, axis=1) for x in arrays)
 

@@ -23,6 +23,7 @@ def _call(original, *args, **params):
   function = params["callback"].callback_func
   while isinstance(function, functools.partial):
     function = function.func
-  if not getattr(function, "__module__", "").startswith(("jax._src.pallas.", __package__)):
+  own = "jax._src.pallas.", __package__ or ""
+  if not getattr(function, "__module__", "").startswith(own):
     return original(*args, **params)
   return jax.tree.map(np.asarray, params["callback"](*map(np.array, args)))

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, shared_memory
@@ -33,7 +34,7 @@ def product_onto(start: jax.Array, a, b) -> jax.Array:
     plgpu.wgmma(acc, a, b)
     return acc[...]
 
-  return start + pl.run_scoped(run, plgpu.ACC(start.shape, jnp.float32))
+  return start + pl.run_scoped(run, plgpu.ACC(start.shape, jnp.float32))  # pyright: ignore[reportArgumentType]
 
 
 @functools.cache
@@ -80,5 +81,6 @@ def _wgmma(of_refs, *, a_allocation_key_as_array, acc_allocation_key_as_array,
   key, access = _access(acc_allocation_key_as_array, acc_transforms)
   acc = read(key, access)
   memory.store_buffer_content(
-      key, access, acc + np.matmul(a, b, dtype=acc.dtype), thread, logging_info=info)
+      key, access, acc + np.matmul(a, b, dtype=acc.dtype),  # pyright: ignore[reportArgumentType]
+      thread, logging_info=info)
   return rest["token"]

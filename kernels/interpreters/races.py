@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from jax._src.pallas.mosaic.interpret import race_detection_state
 
@@ -14,7 +15,8 @@ def watch(reset: Callable[[], None]) -> None:
   """Counts the races of an interpreter, whose state `reset` forgets."""
   if not _resets:
     # 0.11 prints a race and keeps the news until the next kernel; 0.12 raises.
-    race_detection_state.RaceDetectionState.races_found = property(
+    state: Any = race_detection_state.RaceDetectionState
+    state.races_found = property(
         lambda self: bool(_found), lambda self, found: _found.append(True) if found else None)
   _resets.append(reset)
   reset()

@@ -68,6 +68,7 @@ def _ask(*request):
           # -P: this folder is not searched for `triton`.
           [sys.executable, "-P", str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
           env=os.environ | dict(TRITON_INTERPRET="1", OPENBLAS_NUM_THREADS="1"))
+    assert _worker.stdin and _worker.stdout
     alarm = threading.Timer(TIMEOUT, _worker.kill)
     alarm.start()
     try:

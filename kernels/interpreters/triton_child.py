@@ -66,7 +66,7 @@ class _View:
   """Becomes the array that it is set to."""
 
   def set_(self, array, *_):
-    self.__class__ = _Array
+    self.__class__ = _Array  # pyright: ignore[reportAttributeAccessIssue]
     self.__dict__ = array.__dict__
 
 
@@ -135,7 +135,7 @@ def _serve():
   import importlib.util
 
   import ml_dtypes  # noqa: F401  (names bfloat16 to numpy)
-  from triton import language as tl
+  from triton import language as tl  # pyright: ignore[reportAttributeAccessIssue]
   from triton.runtime import interpreter
 
   _teach_bfloat16(interpreter, tl)
@@ -148,6 +148,7 @@ def _serve():
     copy = Path(tempfile.mkdtemp()) / Path(path).name
     copy.write_text(text)
     spec = importlib.util.spec_from_file_location(f"kernels{load.cache_info().misses}", copy)
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -88,14 +88,15 @@ def test_a_family_fits_in_its_shared_memory():
 
 def test_every_op_has_block_sizes_for_every_chip():
   for name in chips.GPUS:
-    attention.triton(name, 128), cross_entropy.triton(name, 2), parallel_block.triton(name, 2, 512)
-    decode.triton(name, 128, 16, np.dtype("float16"))
+    assert attention.triton(name, 128) and cross_entropy.triton(name, 2)
+    assert parallel_block.triton(name, 2, 512)
+    assert decode.triton(name, 128, 16, np.dtype("float16"))
   for name in chips.HOPPER:
-    attention.mosaic_gpu(name, 128), cross_entropy.mosaic_gpu(name)
-    parallel_block.mosaic_gpu(name), decode.mosaic_gpu(name, 128, 2)
+    assert attention.mosaic_gpu(name, 128) and cross_entropy.mosaic_gpu(name)
+    assert parallel_block.mosaic_gpu(name) and decode.mosaic_gpu(name, 128, 2)
   for name in chips.TPUS:
-    attention.mosaic_tpu(name, 128), cross_entropy.mosaic_tpu(name)
-    parallel_block.mosaic_tpu(name), decode.mosaic_tpu(name, 2, 128)
+    assert attention.mosaic_tpu(name, 128) and cross_entropy.mosaic_tpu(name)
+    assert parallel_block.mosaic_tpu(name) and decode.mosaic_tpu(name, 2, 128)
 
 
 def test_a_new_chip_is_an_entry_and_the_block_sizes_that_it_has(monkeypatch):
