@@ -77,7 +77,7 @@ def fill(stored, rows: tuple[jax.Array, ...], lengths: jax.Array, *, window: int
                       stored, formed)
 
 
-def extend(stored, rows: tuple[jax.Array, ...], length: jax.Array, *, axis: int, window: int | None,
+def extend(stored, rows: tuple[Any, ...], length: jax.Array, *, axis: int, window: int | None,
            by_position: bool):
   """A layer's cache with rows added, and what their queries attend to.
 

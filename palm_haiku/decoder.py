@@ -42,7 +42,8 @@ class Weights(NamedTuple):
 
 
 def prepare(params: Mapping[str, chex.ArrayTree], config: PaLMConfig,
-            dtype: DTypeLike = jnp.float32, weights: str | None = None, prefix: str | None = None) -> Weights:
+            dtype: DTypeLike = jnp.float32, weights: str | None = None,
+            prefix: str | None = None) -> Weights:
   """Weights for generation.
 
   Args:

@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
