@@ -144,7 +144,7 @@ MUTANTS = {
     "slopes": (layout, "row_slopes", of_another_head),
     "skipped block": (masking, "visible_chunks", shortened),
     "block without its mask": (masking, "visible_chunks", without_a_mask_there),
-    "stale accumulator": (layout, "clear", nothing)}
+    "stale accumulator": (mosaic_tpu, "clear", nothing)}
 
 
 @pytest.mark.parametrize("mutant", [
