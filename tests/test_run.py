@@ -228,6 +228,7 @@ def test_batches_up_to_the_spike_are_left_out(spike, end):
   whole = part_of_a_run(
       TrainConfig(model=MODEL, skip_batches="7:10"),
       checkpoints=types.SimpleNamespace(forget_after=forgotten.append))
+  whole.state = "before"
   whole._restore = lambda step: restored.append(step) or "state"
   whole._go_back(300, spike - 3, 9.0, None)
   assert whole.config.skip_batches == f"7:10,303:{end}" and whole.state == "state"
