@@ -5,6 +5,7 @@ which begins as zero. Only A and B are trained. They are parameters of the layer
 "query_lora_a", "query_lora_b" and so on.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,14 +25,12 @@ def adapted(params: Mapping[str, jax.Array], rank: int, stack: tuple[int, ...]):
     params: of one layer, or of layers stacked along `stack`.
   """
   out = dict(params)
-  for name in IN_DIMS.keys() & params.keys():
+  # In a fixed order: each parameter draws the next key of the seed, in every process the same.
+  for name in (name for name in IN_DIMS if name in params):
     shape = params[name].shape[len(stack):]
     in_dims, out_dims = shape[:IN_DIMS[name]], shape[IN_DIMS[name]:]
-    fan_in = 1
-    for size in in_dims:
-      fan_in *= size
     a = hk.get_parameter(name + _A, (*stack, *in_dims, rank),
-                         init=hk.initializers.RandomNormal(fan_in**-0.5))
+                         init=hk.initializers.RandomNormal(math.prod(in_dims)**-0.5))
     b = hk.get_parameter(name + _B, (*stack, rank, *out_dims), init=jnp.zeros)
     out[name] = _sum(params[name], a, b, len(stack))
   return out

@@ -179,3 +179,13 @@ def test_a_byte_model_is_saved_with_a_tokenizer_of_the_same_ids(tmp_path):
   np.testing.assert_array_equal(again.encode(text), data.ByteTokenizer().encode(text))
   assert again.eod == 0 and again.decode(again.encode(text)) == text
   assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 0
+
+
+def test_adapters_are_drawn_in_one_order(monkeypatch):
+  """Whatever the hash seed of a process: each draws the next key of the run's seed."""
+  names = []
+  monkeypatch.setattr(lora.hk, "get_parameter", lambda name, shape, init: (
+      names.append(name), jnp.zeros(shape))[1])
+  shapes = {name: (2,) * (1 + dims) for name, dims in lora.IN_DIMS.items()}
+  lora.adapted({name: jnp.zeros(shapes[name]) for name in sorted(shapes)}, 1, ())
+  assert names == [f"{name}_lora_{side}" for name in lora.IN_DIMS for side in "ab"]
