@@ -1,5 +1,6 @@
 """The chips that a program can be compiled for without having one, as their compilers see them."""
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -56,6 +57,21 @@ def environment(target: str) -> dict[str, str]:
   return wanted
 
 
+@contextlib.contextmanager
+def _environment_of(target):
+  """Sets what `target` needs where it is unset, and takes it back.
+
+  Processes started later would otherwise take this machine for a TPU host.
+  """
+  added = {key: value for key, value in environment(target).items() if key not in os.environ}
+  os.environ.update(added)
+  try:
+    yield
+  finally:
+    for key in added:
+      del os.environ[key]
+
+
 def devices(target: str) -> list:
   """The compile-only devices of a target, one for a GPU.
 
@@ -79,8 +95,6 @@ def devices(target: str) -> list:
 
   if not importlib.util.find_spec("libtpu"):
     raise missing_wheel("the TPU compiler", "libtpu")
-  for key, value in environment(target).items():
-    os.environ.setdefault(key, value)
   options, name = {}, what.topology
   if ":" in target:
     shape = re.fullmatch(r"\w+:(\d+(?:x\d+)*)(?:\*(\d+))?", target)
@@ -93,7 +107,8 @@ def devices(target: str) -> list:
     if target.startswith("v4:"):
       options["chip_config_name"] = "megacore"  # both cores of a chip as one device
   try:
-    return list(topologies.get_topology_desc(
-        platform="tpu", topology_name=name, **options).devices)
+    with _environment_of(target):
+      return list(topologies.get_topology_desc(
+          platform="tpu", topology_name=name, **options).devices)
   except Exception as error:
     raise AotError(f"libtpu knows no topology {target!r}: {error}") from None
