@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from palm_haiku import kernels
-from palm_haiku.kernels import backend
+from palm_haiku.kernels.core import dispatch
 
 from . import measure, peers, results
 from .shapes import Attention
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None, deadline: float | None = None) -> int:
   parser.add_argument("--out", metavar="DIR", help="default benchmarks/results")
   args = parser.parse_args(argv)
 
-  platform = backend.target().platform
+  platform = dispatch.target().platform
   shapes = args.shapes or (CPU_SHAPES if platform == "cpu" else SHAPES)
   names = args.implementations or [name for name in _all_names() if _fits(name, platform)]
   cases = [functools.partial(case, shape, variant == "alibi", what == "backward", args.dtype, names)
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None, deadline: float | None = None) -> int:
 
 
 def _all_names():
-  return ("xla", *backend.KERNELS["flash_attention"], *peers.PEERS)
+  return ("xla", *dispatch.KERNELS["flash_attention"], *peers.PEERS)
 
 
 def _fits(name, platform):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from palm_haiku import kernels
-from palm_haiku.kernels import backend, norms, rotary
+from palm_haiku.kernels import norms, rotary
+from palm_haiku.kernels.core import dispatch
 from palm_haiku.kernels.parallel_block import fused, steps, xla
 
 from . import measure, peers, results
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None, deadline: float | None = None) -> int:
   parser.add_argument("--rounds", type=int, default=measure.ROUNDS)
   parser.add_argument("--out", metavar="DIR", help="default benchmarks/results")
   args = parser.parse_args(argv)
-  cpu = backend.target().platform == "cpu"
+  cpu = dispatch.target().platform == "cpu"
   wanted = args.implementations or (names[:1] if cpu else (*names, "auto"))
   cases = [functools.partial(case, Shape.parse(shape), what == "backward", args.dtype, wanted,
                              step=step, architecture=architecture)
@@ -191,7 +192,7 @@ def _forward(name, step, shape, architecture, backward):
 def _options(name, norm, x, weights):
   if name == "auto":
     raise peers.Absent("chosen for whole layers")
-  return fused.Options(backend.kernel_module(fused.OP, name), backend.target().chip, norm, 1e-5)
+  return fused.Options(dispatch.kernel_module(fused.OP, name), dispatch.target().chip, norm, 1e-5)
 
 
 def _layer(name, shape, options, x, weights):

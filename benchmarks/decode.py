@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from palm_haiku import kernels
-from palm_haiku.kernels import backend
+from palm_haiku.kernels.core import dispatch
 
 from . import measure, results
 from .shapes import sizes
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None, deadline: float | None = None) -> int:
   parser.add_argument("--rounds", type=int, default=measure.ROUNDS)
   parser.add_argument("--out", metavar="DIR", help="default benchmarks/results")
   args = parser.parse_args(argv)
-  cpu = backend.target().platform == "cpu"
+  cpu = dispatch.target().platform == "cpu"
   wanted = args.implementations or (names[:1] if cpu else (*names, "auto"))
   cases = [functools.partial(case, Shape.parse(shape), args.dtype, cache, ragged, wanted)
            for shape in args.shapes or (CPU_SHAPES if cpu else SHAPES)

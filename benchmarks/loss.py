@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from palm_haiku import kernels
-from palm_haiku.kernels import backend
+from palm_haiku.kernels.core import dispatch
 
 from . import loss_static, loss_training, measure, results
 from .shapes import sizes
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None, deadline: float | None = None) -> int:
     return loss_static.main(args)
   if args.training:
     return loss_training.main(args)
-  cpu = backend.target().platform == "cpu"
+  cpu = dispatch.target().platform == "cpu"
   cases = [functools.partial(case, Shape.parse(shape), what == "backward", args.dtype,
                              args.implementations)
            for shape in args.shapes or (CPU_SHAPES if cpu else SHAPES) for what in args.passes]

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from palm_haiku import kernels
-from palm_haiku.kernels import aot, backend
+from palm_haiku.kernels import aot
+from palm_haiku.kernels.core import dispatch
 from palm_haiku.kernels.cross_entropy import configs
 
 from . import results, table
@@ -96,7 +97,7 @@ def main(args) -> int:
              False: ("mosaic_tpu",)}[gpu]
     names = [n for n in args.implementations if n != "logits"]
     if set(names) == {"xla"} or not set(names) - {"xla"}:
-      names = [n for n in fused if n in backend.KERNELS["linear_cross_entropy"]] or ["xla"]
+      names = [n for n in fused if n in dispatch.KERNELS["linear_cross_entropy"]] or ["xla"]
     result = results.document("loss-static", device=target)
     wanted = [pair for shape in args.shapes or SHAPES for name in names
               for pair in jobs(target, shape, name)]

@@ -18,8 +18,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from palm_haiku.kernels import backend
-from palm_haiku.kernels.core import chips
+from palm_haiku.kernels.core import chips, dispatch
 
 from . import results, table
 from .peers import Absent
@@ -144,7 +143,7 @@ def run(result: dict, cases: list[Callable[[], Case]], out=None, rounds: int = R
 
 
 def _calls(case) -> int:
-  chip = chips.CHIPS.get(backend.target().chip)
+  chip = chips.CHIPS.get(dispatch.target().chip)
   if not chip:
     return CPU_CALLS
   at_best = max(case.flops / (chip.tflops * 1e12), case.bytes / chip.bandwidth)
@@ -192,11 +191,11 @@ def _measure(case, rounds, deadline) -> list[dict]:
 def own(op: str) -> list[str]:
   """This project's backends of an op that this machine could run."""
   platform = {"mosaic_gpu": "gpu", "triton": "gpu", "mosaic_tpu": "tpu"}
-  here = backend.target().platform
-  return [name for name in backend.KERNELS.get(op, ()) if platform[name] == here]
+  here = dispatch.target().platform
+  return [name for name in dispatch.KERNELS.get(op, ()) if platform[name] == here]
 
 
 def peak_tflops() -> float | None:
   """The published bf16 peak of this machine's chip."""
-  chip = chips.CHIPS.get(backend.target().chip)
+  chip = chips.CHIPS.get(dispatch.target().chip)
   return chip and chip.tflops

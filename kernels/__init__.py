@@ -2,7 +2,7 @@
 
 from .alibi import alibi_slopes
 from .attention import flash_attention
-from .backend import IMPLEMENTATIONS, Implementation, explain
+from .core.dispatch import IMPLEMENTATIONS, Implementation, explain
 from .cross_entropy import linear_cross_entropy
 from .decode import decode_attention
 from .interpreters import interpret

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from .compat import promoting
+from .core.compat import promoting
 
 
 @promoting

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .compat import promoting
+from .core.compat import promoting
 
 
 @promoting

@@ -8,9 +8,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-from . import alibi, backend
+from . import alibi
 from .attention import configs
-from .core import chips
+from .core import chips, dispatch
 
 # Each kernel's fields of `configs.HopperConfig`, and what they may be.
 SPACE = {
@@ -46,7 +46,7 @@ def tune(dim_heads=(64, 128, 256), *, chip: str | None = None, batch: int = 1, l
   Raises:
     ValueError: a chip that is not Hopper.
   """
-  at_hand = backend.target()
+  at_hand = dispatch.target()
   measured = at_hand.platform == "gpu" and at_hand.chip in ("h100", "h200")
   chip = chip or (at_hand.chip if measured else "h200")
   if chip not in ("h100", "h200"):

@@ -18,7 +18,7 @@ from palm_haiku import cache as caches, kernels
 from palm_haiku.cache import Cache, Int8Rows
 from palm_haiku.config import PaLMConfig
 from palm_haiku.int8 import Int8, product, quantize
-from palm_haiku.kernels import mesh as meshes
+from palm_haiku.kernels.core import partition
 from palm_haiku.kernels.norms import normalize
 from palm_haiku.kernels.parallel_block.steps import activate, positioned
 from palm_haiku.model import palm_params
@@ -56,7 +56,7 @@ def prepare(params: Mapping[str, chex.ArrayTree], config: PaLMConfig,
   Over a mesh the matrices stay apart, so that each can be divided by its own columns.
   """
   model, stack = palm_params(params, prefix)
-  apart = meshes.to_take_over(meshes.current(model["embedding"]))
+  apart = partition.to_take_over(partition.current(model["embedding"]))
   cast = quantize if weights == "int8" else lambda matrix: matrix.astype(dtype)
 
   def group(matrices, axis):

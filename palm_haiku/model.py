@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 from palm_haiku import kernels, lora
 from palm_haiku.config import PaLMConfig
 from palm_haiku.kernels import Implementation
-from palm_haiku.kernels.compat import Array
-from palm_haiku.kernels.integers import known
+from palm_haiku.kernels.core.compat import Array
+from palm_haiku.kernels.core.integers import known
 from palm_haiku.kernels.norms import normalize
 from palm_haiku.sharding import Rules, constrain
 

@@ -338,6 +338,6 @@ def test_a_forecast_of_a_small_model_says_its_doubt():
 
 def test_all_ops_are_listed():
   choices = child._choices(dataclasses.replace(CONFIG, implementation="xla"))
-  assert choices.keys() == kernels.backend.KERNELS.keys()
+  assert choices.keys() == kernels.core.dispatch.KERNELS.keys()
   assert choices["parallel_attention_ffn"]["implementation"] == "xla"
   assert choices["decode_attention"]["reason"] == "no part of training"

@@ -10,8 +10,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from .. import backend, compat, guards, integers, platforms
-from ..compat import Array
+from ..core import compat, dispatch, guards, integers, platforms
+from ..core.compat import Array
 from . import fused, xla
 from .xla import BLOCK_Q
 
@@ -27,7 +27,7 @@ def flash_attention(
     segment_ids: Array | tuple[Array, Array] | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     query_offset: int | Array = 0,
-    implementation: backend.Implementation = "auto",
+    implementation: dispatch.Implementation = "auto",
 ) -> jax.Array:
   """softmax(scale * q k^T + slope * (kv_pos - q_pos)) v, with no [T, S] array in memory.
 
@@ -79,8 +79,8 @@ def flash_attention(
   key = key.reshape(batch, num_keys, kv_heads, dim_head)
   values = None if shared else value.reshape(batch, num_keys, kv_heads, dim_head)
   scale = default_scale(dim_head) if scale is None else scale
-  on = backend.target(query, key, values)
-  name = backend.choose(
+  on = dispatch.target(query, key, values)
+  name = dispatch.choose(
       "flash_attention", implementation, query, key, values, on=on,
       needs="a scale that is known when it is compiled; multiply query by it, or "
       "pass implementation='xla'"
@@ -99,8 +99,8 @@ def flash_attention(
             if isinstance(dynamic[name], int | float)}
   out = _attention(query, key, values, dynamic, static=tuple(static.items()), is_causal=is_causal,
                    window=window, name=name, auto=implementation == "auto",
-                   undecided=implementation == "auto" and backend.undecided(query, key, values),
-                   chip=backend.chip_for(name, on))
+                   undecided=implementation == "auto" and dispatch.undecided(query, key, values),
+                   chip=dispatch.chip_for(name, on))
   return out.reshape(*lead, num_queries, heads, dim_head)
 
 
@@ -110,13 +110,13 @@ def _attention(query, key, value, dynamic, *, static, is_causal, window, name, c
   static = dict(static, is_causal=is_causal, window=window)
   if name == "xla" and undecided:
     return platforms.by_platform(_plain, [(("tpu",), _on_any_tpu)], (query, key, value, dynamic),
-                                 tuple(static.items()), backend.ANY_TPU_MESH)
+                                 tuple(static.items()), dispatch.ANY_TPU_MESH)
   if name == "xla":
     return xla.attention_over_mesh(query, key, value, **dynamic, **static)
   if not undecided:
     query = guards.only_on(query, "flash_attention", name)
   return fused.attention(
-      query, key, value, chip=chip, backend=backend.kernel_module("flash_attention", name),
+      query, key, value, chip=chip, backend=dispatch.kernel_module("flash_attention", name),
       auto=auto, platforms=guards.platforms(name) if undecided else (), **dynamic, **static)
 
 
@@ -126,12 +126,12 @@ def _plain(query, key, value, dynamic, static):
 
 @compat.promoting
 def _on_any_tpu(query, key, value, dynamic, static):
-  name = backend.choose("flash_attention", "auto", query, key, value,
-                        on=backend.ANY_TPU).implementation
+  name = dispatch.choose("flash_attention", "auto", query, key, value,
+                        on=dispatch.ANY_TPU).implementation
   if name == "xla" or "scale" in dynamic:
     return _plain(query, key, value, dynamic, static)
   return fused.attention(query, key, value, chip=None, auto=True, platforms=(),
-                         backend=backend.kernel_module("flash_attention", name),
+                         backend=dispatch.kernel_module("flash_attention", name),
                          **dynamic, **dict(static))
 
 

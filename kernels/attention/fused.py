@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from .. import heads as division, mesh as meshes
-from ..compat import in_32_bits, promoting
-from ..guards import not_differentiable, reverse_only
-from ..heads import on_one_device as on_one_device
-from ..platforms import here_or
+from ..core import heads as division, partition
+from ..core.compat import in_32_bits, promoting
+from ..core.guards import not_differentiable, reverse_only
+from ..core.heads import on_one_device as on_one_device
+from ..core.platforms import here_or
 from . import ring as rings, xla
 
 _OP = "flash_attention"
@@ -69,8 +69,8 @@ def attention(query, key, value, *, backend, chip, is_causal, alibi_slopes, scal
 
 def _over_mesh(options, query, key, value, segment_ids, slopes, offset):
   """Batch over the data axes, heads (with their slopes) over the model axis, positions over seq."""
-  mesh = meshes.current(query, key)
-  free = meshes.to_take_over(mesh)
+  mesh = partition.current(query, key)
+  free = partition.to_take_over(mesh)
   if not free:
     return _one_device(options, query, key, value, segment_ids, slopes, offset)
   batch, heads = division.sequences_and_heads(query, key, mesh)
@@ -89,14 +89,14 @@ def _over_mesh(options, query, key, value, segment_ids, slopes, offset):
            None if segment_ids is None else (P(batch or None, seq),) * 2,
            None if slopes is None else P(heads or None),
            None if offset is None else P())
-  arrays = jax.tree.map(lambda x, spec: meshes.reshard(x, spec, mesh), arrays, specs)
+  arrays = jax.tree.map(lambda x, spec: partition.reshard(x, spec, mesh), arrays, specs)
   return jax.shard_map(
       attend, mesh=mesh, axis_names=free, in_specs=specs, out_specs=rows)(*arrays)
 
 
 def _one_device(options, query, key, value, segment_ids, slopes, offset):
   query_ids, key_ids = segment_ids or (None, None)
-  query, key, value, query_ids, key_ids, slopes, offset = meshes.varying_together(
+  query, key, value, query_ids, key_ids, slopes, offset = partition.varying_together(
       query, key, value, query_ids, key_ids, slopes, offset)
   segment_ids = None if segment_ids is None else (query_ids, key_ids)
   return _attention(options, query, key, value, segment_ids, slopes, offset)

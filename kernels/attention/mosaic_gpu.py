@@ -12,8 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import mesh
-from ..core import chips
+from ..core import chips, partition
 from ..core.constants import FAR, LOG2E
 from ..hopper import heads as packing, softmax, tiles
 from ..hopper.tiles import COL, COMPUTE, ROW, ROWS, WARPGROUP_ROWS, across, down
@@ -200,6 +199,6 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, *,
       ),
   )(*operands)
   # Inside shard_map what JAX knows of a kernel's results is their shapes.
-  out, lse = mesh.varying_together(out, lse, *operands)[:2]
+  out, lse = partition.varying_together(out, lse, *operands)[:2]
   return (packing.unpack(out, query.shape, kv_heads),
           packing.unpack_rows(lse, (batch, heads, length)))

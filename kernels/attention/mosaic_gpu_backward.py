@@ -15,8 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import mesh
-from ..core import chips
+from ..core import chips, partition
 from ..core.constants import FAR, LOG2E
 from ..hopper import heads as packing, softmax, tiles
 from ..hopper.tiles import COL, COMPUTE, ROW, ROWS, WARPGROUP_ROWS, across, down
@@ -423,7 +422,8 @@ def backward(query: jax.Array, key: jax.Array, value: jax.Array | None, out: jax
       ),
   )(*operands)
   # Inside shard_map what JAX knows of a kernel's results is their shapes.
-  dquery, dkey, *dvalue = mesh.varying_together(dquery, dkey, *dvalue, *operands)[:2 + len(dvalue)]
+  dquery, dkey, *dvalue = partition.varying_together(
+      dquery, dkey, *dvalue, *operands)[:2 + len(dvalue)]
   grads = [x[:, :, :num_keys] for x in (dkey, *dvalue)]
   grads = [x.sum(0) if splits > 1 else x[0] for x in grads]
   dquery = packing.unpack(dquery, query.shape, kv_heads)

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import cost, mesh as meshes
-from ..batching import folding_batch
+from ..core import cost, partition
 from ..core.constants import LOG2E, LOWEST
+from ..core.vmap import folding_batch
 from ..interpreters import mode
 from ..tpu import vmem
 from ..tpu.product import ahead, clear, dot
@@ -121,8 +121,8 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, *,
     _kernel(refs, ranges, plan, edges, num_keys, scale, **mask)
 
   out_shape = [
-      meshes.out_shape((batch * kv_heads, plan.num_rows, dim), query.dtype, query, key, value),
-      meshes.out_shape((batch * kv_heads, 1, plan.num_rows), jnp.float32, query, key, value)]
+      partition.out_shape((batch * kv_heads, plan.num_rows, dim), query.dtype, query, key, value),
+      partition.out_shape((batch * kv_heads, 1, plan.num_rows), jnp.float32, query, key, value)]
   arrays = [x for x, _ in operands.values()]
   pairs = batch * heads * masking.pairs(length=length, num_keys=num_keys, **mask)
   out, lse = pl.pallas_call(

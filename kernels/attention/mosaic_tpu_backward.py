@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import cost, mesh as meshes
-from ..batching import folding_batch
+from ..core import cost, partition
 from ..core.constants import LOG2E
+from ..core.vmap import folding_batch
 from ..interpreters import mode
 from ..tpu.product import ahead, clear, dot
 from . import configs, mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
@@ -94,7 +94,7 @@ def backward(query: jax.Array, key: jax.Array, value: jax.Array | None, out: jax
   gradients = ("dkey",) if value is None else ("dkey", "dvalue")
   arrays = (query, key, value, dout)
   outputs = dict(dquery=(
-      meshes.out_shape(q.shape, jnp.float32 if several else query.dtype, *arrays),
+      partition.out_shape(q.shape, jnp.float32 if several else query.dtype, *arrays),
       rows_spec if several else pl.BlockSpec(
           (None, plan.block_rows, dim), lambda s, b, i, *r: (b, at(s, i), 0))))
   carry = {}
@@ -104,7 +104,7 @@ def backward(query: jax.Array, key: jax.Array, value: jax.Array | None, out: jax
         pipeline_mode=once)
   for name in gradients:
     outputs[name] = (
-        meshes.out_shape((plan.cores, batch * kv_heads, plan.major, dim), jnp.float32, *arrays),
+        partition.out_shape((plan.cores, batch * kv_heads, plan.major, dim), jnp.float32, *arrays),
         pl.BlockSpec((None, None, plan.major, dim), lambda s, b, i, *r: (s, b, 0, 0),
                      pipeline_mode=once))
   scratch = dict(accum=pltpu.VMEM((dim, plan.block_rows), jnp.float32))
@@ -150,7 +150,7 @@ def backward(query: jax.Array, key: jax.Array, value: jax.Array | None, out: jax
     return dquery, [(x.sum(0) * c).astype(key.dtype) for x, c in zip(rest, factors)]
 
   if several:
-    start = meshes.varying_together(jnp.zeros(q.shape, jnp.float32), *arrays)[0]
+    start = partition.varying_together(jnp.zeros(q.shape, jnp.float32), *arrays)[0]
     dquery, parts = jax.lax.scan(lambda sofar, n: of_key_block(n, sofar), start,
                                  jnp.arange(num_key_blocks, dtype=jnp.int32))
     # [key blocks, B * kv_heads, major, D]

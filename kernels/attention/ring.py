@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .. import mesh as meshes
+from ..core import partition
 
 # A tour of at most so many shards is unrolled, which leaves out the last transfer of the keys, one
 # of n; a longer one is a loop, so that what is compiled does not grow with the ring. With gradients
@@ -212,14 +212,14 @@ def over(mesh, query, key, backend, *, is_causal, window, query_offset) -> Ring 
   """The ring that these arrays' sequences are divided over; None where they are not.
 
   Args:
-    mesh: whose axis `mesh.SEQUENCE_AXIS` counts, if it divides both lengths.
+    mesh: whose axis `partition.SEQUENCE_AXIS` counts, if it divides both lengths.
     query, key, is_causal, window, query_offset: of the whole attention; the offset is None where
       it is traced.
     backend: whose kernels compute the parts.
   """
-  axis = meshes.SEQUENCE_AXIS
+  axis = partition.SEQUENCE_AXIS
   length, num_keys = query.shape[1], key.shape[1]
-  if axis not in meshes.partition(query, 1, (axis,), mesh) or num_keys % mesh.shape[axis]:
+  if axis not in partition.axes(query, 1, (axis,), mesh) or num_keys % mesh.shape[axis]:
     return None
   size = mesh.shape[axis]
   # A window leaves each device as much as the others, all but the first, without a swap.
@@ -270,13 +270,13 @@ def _meanwhile(transferred, computed):
 
 def _nothing(query):
   """(out, lse) of queries that see no key."""
-  return meshes.varying_together(
+  return partition.varying_together(
       jnp.zeros_like(query), jnp.full(query.shape[:3], -jnp.inf, jnp.float32), query)[:2]
 
 
 def _zeros(*arrays):
   zeros = (None if x is None else jnp.zeros(x.shape, jnp.float32) for x in arrays)
-  return meshes.varying_together(*zeros, arrays[0])[:-1]
+  return partition.varying_together(*zeros, arrays[0])[:-1]
 
 
 def _merge(total, part):

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..batching import folding_vmap
 from ..core import chips
 from ..core.constants import FAR, LOG2E
+from ..core.vmap import folding_vmap
 from ..triton import call as triton_call
 from . import configs
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from .. import backend, compat, guards, integers, mesh as meshes, platforms
-from ..compat import Array
+from ..core import compat, dispatch, guards, integers, partition, platforms
+from ..core.compat import Array
 from . import fused, xla
 
 
@@ -22,7 +22,7 @@ def linear_cross_entropy(
     z_loss: float | jax.Array = 0.0,
     scale: float | jax.Array = 1.0,
     weights: jax.Array | None = None,
-    implementation: backend.Implementation = "auto",
+    implementation: dispatch.Implementation = "auto",
 ) -> tuple[jax.Array, jax.Array]:
   """-log softmax(scale * x @ embedding.T)[target] + z_loss * log^2 Z, per token.
 
@@ -53,8 +53,8 @@ def linear_cross_entropy(
   """
   targets = targets if isinstance(targets, Array) else np.asarray(targets)
   _check(x, embedding, targets, weights)
-  on = backend.target(x, embedding)
-  name = backend.choose(
+  on = dispatch.target(x, embedding)
+  name = dispatch.choose(
       fused.OP, implementation, x, embedding, on=on,
       needs="a scale that is known when it is compiled; multiply x by it, or "
       "pass implementation='xla'"
@@ -66,8 +66,8 @@ def linear_cross_entropy(
             if not isinstance(dynamic[name], jax.Array)}
   # A target that is beyond 32 bits is outside the vocabulary as well.
   return _loss(x, embedding, integers.clamped(targets, -2**31, 2**31 - 1), weights, dynamic,
-               static=tuple(static.items()), name=name, chip=backend.chip_for(name, on),
-               undecided=implementation == "auto" and backend.undecided(x, embedding))
+               static=tuple(static.items()), name=name, chip=dispatch.chip_for(name, on),
+               undecided=implementation == "auto" and dispatch.undecided(x, embedding))
 
 
 @compat.compiled_once
@@ -88,7 +88,7 @@ def _loss(x, embedding, targets, weights, dynamic, *, static, name, chip, undeci
   arrays, scale = (x, embedding, targets.reshape(-1, rows)), options["scale"]
   if name == "xla" and undecided and isinstance(scale, float):
     log_z, logit = platforms.by_platform(
-        _plain, [(("tpu",), _on_any_tpu)], arrays, scale, backend.ANY_TPU_MESH)
+        _plain, [(("tpu",), _on_any_tpu)], arrays, scale, dispatch.ANY_TPU_MESH)
   else:
     log_z, logit = _statistics(*arrays, scale, name, chip,
                                guards.platforms(name) if undecided and name != "xla" else ())
@@ -104,7 +104,7 @@ def _plain(x, embedding, targets, scale):
 
 @compat.promoting
 def _on_any_tpu(x, embedding, targets, scale):
-  choice = backend.choose(fused.OP, "auto", x, embedding, on=backend.ANY_TPU)
+  choice = dispatch.choose(fused.OP, "auto", x, embedding, on=dispatch.ANY_TPU)
   return _statistics(x, embedding, targets, scale, choice.implementation, None)
 
 
@@ -114,7 +114,7 @@ def _statistics(x, embedding, targets, scale, name, chip, platforms=()):
     local = xla.statistics
   else:
     local = functools.partial(
-        fused.statistics, backend=backend.kernel_module(fused.OP, name), chip=chip,
+        fused.statistics, backend=dispatch.kernel_module(fused.OP, name), chip=chip,
         platforms=platforms)
     x = guards.reverse_only(x if platforms else guards.only_on(x, fused.OP, name), fused.OP)
     embedding = guards.reverse_only(embedding, fused.OP)
@@ -126,21 +126,21 @@ def _statistics(x, embedding, targets, scale, name, chip, platforms=()):
                     scale=static_scale if scale is None else scale, num_valid=num_valid)
     return jax.tree.map(lambda y: y.reshape(targets.shape), results)
 
-  mesh = meshes.current(x, embedding)
-  free = meshes.to_take_over(mesh)
+  mesh = partition.current(x, embedding)
+  free = partition.to_take_over(mesh)
   if not free:
-    arrays = meshes.varying_together(x, embedding, targets, scale)
+    arrays = partition.varying_together(x, embedding, targets, scale)
     return flat(*arrays, vocabulary)
 
   sequences, positions, shards = fused.divided(x, mesh)
   tokens = P(sequences or None, positions or None)
-  axis = meshes.HEAD_AXIS if shards > 1 else None
+  axis = partition.HEAD_AXIS if shards > 1 else None
   rows = -(-vocabulary // shards)
   specs = P(*tokens, None), P(axis, None), tokens, None if scale is None else P()
   embedding = jnp.pad(embedding, ((0, rows * shards - vocabulary), (0, 0)))
 
   def shard(*arrays):
-    x, embedding, targets, scale = meshes.varying_together(*arrays)
+    x, embedding, targets, scale = partition.varying_together(*arrays)
     if axis is None:
       return flat(x, embedding, targets, scale, vocabulary)
     first = jax.lax.axis_index(axis) * rows
@@ -151,7 +151,8 @@ def _statistics(x, embedding, targets, scale, name, chip, platforms=()):
     return top + jnp.log(total), logit
 
   arrays = jax.tree.map(
-      lambda array, spec: meshes.reshard(array, spec, mesh), (x, embedding, targets, scale), specs)
+      lambda array, spec: partition.reshard(array, spec, mesh), (x, embedding, targets, scale),
+      specs)
   return jax.shard_map(shard, mesh=mesh, axis_names=free, in_specs=specs,
                        out_specs=(specs[2],) * 2)(*arrays)
 

@@ -40,12 +40,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from .. import mesh as meshes
-from ..batching import folding_vmap
-from ..compat import promoting
+from ..core import partition
+from ..core.compat import promoting
 from ..core.constants import LOWEST
-from ..guards import not_differentiable
-from ..platforms import here_or
+from ..core.guards import not_differentiable
+from ..core.platforms import here_or
+from ..core.vmap import folding_vmap
 from . import xla
 
 OP = "linear_cross_entropy"
@@ -66,13 +66,13 @@ def divided(x, mesh) -> tuple[tuple[str, ...], tuple[str, ...], int]:
   Args:
     x: [sequences, T, D], or its type.
   """
-  free = meshes.to_take_over(mesh)
+  free = partition.to_take_over(mesh)
   if not free:
     return (), (), 1
-  sequences = meshes.partition(x, 0, meshes.BATCH_AXES, mesh)
-  positions = meshes.partition(x, 1, (meshes.SEQUENCE_AXIS,), mesh)
-  whole = meshes.HEAD_AXIS not in free or meshes.HEAD_AXIS in sequences + positions
-  return sequences, positions, 1 if whole else mesh.shape[meshes.HEAD_AXIS]
+  sequences = partition.axes(x, 0, partition.BATCH_AXES, mesh)
+  positions = partition.axes(x, 1, (partition.SEQUENCE_AXIS,), mesh)
+  whole = partition.HEAD_AXIS not in free or partition.HEAD_AXIS in sequences + positions
+  return sequences, positions, 1 if whole else mesh.shape[partition.HEAD_AXIS]
 
 
 def on_one_device(x, embedding):
@@ -81,12 +81,12 @@ def on_one_device(x, embedding):
   Args:
     x, embedding: whole arrays or their types, [..., D] and [V, D].
   """
-  mesh = meshes.current(x, embedding)
+  mesh = partition.current(x, embedding)
   if x.ndim < 3:
     x = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), 1, x.shape[-1]), x.dtype)
-  x = meshes.with_one_batch(x, 2)
+  x = partition.with_one_batch(x, 2)
   sequences, positions, shards = divided(x, mesh)
-  tokens = x.shape[0] * x.shape[1] // meshes.devices(mesh, sequences + positions)
+  tokens = x.shape[0] * x.shape[1] // partition.devices(mesh, sequences + positions)
   rows, dim = -(-embedding.shape[0] // shards), embedding.shape[1]
   return (jax.ShapeDtypeStruct((tokens, dim), x.dtype),
           jax.ShapeDtypeStruct((rows, dim), embedding.dtype))
@@ -120,7 +120,7 @@ def statistics(x, embedding, targets, *, scale, num_valid, backend, chip, platfo
     x, scale = np.sign(scale).astype(x.dtype) * x, abs(scale) or 1.0
   static = isinstance(num_valid, int)
   options = Options(backend, chip, float(scale), num_valid if static else None, platforms)
-  x, embedding, targets, num_valid = meshes.varying_together(
+  x, embedding, targets, num_valid = partition.varying_together(
       x, embedding, targets, None if static else num_valid)
   return _statistics(options, x, embedding, targets, num_valid)
 
@@ -171,7 +171,7 @@ def _parts(options, x, embedding, targets, num_valid):
     return *merged(*map(jnp.stack, zip(carry[:2], (top, total))), options.scale), carry[2] + logit
 
   nothing = jnp.zeros(x.shape[:1], jnp.float32)
-  start = meshes.varying_together(nothing + LOWEST, nothing, nothing, x)[:3]
+  start = partition.varying_together(nothing + LOWEST, nothing, nothing, x)[:3]
   return _over_blocks(embedding.shape[0], _rows(x), one_block, start)
 
 
@@ -231,7 +231,7 @@ def _gradients(options, x, embedding, targets, num_valid, top, total, dlog_z, dl
     return dx, sums, jax.lax.dynamic_update_slice_in_dim(
         dembedding, (drows / unit).astype(embedding.dtype), first, 0)
 
-  zeros = lambda shape, dtype: meshes.varying_together(jnp.zeros(shape, dtype), x)[0]
+  zeros = lambda shape, dtype: partition.varying_together(jnp.zeros(shape, dtype), x)[0]
   dx, sums, dembedding = _over_blocks(
       embedding.shape[0], rows_of_block, one_block,
       (zeros(x.shape, jnp.float32), zeros(x.shape[:1], jnp.float32),

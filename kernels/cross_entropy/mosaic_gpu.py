@@ -13,8 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import mesh
-from ..core import chips, tile_order
+from ..core import chips, partition, tile_order
 from ..core.constants import LOG2E
 from ..hopper import softmax, tiles
 from ..hopper.product import CHUNK, STORE
@@ -202,7 +201,7 @@ def _launch(kernel, name, x, rows, operands, out_type, scratch, *, walk, config)
       ),
   )(x, rows, *operands)
   # Inside shard_map what JAX knows of a kernel's results is their shapes.
-  return mesh.varying_together(result, x, rows, *operands)[0]
+  return partition.varying_together(result, x, rows, *operands)[0]
 
 
 def _walk(x, rows, config, chip):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import cost, mesh as meshes
+from ..core import cost, partition
 from ..core.constants import LOG2E, LOWEST
 from ..interpreters import mode
 from ..tpu import vmem
@@ -101,7 +101,7 @@ def forward(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, scale: fl
   here = (targets >= 0) & (targets < num_valid)
   # The kernel compares with the numbers of rows alone.
   targets = pad(jnp.where(here, targets, -1), 0, padded)[None]
-  out_shape = [meshes.out_shape((1, padded), jnp.float32, x, embedding, targets)] * 3
+  out_shape = [partition.out_shape((1, padded), jnp.float32, x, embedding, targets)] * 3
   logits = num_tokens * embedding.shape[0]
   results = pl.pallas_call(
       kernel,
@@ -165,7 +165,7 @@ def logit_gradient(x: jax.Array, rows: jax.Array, targets: jax.Array, top: jax.A
 
   targets = jnp.where((targets >= 0) & (targets < num_valid), targets - first, -1)
   vectors = [pad(v, 0, padded)[None] for v in (targets, top, spread, peak)]
-  out_shape = meshes.out_shape((num_tokens, num_rows), x.dtype, x, rows, *vectors)
+  out_shape = partition.out_shape((num_tokens, num_rows), x.dtype, x, rows, *vectors)
   logits = num_tokens * num_rows
   g = pl.pallas_call(
       kernel,

@@ -9,9 +9,9 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from .. import backend, compat, guards, integers, mesh as meshes, platforms
 from ..attention import default_scale, window_of
-from ..compat import Array
+from ..core import compat, dispatch, guards, integers, partition, platforms
+from ..core.compat import Array
 from . import fused, xla
 
 
@@ -26,7 +26,7 @@ def decode_attention(
     local_window_size: int | tuple[int, int] | None = None,
     key_scales: jax.Array | None = None,
     value_scales: jax.Array | None = None,
-    implementation: backend.Implementation = "auto",
+    implementation: dispatch.Implementation = "auto",
 ) -> jax.Array:
   """softmax(scale * q k^T + slope * (kv_pos - q_pos)) v over what is filled of a cache.
 
@@ -82,14 +82,14 @@ def decode_attention(
              "implementation='xla'")
   elif window is not None:
     needs = "local_window_size=None; got a window, which implementation='xla' has"
-  on = backend.target(query, key_cache, value_cache)
-  name = backend.choose(
+  on = dispatch.target(query, key_cache, value_cache)
+  name = dispatch.choose(
       fused.OP, implementation, arrays["query"], arrays["key"], arrays["value"], on=on,
       needs=needs).implementation
   traced_scale = scale if name == "xla" and isinstance(scale, jax.Array) else None
   out = _decode(
-      arrays, alibi_slopes, traced_scale, name=name, chip=backend.chip_for(name, on),
-      undecided=implementation == "auto" and backend.undecided(query, key_cache, value_cache),
+      arrays, alibi_slopes, traced_scale, name=name, chip=dispatch.chip_for(name, on),
+      undecided=implementation == "auto" and dispatch.undecided(query, key_cache, value_cache),
       left=None if window is None else window[0],
       scale=None if traced_scale is not None else float(
           jax.device_get(scale) if compat.is_known(scale) else scale))
@@ -105,16 +105,16 @@ def _decode(arrays, slopes, traced_scale, *, scale, left, name, chip, undecided)
   slopes = undifferentiated(slopes)
   if name == "xla" and undecided and traced_scale is None and left is None:
     return platforms.by_platform(
-        _plain, [(("tpu",), _on_any_tpu)], (arrays, slopes), scale, backend.ANY_TPU_MESH)
+        _plain, [(("tpu",), _on_any_tpu)], (arrays, slopes), scale, dispatch.ANY_TPU_MESH)
   if name == "xla":
     traced_scale = undifferentiated(traced_scale)
-    return meshes.partitioned(
+    return partition.partitioned(
         lambda query, arrays, slopes, traced_scale: xla.attend(
             query, **arrays, alibi_slopes=slopes, left=left,
             scale=scale if traced_scale is None else traced_scale),
         arrays.pop("query"), arrays, slopes, traced_scale)
   kernel = functools.partial(fused.attention, scale=scale, chip=chip,
-                             backend=backend.kernel_module(fused.OP, name))
+                             backend=dispatch.kernel_module(fused.OP, name))
   if undecided:
     plain = functools.partial(_plain, scale=scale)
     return platforms.here_or(plain, kernel, guards.platforms(name))(arrays, slopes)
@@ -128,12 +128,12 @@ def _plain(arrays, slopes, scale):
 
 @compat.promoting
 def _on_any_tpu(arrays, slopes, scale):
-  name = backend.choose(fused.OP, "auto", arrays["query"], arrays["key"], arrays["value"],
-                        on=backend.ANY_TPU).implementation
+  name = dispatch.choose(fused.OP, "auto", arrays["query"], arrays["key"], arrays["value"],
+                        on=dispatch.ANY_TPU).implementation
   if name == "xla":
     return _plain(arrays, slopes, scale)
   return fused.attention(arrays, slopes, scale=scale, chip=None,
-                         backend=backend.kernel_module(fused.OP, name))
+                         backend=dispatch.kernel_module(fused.OP, name))
 
 
 def _check(query, key, value, lengths, slopes, key_scales, value_scales):

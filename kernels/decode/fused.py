@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from .. import heads as division, mesh as meshes
-from ..batching import folding_vmap
-from ..heads import on_one_device as on_one_device
+from ..core import heads as division, partition
+from ..core.heads import on_one_device as on_one_device
+from ..core.vmap import folding_vmap
 from .xla import nan_outside
 
 OP = "decode_attention"
@@ -33,8 +33,8 @@ def attention(arrays, alibi_slopes, *, scale, backend, chip):
   local = functools.partial(_one_device, functools.partial(
       backend.forward, scale=scale, chip=chip))
   query, key = arrays["query"], arrays["key"]
-  mesh = meshes.current(query, key)
-  free = meshes.to_take_over(mesh)
+  mesh = partition.current(query, key)
+  free = partition.to_take_over(mesh)
   if not free:
     return local(arrays, slopes)
   batch, heads = division.sequences_and_heads(query, key, mesh)
@@ -46,13 +46,13 @@ def attention(arrays, alibi_slopes, *, scale, backend, chip):
     specs[f"{name}_scales"] = P(batch, None, cache_heads)
   specs = {name: None if x is None else specs[name] for name, x in arrays.items()}
   specs = specs, None if slopes is None else P(heads)
-  arrays = jax.tree.map(lambda x, spec: meshes.reshard(x, spec, mesh), (arrays, slopes), specs)
+  arrays = jax.tree.map(lambda x, spec: partition.reshard(x, spec, mesh), (arrays, slopes), specs)
   return jax.shard_map(local, mesh=mesh, axis_names=free, in_specs=specs,
                        out_specs=specs[0]["query"])(*arrays)
 
 
 def _one_device(forward, arrays, slopes):
-  *values, slopes = meshes.varying_together(*arrays.values(), slopes)
+  *values, slopes = partition.varying_together(*arrays.values(), slopes)
 
   def attend(arrays, slopes):
     lengths, max_len = arrays["lengths"], arrays["key"].shape[1]

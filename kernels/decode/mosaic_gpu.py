@@ -12,8 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import mesh
-from ..core import chips
+from ..core import chips, partition
 from ..core.constants import LOG2E
 from ..hopper import heads as packing, softmax, tiles
 from ..hopper.tiles import COL, ROW, TILE, across, down
@@ -232,5 +231,5 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: 
     if packed.shape[2] != kv_heads:  # one key/value head after the other, as `pack` has them
       out = [out[0].swapaxes(1, 2).reshape(packed.shape)]
   # Inside shard_map what JAX knows of a kernel's results is their shapes.
-  out = mesh.varying_together(*out, *operands)[0]
+  out = partition.varying_together(*out, *operands)[0]
   return packing.unpack(out, query.shape, kv_heads)

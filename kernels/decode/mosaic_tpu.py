@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import cost, mesh as meshes
+from ..core import cost, partition
 from ..core.constants import LOWEST
 from ..interpreters import mode
 from ..tpu import vmem
@@ -94,7 +94,7 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: 
 
   ranges, common = deal(plan, lengths)
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
-  out_shape = [meshes.out_shape(*x, query, key, value, lengths) for x in outputs.values()]
+  out_shape = [partition.out_shape(*x, query, key, value, lengths) for x in outputs.values()]
   pairs = plan.sequences * rows * max_len  # at most: only the device knows the lengths
   out, *pieces = pl.pallas_call(
       kernel,

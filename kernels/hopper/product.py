@@ -14,8 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import mesh
-from ..core import chips, tile_order
+from ..core import chips, partition, tile_order
 from ..interpreters import mode
 from . import tiles
 from .tiles import COMPUTE, ROWS, TILE, TILING, WARPGROUP_ROWS
@@ -260,5 +259,5 @@ def launch(kernel, name, operands, widths, slot, *, copies, across, num_tokens, 
       ],
   )(*operands)
   # Inside shard_map what JAX knows of a kernel's results is their shapes.
-  results = mesh.varying_together(*results, *operands)[:len(results)]
+  results = partition.varying_together(*results, *operands)[:len(results)]
   return [None if result is None else result[:num_tokens] for result in results]

@@ -18,7 +18,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from .. import mesh
+from ..core import partition
 from . import callbacks
 from .mode import Mode
 
@@ -56,7 +56,7 @@ def call(settings: Mode, kernel, *inputs, out_types, grid: int, **constants):
   if not any(isinstance(x, jax.core.Tracer) for x in arrays):
     return tuple(map(jnp.asarray, launch(*arrays)))  # a callback would be compiled
   outputs = jax.pure_callback(launch, tuple(out_types), *arrays)
-  return mesh.varying_together(*outputs, *arrays)[:len(out_types)]
+  return partition.varying_together(*outputs, *arrays)[:len(out_types)]
 
 
 def _ask(*request):

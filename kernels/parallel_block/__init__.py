@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import attention, backend, compat, guards, integers
-from ..compat import Array
+from .. import attention
+from ..core import compat, dispatch, guards, integers
+from ..core.compat import Array
 from . import fused, steps, xla
 
 
@@ -27,7 +28,7 @@ def parallel_attention_ffn(
     local_window_size: int | tuple[int, int] | None = None,
     query_offset: int | Array = 0,
     kv_cache: tuple[jax.Array, ...] | None = None,
-    implementation: backend.Implementation = "auto",
+    implementation: dispatch.Implementation = "auto",
 ):
   """x + attention(norm(x)) + feed_forward(norm(x)), the parallel block of PaLM.
 
@@ -70,8 +71,8 @@ def parallel_attention_ffn(
   References:
     PaLM (arXiv:2204.02311, section 2); GPT-J for the parallel form.
   """
-  on = backend.target(x, *params.values())
-  backend.choose(fused.OP, implementation, on=on)
+  on = dispatch.target(x, *params.values())
+  dispatch.choose(fused.OP, implementation, on=on)
   _check(x, params, norm, rotary, rope_theta, xpos_scale_base)
   if kv_cache is not None:
     _check_cache(x, params, rotary, kv_cache, query_offset)
@@ -86,7 +87,7 @@ def parallel_attention_ffn(
   attention.check(of_heads(length, heads), key, key, alibi_slopes=alibi_slopes,
                   segment_ids=segment_ids, local_window_size=local_window_size,
                   query_offset=0 if np.ndim(query_offset) else query_offset)
-  name = backend.choose(fused.OP, implementation, x, params, on=on).implementation
+  name = dispatch.choose(fused.OP, implementation, x, params, on=on).implementation
   ids = None if segment_ids is None else integers.same_ids(*attention.pair(segment_ids))
   if alibi_slopes is not None and not isinstance(alibi_slopes, jax.Array):
     alibi_slopes = np.asarray(alibi_slopes)
@@ -101,9 +102,9 @@ def parallel_attention_ffn(
       local_window_size=attention.window_of(local_window_size),
       implementation=implementation)
   (static if isinstance(offset, int) else dynamic)["query_offset"] = offset
-  undecided = implementation == "auto" and backend.undecided(x, *params.values())
+  undecided = implementation == "auto" and dispatch.undecided(x, *params.values())
   return _block(x, dict(params), kv_cache, dynamic, static=tuple(static.items()), name=name,
-                chip=backend.chip_for(name, on), undecided=undecided,
+                chip=dispatch.chip_for(name, on), undecided=undecided,
                 on=None if undecided else on)  # nor is it decided of the attention in it
 
 
@@ -111,13 +112,13 @@ def parallel_attention_ffn(
 def _block(x, params, kv_cache, dynamic, *, static, name, chip, undecided, on):
   options = dynamic | dict(static, kv_cache=kv_cache)
   x, params = jax.tree.map(jnp.asarray, (x, params))
-  with backend.placed(on):
+  with dispatch.placed(on):
     if name == "xla":
       return xla.parallel_attention_ffn(x, params, **options)
     x = guards.reverse_only(x if undecided else guards.only_on(x, fused.OP, name), fused.OP)
     params = {weight: guards.reverse_only(array, fused.OP) for weight, array in params.items()}
     return fused.parallel_attention_ffn(
-        x, params, backend=backend.kernel_module(fused.OP, name), chip=chip,
+        x, params, backend=dispatch.kernel_module(fused.OP, name), chip=chip,
         platforms=guards.platforms(name) if undecided else (), **options)
 
 

@@ -33,11 +33,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from .. import mesh as meshes, norms, rotary as rotations
-from ..batching import folding_vmap
-from ..compat import promoting
-from ..guards import not_differentiable
-from ..platforms import here_or
+from .. import norms, rotary as rotations
+from ..core import partition
+from ..core.compat import promoting
+from ..core.guards import not_differentiable
+from ..core.platforms import here_or
+from ..core.vmap import folding_vmap
 from . import steps
 
 OP = "parallel_attention_ffn"
@@ -87,12 +88,12 @@ def division(x, params, mesh) -> Division:
     x: [B, T, D], or its type.
     params: the weights, or their types.
   """
-  if not meshes.to_take_over(mesh):
+  if not partition.to_take_over(mesh):
     return Division()
-  columns = meshes.partition(params["query"], 1, (meshes.HEAD_AXIS,), mesh)
-  sequences = meshes.partition(x, 0, meshes.BATCH_AXES, mesh)
-  positions = meshes.partition(x, 1, (meshes.SEQUENCE_AXIS,), mesh)
-  if (params["up"].shape[1] % meshes.devices(mesh, columns)
+  columns = partition.axes(params["query"], 1, (partition.HEAD_AXIS,), mesh)
+  sequences = partition.axes(x, 0, partition.BATCH_AXES, mesh)
+  positions = partition.axes(x, 1, (partition.SEQUENCE_AXIS,), mesh)
+  if (params["up"].shape[1] % partition.devices(mesh, columns)
       or set(columns) & {*sequences, *positions}):
     columns = ()
   return Division(sequences, positions, columns)
@@ -119,15 +120,15 @@ def on_one_device(x, params):
   Args:
     x, params: whole arrays or their types, x [..., T, D].
   """
-  mesh = meshes.current(x)
-  x = meshes.with_one_batch(x, 2)
+  mesh = partition.current(x)
+  x = partition.with_one_batch(x, 2)
   by = division(x, params, mesh)
-  tokens = x.shape[0] * x.shape[1] // meshes.devices(mesh, by.sequences + by.positions)
+  tokens = x.shape[0] * x.shape[1] // partition.devices(mesh, by.sequences + by.positions)
 
   def share(name, weight):
     shape = list(weight.shape)
     if name in _COLUMNS:
-      shape[_COLUMNS[name]] //= meshes.devices(mesh, by.columns)
+      shape[_COLUMNS[name]] //= partition.devices(mesh, by.columns)
     return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
   return (jax.ShapeDtypeStruct((tokens, x.shape[-1]), x.dtype),
@@ -141,7 +142,7 @@ def parallel_attention_ffn(x, params, *, backend, chip, platforms, norm, norm_ep
   What the first step makes is named "block_query", "block_key", "block_value", "block_act",
   "block_gate" and "block_up" for `jax.checkpoint_policies`; attention has names of its own.
   """
-  lead, mesh = x.shape[:-2], meshes.current(x)
+  lead, mesh = x.shape[:-2], partition.current(x)
   with_batch = lambda a: a.reshape(math.prod(lead), *a.shape[len(lead):])
   without_batch = lambda a: a.reshape(*lead, *a.shape[1:])
   stream = with_batch(x)
@@ -206,18 +207,18 @@ def parallel_attention_ffn(x, params, *, backend, chip, platforms, norm, norm_ep
 
 def _over(mesh, f, arrays, in_specs, out_specs):
   """f on each device's share of the arrays."""
-  free = meshes.to_take_over(mesh)
+  free = partition.to_take_over(mesh)
   if not free:
     return f(*arrays)
   arrays = jax.tree.map(
-      lambda array, spec: meshes.reshard(array, spec, mesh), arrays, in_specs)
+      lambda array, spec: partition.reshard(array, spec, mesh), arrays, in_specs)
   return jax.shard_map(f, mesh=mesh, axis_names=free, in_specs=in_specs, out_specs=out_specs)(
       *arrays)
 
 
 def _varying_together(*arrays):
   leaves, tree = jax.tree.flatten(arrays)
-  return tree.unflatten(meshes.varying_together(*leaves))
+  return tree.unflatten(partition.varying_together(*leaves))
 
 
 @jax.custom_vjp

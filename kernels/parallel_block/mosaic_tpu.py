@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import cost, mesh as meshes
+from ..core import cost, partition
 from ..interpreters import mode
 from ..tpu import vmem
 from ..tpu.layout import LANES, round_up
@@ -165,7 +165,7 @@ def in_projection(x: jax.Array, params: Mapping[str, jax.Array],
   names = ("query", "key", *values, "act", *(("gate", "up") if keep else ()))
   sizes = {"query": heads * dim_head, "key": dim_head, "value": dim_head}
   widest = max(plan.query_columns, 2 * width, 2 * plan.columns)
-  out_shape = [meshes.out_shape((num_tokens, sizes.get(name, hidden)), dtype, *arrays)
+  out_shape = [partition.out_shape((num_tokens, sizes.get(name, hidden)), dtype, *arrays)
                for name in names]
   columns_of_all = (heads + 1 + len(values)) * dim_head + 2 * hidden
   results = pl.pallas_call(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import cost, mesh as meshes
+from ..core import cost, partition
 from ..interpreters import mode
 from ..tpu.product import dot
 from . import configs
@@ -56,7 +56,7 @@ def swiglu_gradient(dy: jax.Array, gate: jax.Array, up: jax.Array, ff_out: jax.A
 
   tile = pl.BlockSpec((plan.rows, plan.columns), lambda i, j, deep: (i, j))
   operands = (dy, gate, up, ff_out)
-  out_shape = [meshes.out_shape(gate.shape, dtype, *operands)] * 3
+  out_shape = [partition.out_shape(gate.shape, dtype, *operands)] * 3
   return pl.pallas_call(
       kernel,
       grid=(-(-num_tokens // plan.rows), -(-hidden // plan.columns), depths),

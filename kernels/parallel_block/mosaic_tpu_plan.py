@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import cost, mesh as meshes
+from ..core import cost, partition
 from ..interpreters import mode
 from ..tpu import vmem
 from ..tpu.layout import LANES, round_up
@@ -276,7 +276,7 @@ def sum_of_products(x, stages, plan, *, transposed, name):
     def _():
       y[...] = total[...].astype(dtype)
 
-  out_shape = meshes.out_shape((num_tokens, dim), dtype, *arrays)
+  out_shape = partition.out_shape((num_tokens, dim), dtype, *arrays)
   contracted = sum(pair.left.shape[1] for stage in stages for pair in stage)
   return pl.pallas_call(
       kernel,

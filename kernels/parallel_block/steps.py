@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from .. import mesh as meshes, rotary as rotations
+from .. import rotary as rotations
 from ..attention import flash_attention
 from ..cache import write
+from ..core import partition
 from ..decode import decode_attention
 from ..norms import l2_normalize, normalize
 
@@ -21,7 +22,7 @@ def project(x, weight, axes=1):
   forward and backward pass then takes 1.5 times as long (dim 512, 4 x 1024 tokens, float32).
   Over a mesh they stay apart: batch and sequence may be divided over different axes.
   """
-  if meshes.axes_of_kind(meshes.current(x, weight), AxisType.Auto, AxisType.Explicit):
+  if partition.axes_of_kind(partition.current(x, weight), AxisType.Auto, AxisType.Explicit):
     return jnp.tensordot(x, weight.astype(x.dtype), axes)
   lead, rows = x.shape[: x.ndim - axes], math.prod(weight.shape[:axes])
   out = x.reshape(-1, rows) @ weight.reshape(rows, -1).astype(x.dtype)

@@ -8,8 +8,7 @@ import inspect
 
 import jax
 
-from .. import compat, mesh
-from ..core import chips
+from ..core import chips, compat, partition
 from ..interpreters import mode
 
 
@@ -91,4 +90,4 @@ def call(kernel, *inputs, out_types: tuple[jax.ShapeDtypeStruct, ...], grid: int
       compute_capability=10 * major + minor or None, **options, **constants)
   # jax-triton's outputs do not say over which manual mesh axes they vary.
   arrays = tuple(x for x in inputs if isinstance(x, jax.Array))
-  return mesh.varying_together(*outputs, *arrays)[:len(out_types)]
+  return partition.varying_together(*outputs, *arrays)[:len(out_types)]

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from palm_haiku.kernels import alibi_slopes, backend, flash_attention
+from palm_haiku.kernels import alibi_slopes, flash_attention
+from palm_haiku.kernels.core import dispatch
 from palm_haiku.kernels.triton import call as triton_call
 from tests.kernels.attention import contract
 
@@ -72,9 +73,9 @@ class PlainBackend(types.ModuleType):
 @pytest.fixture
 def plain(monkeypatch):
   module = PlainBackend()
-  monkeypatch.setitem(backend.KERNELS, "flash_attention", ("mosaic_gpu",))
-  monkeypatch.setattr(backend, "kernel_module", lambda op, name: module)
-  monkeypatch.setattr("palm_haiku.kernels.guards._PLATFORMS", {"mosaic_gpu": ("cpu",)})
+  monkeypatch.setitem(dispatch.KERNELS, "flash_attention", ("mosaic_gpu",))
+  monkeypatch.setattr(dispatch, "kernel_module", lambda op, name: module)
+  monkeypatch.setattr("palm_haiku.kernels.core.guards._PLATFORMS", {"mosaic_gpu": ("cpu",)})
   return module
 
 
@@ -278,7 +279,7 @@ def test_a_named_backend_says_what_it_lacks_before_anything_compiles(plain):
 
 
 def test_a_named_backend_says_on_what_it_runs(plain, monkeypatch):
-  monkeypatch.setattr("palm_haiku.kernels.guards._PLATFORMS", {"mosaic_gpu": ("cuda",)})
+  monkeypatch.setattr("palm_haiku.kernels.core.guards._PLATFORMS", {"mosaic_gpu": ("cuda",)})
   x = qkv()
   with pytest.raises(ValueError, match="mosaic_gpu needs a device of cuda; got cpu"):
     fused(*x)

@@ -15,16 +15,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from palm_haiku.kernels import (
-  alibi_slopes,
-  backend,
-  flash_attention,
-  guards,
-  interpret,
-  mesh as meshes,
-)
+from palm_haiku.kernels import alibi_slopes, flash_attention, interpret
 from palm_haiku.kernels.aot import targets
 from palm_haiku.kernels.attention import ring, xla
+from palm_haiku.kernels.core import dispatch, guards, partition
 from tests.kernels.attention import contract
 from tests.kernels.attention.contract import Case
 from tests.kernels.attention.test_fused import PlainBackend, fused, loss, qkv
@@ -37,9 +31,9 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 @pytest.fixture(scope="module", autouse=True)
 def plain():
   """A backend in plain JAX, under the name of one of the kernels'."""
-  module, others = PlainBackend(), backend.kernel_module
+  module, others = PlainBackend(), dispatch.kernel_module
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(backend, "kernel_module",
+    patch.setattr(dispatch, "kernel_module",
                   lambda op, name: module if name == "mosaic_gpu" else others(op, name))
     patch.setitem(guards._PLATFORMS, "mosaic_gpu", ("cpu",))
     patch.setattr(ring, "UNROLLED", 2)  # a loop compiles sooner
@@ -240,7 +234,7 @@ def test_a_policy_that_keeps_the_residuals_does_not_rerun_the_ring(plain, monkey
 
   def counted(*arrays, **options):
     results = forward(*arrays, **options)
-    shapes = [meshes.out_shape(x.shape, x.dtype, x) for x in results]
+    shapes = [partition.out_shape(x.shape, x.dtype, x) for x in results]
     # Unlike an effect, a pure callback is left out where its results are not needed.
     return jax.pure_callback(lambda *x: runs.append(1) or x, shapes, *results)
 

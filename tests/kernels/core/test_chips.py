@@ -123,7 +123,7 @@ def gpu_at_hand(monkeypatch):
         platform="gpu", device_kind=kind, compute_capability=capability)
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
     # Not about whether Triton is installed.
-    monkeypatch.setattr(kernels.backend.triton_call, "problem", lambda: None)
+    monkeypatch.setattr(kernels.core.dispatch.triton_call, "problem", lambda: None)
   return set_up
 
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from palm_haiku.kernels import backend, linear_cross_entropy
+from palm_haiku.kernels import linear_cross_entropy
+from palm_haiku.kernels.core import dispatch
 from palm_haiku.kernels.cross_entropy import fused, xla
 from tests.kernels.cross_entropy import contract
 
@@ -45,9 +46,9 @@ class PlainBackend(types.ModuleType):
 @pytest.fixture
 def plain(monkeypatch):
   module = PlainBackend()
-  monkeypatch.setitem(backend.KERNELS, "linear_cross_entropy", ("mosaic_gpu",))
-  monkeypatch.setattr(backend, "kernel_module", lambda op, name: module)
-  monkeypatch.setattr("palm_haiku.kernels.guards._PLATFORMS", {"mosaic_gpu": ("cpu",)})
+  monkeypatch.setitem(dispatch.KERNELS, "linear_cross_entropy", ("mosaic_gpu",))
+  monkeypatch.setattr(dispatch, "kernel_module", lambda op, name: module)
+  monkeypatch.setattr("palm_haiku.kernels.core.guards._PLATFORMS", {"mosaic_gpu": ("cpu",)})
   return module
 
 
@@ -252,6 +253,6 @@ def test_a_named_backend_says_what_it_lacks_before_anything_compiles(plain, monk
   x, embedding, targets = problem(dim=5)
   with pytest.raises(ValueError, match="mosaic_gpu needs an even dimension; got 5"):
     total(x, embedding, targets)
-  monkeypatch.setattr("palm_haiku.kernels.guards._PLATFORMS", {"mosaic_gpu": ("cuda",)})
+  monkeypatch.setattr("palm_haiku.kernels.core.guards._PLATFORMS", {"mosaic_gpu": ("cuda",)})
   with pytest.raises(ValueError, match="mosaic_gpu needs a device of cuda; got cpu"):
     total(*problem())

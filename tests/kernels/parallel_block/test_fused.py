@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from palm_haiku import PaLMConfig
-from palm_haiku.kernels import backend, norms, parallel_attention_ffn, rotary
+from palm_haiku.kernels import norms, parallel_attention_ffn, rotary
+from palm_haiku.kernels.core import dispatch
 from palm_haiku.kernels.parallel_block import fused, steps
 from tests.kernels.parallel_block import contract
 from tests.kernels.parallel_block.test_parallel_block import LITE, options_of, random_params
@@ -62,10 +63,10 @@ class PlainBackend(types.ModuleType):
 
 @pytest.fixture
 def plain(monkeypatch):
-  module, find = PlainBackend(), backend.kernel_module
-  monkeypatch.setattr(backend, "kernel_module", lambda op, name: (
+  module, find = PlainBackend(), dispatch.kernel_module
+  monkeypatch.setattr(dispatch, "kernel_module", lambda op, name: (
       module if op == fused.OP else find(op, name)))
-  monkeypatch.setattr("palm_haiku.kernels.guards._PLATFORMS", {"mosaic_gpu": ("cpu",)})
+  monkeypatch.setattr("palm_haiku.kernels.core.guards._PLATFORMS", {"mosaic_gpu": ("cpu",)})
   # A kernel for the products alone.
   attend = steps.attend
   monkeypatch.setattr(steps, "attend", lambda *arrays, **options: attend(
@@ -347,7 +348,7 @@ def test_a_named_backend_says_what_it_lacks_before_anything_compiles(plain, monk
   config = PaLMConfig(10, 5, 1, 1, 4)
   with pytest.raises(ValueError, match="mosaic_gpu needs an even dimension; got 5"):
     parallel_attention_ffn(jnp.zeros((3, 5)), random_params(config), implementation="mosaic_gpu")
-  monkeypatch.setattr("palm_haiku.kernels.guards._PLATFORMS", {"mosaic_gpu": ("cuda",)})
+  monkeypatch.setattr("palm_haiku.kernels.core.guards._PLATFORMS", {"mosaic_gpu": ("cuda",)})
   x, params, options = problem({})
   with pytest.raises(ValueError, match="mosaic_gpu needs a device of cuda; got cpu"):
     parallel_attention_ffn(x, params, implementation="mosaic_gpu", **options)

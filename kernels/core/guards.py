@@ -9,8 +9,8 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from ..interpreters import mode
 from . import compat
-from .interpreters import mode
 
 
 def reverse_only(x: jax.Array, op: str) -> jax.Array:

@@ -46,8 +46,8 @@ def devices(mesh: jax.sharding.AbstractMesh, axes: tuple[str, ...]) -> int:
   return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def partition(array: jax.Array | jax.ShapeDtypeStruct, dim: int, names: tuple[str, ...],
-              mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
+def axes(array: jax.Array | jax.ShapeDtypeStruct, dim: int, names: tuple[str, ...],
+         mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
   """The mesh axes that dimension `dim` is divided over.
 
   Args:

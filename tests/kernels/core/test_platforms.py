@@ -9,7 +9,7 @@ import pytest
 from jax import export
 
 from palm_haiku import kernels
-from palm_haiku.kernels import backend, platforms
+from palm_haiku.kernels.core import dispatch, platforms
 
 SLOPES = jnp.array([0.5, 0.1])
 
@@ -99,7 +99,7 @@ def test_derivatives_and_maps_are_those_of_plain_jax():
 def test_the_block_for_the_cpu_of_a_machine_with_a_tpu(monkeypatch):
   devices, tpu = jax.devices, types.SimpleNamespace(platform="tpu", device_kind="TPU v5p")
   monkeypatch.setattr(jax, "devices", lambda *a: devices(*a) if a else [tpu])
-  monkeypatch.setattr(backend, "_unasked", lambda *a: None)
+  monkeypatch.setattr(dispatch, "_unasked", lambda *a: None)
   x, gain, query, weight = array(1, 16, 128), array(128), array(128, 1, 128), array(128, 128) / 16
   params = dict(norm=gain, query=query / 16, key=weight, value=weight, gate=weight, up=weight,
                 attn_out=query.reshape(1, 128, 128), ff_out=weight)

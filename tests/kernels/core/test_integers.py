@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from palm_haiku.kernels import decode_attention, flash_attention, integers, parallel_attention_ffn
+from palm_haiku.kernels import decode_attention, flash_attention, parallel_attention_ffn
+from palm_haiku.kernels.core import integers
 
 VALUES = [0, 1, 7, -1, 7 + 2**32, -2**31, 2**31, 2**31 - 1, 2**32 - 1, 2**63 - 1, -2**63, 3 - 2**32,
           2**63, 2**64 - 1]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palm_haiku.kernels.batching import folding_vmap
+from palm_haiku.kernels.core.vmap import folding_vmap
 
 
 def test_mapped_rows_become_more_rows():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from . import mesh as meshes
+from . import partition
 from .compat import Array, under_jit
 
 
@@ -65,8 +65,8 @@ def same_ids(query_ids: Array, key_ids: Array) -> tuple[Array, Array]:
     rank = lambda x: np.searchsorted(values, x.astype(wide)).astype(np.int32)
     return rank(query_ids), rank(key_ids)
   query, key = (tuple(map(jnp.asarray, _words(x))) for x in ids)
-  return (meshes.partitioned(lambda *words: _ranks(words[:3], words[3:]), *query, *key),
-          meshes.partitioned(lambda *words: _ranks(words[:3], words[3:]), *key, *query))
+  return (partition.partitioned(lambda *words: _ranks(words[:3], words[3:]), *query, *key),
+          partition.partitioned(lambda *words: _ranks(words[:3], words[3:]), *key, *query))
 
 
 def _words(ids):

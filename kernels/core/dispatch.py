@@ -7,9 +7,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.core
 
-from . import compat, mesh
-from .core import chips
-from .triton import call as triton_call
+from ..triton import call as triton_call
+from . import chips, compat, partition
 
 Implementation = Literal["auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
@@ -52,7 +51,7 @@ def target(*operands: compat.Array | None) -> Target:
   if committed:
     device = next(iter(committed[0].sharding.device_set))
   else:
-    device = mesh.current(*arrays).abstract_device
+    device = partition.current(*arrays).abstract_device
   if device is None and placed.value is not None:
     return placed.value
   if device is None:
@@ -82,7 +81,7 @@ def undecided(*operands: compat.Array | None) -> bool:
   arrays = [x for x in operands if isinstance(x, jax.Array)]
   return (any(isinstance(x, jax.core.Tracer) for x in arrays)
           and not any(compat.is_known(x) and x.committed for x in arrays)
-          and placed.value is None and mesh.current(*arrays).abstract_device is None)
+          and placed.value is None and partition.current(*arrays).abstract_device is None)
 
 
 def kernel_module(op: str, implementation: str) -> types.ModuleType:
@@ -217,7 +216,7 @@ def chip_for(implementation: str, on: Target) -> str | None:
 def _module(op, name):
   folder = {"flash_attention": "attention", "parallel_attention_ffn": "parallel_block",
             "linear_cross_entropy": "cross_entropy", "decode_attention": "decode"}[op]
-  return importlib.import_module(f".{folder}.{name}", __package__)
+  return importlib.import_module(f"..{folder}.{name}", __package__)
 
 
 def _fitting(on: Target) -> str | None:

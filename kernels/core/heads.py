@@ -2,7 +2,7 @@
 
 import jax
 
-from . import mesh as meshes
+from . import partition
 
 
 def sequences_and_heads(query, key, mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -11,10 +11,10 @@ def sequences_and_heads(query, key, mesh) -> tuple[tuple[str, ...], tuple[str, .
   Args:
     query, key: arrays or their types, [B, T or S, heads, dim_head].
   """
-  batch = meshes.partition(query, 0, meshes.BATCH_AXES, mesh)
-  heads = meshes.partition(query, 2, (meshes.HEAD_AXIS,), mesh)
+  batch = partition.axes(query, 0, partition.BATCH_AXES, mesh)
+  heads = partition.axes(query, 2, (partition.HEAD_AXIS,), mesh)
   kv_heads = key.shape[2]
-  if kv_heads > 1 and kv_heads % meshes.devices(mesh, heads):
+  if kv_heads > 1 and kv_heads % partition.devices(mesh, heads):
     heads = ()  # A shard would need a part of the key heads that is not its own.
   return batch, heads
 
@@ -26,12 +26,12 @@ def on_one_device(query, key, value):
     query, key, value: whole arrays or their types, [..., T or S, heads, dim_head]; value None for
       the key.
   """
-  mesh = meshes.current(query, key)
-  query, key = (meshes.with_one_batch(x, 3) for x in (query, key))
-  batch, heads = sequences_and_heads(query, key, mesh) if meshes.to_take_over(mesh) else ((), ())
+  mesh = partition.current(query, key)
+  query, key = (partition.with_one_batch(x, 3) for x in (query, key))
+  batch, heads = sequences_and_heads(query, key, mesh) if partition.to_take_over(mesh) else ((), ())
 
   def shard(x, heads):
-    by = (meshes.devices(mesh, batch), 1, meshes.devices(mesh, heads), 1)
+    by = (partition.devices(mesh, batch), 1, partition.devices(mesh, heads), 1)
     return jax.ShapeDtypeStruct(tuple(n // d for n, d in zip(x.shape, by)), x.dtype)
 
   key = shard(key, heads if key.shape[2] > 1 else ())

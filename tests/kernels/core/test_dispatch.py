@@ -23,7 +23,7 @@ def test_what_cannot_run_is_refused(op, implementation, message):
 
 
 def test_a_kernel_that_an_op_does_not_have(monkeypatch):
-  monkeypatch.setitem(kernels.backend.KERNELS, "linear_cross_entropy", ("triton",))
+  monkeypatch.setitem(kernels.core.dispatch.KERNELS, "linear_cross_entropy", ("triton",))
   with pytest.raises(ValueError, match="linear_cross_entropy has no mosaic_gpu kernel; it runs on "
                      "xla, triton"):
     kernels.explain("linear_cross_entropy", implementation="mosaic_gpu")
@@ -36,13 +36,13 @@ def on(platform, kind):
 
 
 def test_the_chip_is_that_of_the_abstract_mesh():
-  assert kernels.backend.target() == ("cpu", None)
+  assert kernels.core.dispatch.target() == ("cpu", None)
   with on("tpu", "TPU v5 lite"):
-    assert kernels.backend.target() == ("tpu", "v5e")
+    assert kernels.core.dispatch.target() == ("tpu", "v5e")
   with on("gpu", "NVIDIA H200"):
-    assert kernels.backend.target() == ("gpu", "h200")
+    assert kernels.core.dispatch.target() == ("gpu", "h200")
   with on("gpu", "NVIDIA GeForce GTX 1080"):
-    assert kernels.backend.target() == ("gpu", None)
+    assert kernels.core.dispatch.target() == ("gpu", None)
 
 
 @pytest.mark.parametrize("platform, kind, implementation", [
