@@ -125,9 +125,10 @@ class SentencePieceTokenizer:
     return _PieceStreamDecoder(self, prompt)
 
   def save(self, directory: pathlib.Path) -> dict:
-    """Raises ValueError: the hub's layout needs a tokenizer.json, which this is not."""
-    raise ValueError(f"{self.name} is a SentencePiece model, which has no tokenizer.json; pass "
-                     "--tokenizer with one made of it")
+    """Writes the tokenizer in the hub's layout; returns what config.json says of it."""
+    from palm_haiku.hub import pieces
+
+    return pieces.from_sentencepiece(self.name, self.serialized).save(directory)
 
 
 class _PieceStreamDecoder:
