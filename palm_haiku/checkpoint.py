@@ -4,6 +4,7 @@ In a job of several processes all of them save and restore together, each the pa
 its devices hold; the first one alone looks after the directory, which they share.
 """
 
+import asyncio
 import contextlib
 import fnmatch
 import hashlib
@@ -247,8 +248,40 @@ class Checkpoints:
 def _checkpointer():
   # Orbax logs the traceback of every thread that fails; the caller gets the error itself.
   logging.getLogger("absl").setLevel(logging.CRITICAL)
-  with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as checkpointer:
+  with _patient_loops(), contextlib.closing(
+      ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as checkpointer:
     yield checkpointer
+
+
+@contextlib.contextmanager
+def _patient_loops():
+  """Lets event loops close only when their tasks are done.
+
+  Orbax closes one at the first error. Every file of TensorStore's that ends later would then be a
+  traceback, "Event loop is closed".
+  """
+  new_event_loop = asyncio.new_event_loop
+
+  def new():
+    loop = new_event_loop()
+    close = loop.close
+
+    async def finish(tasks):
+      await asyncio.gather(*tasks, return_exceptions=True)
+
+    def close_at_the_end():
+      if not loop.is_closed() and (tasks := asyncio.all_tasks(loop)):
+        loop.run_until_complete(finish(tasks))
+      close()
+
+    loop.close = close_at_the_end
+    return loop
+
+  asyncio.new_event_loop = new
+  try:
+    yield
+  finally:
+    asyncio.new_event_loop = new_event_loop
 
 
 @contextlib.contextmanager
@@ -299,4 +332,5 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
 
 def _first_line(error: Exception) -> str:
   lines = str(error).strip().splitlines()
-  return lines[0] if lines else type(error).__name__
+  # TensorStore adds all of its settings.
+  return lines[0].partition(" [tensorstore_spec")[0] if lines else type(error).__name__

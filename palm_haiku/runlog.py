@@ -13,6 +13,7 @@ import rich.progress
 from palm_haiku import plotting, terminal
 
 METRICS = "metrics.jsonl"
+_NO_EVENTS = "TensorBoard's files could not be written"
 
 
 class RunLog:
@@ -59,14 +60,14 @@ class RunLog:
     draft.rename(self.path)
     self._file = open(self.path, "a", buffering=1)
     self._tensorboard = None
-    with self._tolerating("TensorBoard's files could not be written"):
-      import tensorboardX
-      self._tensorboard = tensorboardX.SummaryWriter(
-          str(self._directory / "tensorboard"), purge_step=start + 1 if start else None)
+    with self._tolerating(_NO_EVENTS):
+      from palm_haiku import tensorboard
+      self._tensorboard = tensorboard.EventFile(
+          self._directory / "tensorboard", start + 1 if start else None)
 
   def _close(self):
     if self._tensorboard is not None:
-      with self._tolerating("TensorBoard's files could not be written"):
+      with self._tolerating(_NO_EVENTS):
         self._tensorboard.close()
     self._file.close()
 
@@ -97,9 +98,10 @@ class RunLog:
     self._file.write(json.dumps(row) + "\n")
     self._rows.append(row)
     if self._tensorboard is not None:
-      for name, value in row.items():
-        if name != "step":
-          self._tensorboard.add_scalar(name, value, row["step"])
+      events, self._tensorboard = self._tensorboard, None
+      with self._tolerating(_NO_EVENTS):
+        events.write(row["step"], {name: x for name, x in row.items() if name != "step"})
+        self._tensorboard = events
     status = _status(row)
     self._progress.update(self._task, status=status)
     if not self._console.is_terminal:

@@ -1,12 +1,15 @@
 import io
+import itertools
 import json
 import os
+import struct
 import sys
 
 import jax
 import matplotlib.figure
 import numpy as np
 import rich.console
+from tensorboardX.proto import event_pb2
 
 from palm_haiku import memory, runlog
 
@@ -78,30 +81,45 @@ def test_a_long_run_is_smoothed(tmp_path, monkeypatch):
       (10 * n, np.mean([1 / k for k in range(n - 5, n + 1)])) for n in range(6, 301)])
 
 
+def events(directory):
+  """The events of a directory's files, in the order of the files' names."""
+  for path in sorted(directory.iterdir()):
+    content = path.read_bytes()
+    while content:  # size, its checksum, an event, its checksum
+      size, = struct.unpack("<Q", content[:8])
+      yield event_pb2.Event.FromString(content[12: 12 + size])
+      content = content[16 + size:]
+
+
 def test_tensorboard_gets_every_number_at_its_step(tmp_path, monkeypatch):
-  numbers, opened = [], []
-
-  class Recorder:
-
-    def __init__(self, path, purge_step):
-      opened.append(purge_step)
-
-    def add_scalar(self, *number):
-      numbers.append(number)
-
-    def close(self):
-      pass
-
-  monkeypatch.setattr("tensorboardX.SummaryWriter", Recorder)
+  clock = itertools.count(1_000_000_000)  # of which a file's name has ten digits
+  monkeypatch.setattr("time.time", lambda: float(next(clock)))
   for start, rows in ((0, [5, 6]), (5, [6])):
     with log(tmp_path, start=start)[0] as record:
       for step in rows:
         record.write({"step": step, "loss": step / 2, "eval_loss": step / 4})
+        path = max((tmp_path / "tensorboard").iterdir())
+        assert list(events(path.parent))[-1].step == step  # there at once
       if not start:
         record.rewind(5)
-  assert opened == [None, 6, 6]
-  assert numbers == [(name, step / n, step) for step in (5, 6, 6)
-                     for name, n in (("loss", 2), ("eval_loss", 4))]
+  told = list(events(tmp_path / "tensorboard"))
+  assert [e.step for e in told if e.HasField("session_log")] == [6, 6]
+  assert [(value.tag, value.simple_value, e.step) for e in told for value in e.summary.value] == [
+      (name, step / n, step) for step in (5, 6, 6) for name, n in (("loss", 2), ("eval_loss", 4))]
+
+
+def test_tensorboard_on_a_full_disk_is_one_line(tmp_path):
+  record, stream = log(tmp_path)
+  with record:
+    record.write({"step": 1, "loss": 2.5})
+    full = open("/dev/full", "wb")
+    record._tensorboard._writer._py_recordio_writer._writer = full
+    for step in range(2, 9):
+      record.write({"step": step, "loss": 2.5})
+  said = stream.getvalue().splitlines()
+  assert [line for line in said if "TensorBoard" in line] == [
+      "TensorBoard's files could not be written: [Errno 28] No space left on device"]
+  assert len(runlog.read_metrics(record.path)) == 8
 
 
 def test_an_empty_log_draws_nothing(tmp_path):
@@ -149,7 +167,8 @@ def test_pictures_do_not_depend_on_settings(tmp_path, monkeypatch):
 
 
 def test_what_only_illustrates_a_run_does_not_end_it(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  monkeypatch.setitem(sys.modules, "palm_haiku.tensorboard", None)
+  monkeypatch.delattr("palm_haiku.tensorboard", raising=False)
   monkeypatch.setattr(runlog, "plot_loss", lambda *_: 1 / 0)
   record, stream = log(tmp_path)
   with record:

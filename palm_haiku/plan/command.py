@@ -11,6 +11,7 @@ import rich.table
 
 from palm_haiku import plan, terminal
 from palm_haiku.config import PaLMConfig
+from palm_haiku.plan import draw
 from palm_haiku.plan.sweep import REMATS
 from palm_haiku.recipe import TrainConfig
 
@@ -65,14 +66,23 @@ def run(args: argparse.Namespace, model: PaLMConfig | None) -> int:
 
 def _one(args, config, machine, title):
   found = plan.plan(config, machine, timeout=args.timeout)
-  if args.plot:
-    from palm_haiku.plan import draw
-    draw.one(found, f"{title}, {config.mesh}, batch {config.batch_size}", args.plot)
   if args.json:
     print(json.dumps(found))
   else:
     _show(terminal.Console(), found, machine)
+  _draw(draw.one, found, f"{title}, {config.mesh}, batch {config.batch_size}", args.plot)
   return 0
+
+
+def _draw(picture, what, title, path):
+  """Draws to a file, if one is asked for, after all else is told."""
+  if path is None:
+    return
+  terminal.flush()
+  try:
+    picture(what, title, path)
+  except Exception as error:  # Of any type: Matplotlib's settings and fonts, its writers, the disk.
+    raise ValueError(f"{path} could not be drawn: {terminal.one_line(error)}") from error
 
 
 def _show(console, found, machine):
@@ -142,15 +152,18 @@ def _sweep(args, config, machine, title):
     rows = plan.sweep(config, machine, tried[:args.limit], workers=args.workers,
                       timeout=args.timeout, on_row=on_row)
   best = rows[0] if rows[0]["error"] is None and rows[0]["fits"] else None
-  if args.plot:
-    from palm_haiku.plan import draw
-    draw.ranking(rows, title, args.plot)
   if args.json:
     print(json.dumps({"machine": dataclasses.asdict(machine), "chips": machine.chips,
                       "seconds": time.perf_counter() - start, "left_out": max(0, left),
                       "best": best and {"mesh": best["mesh"], "remat": best["remat"]},
                       "rows": rows}))
-    return 0 if best else 1
+  else:
+    _show_ranking(console, rows, left, len(tried), best)
+  _draw(draw.ranking, rows, title, args.plot)
+  return 0 if best else 1
+
+
+def _show_ranking(console, rows, left, num_tried, best):
   table = rich.table.Table("mesh", "remat", "step s", "MFU", "of a chip", "network s", "compiled",
                            "", box=None)
   for row in rows:
@@ -164,10 +177,9 @@ def _sweep(args, config, machine, title):
                   "" if row["fits"] else "does not fit")
   console.print(table)
   if left > 0:
-    terminal.say(console, f"{left} more were left out; --limit {len(tried)} tries all")
+    terminal.say(console, f"{left} more were left out; --limit {num_tried} tries all")
   terminal.say(console, f"best: --mesh {best['mesh']} --remat {best['remat']}" if best
                else "none of them fits")
-  return 0 if best else 1
 
 
 def _word(row) -> str:
