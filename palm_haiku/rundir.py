@@ -91,6 +91,7 @@ class RunDirectory:
     if step is None:
       self._check_for_lost_work()
       return None
+    self._set_damaged_settings_aside(step)
     metadata = self.checkpoints.metadata(step)
     if metadata["data_fingerprint"] is None:
       raise ValueError(f"{self.path} holds imported weights, without data and optimizer state to "
@@ -179,10 +180,10 @@ class RunDirectory:
       return False
     if not self.path.is_dir():
       raise ValueError(f"{self.path} is no directory; choose another --out")
+    if self.checkpoints.exist():  # Each has the settings as well.
+      return True
     if (self.path / CONFIG).exists():
       self._config()
-      return True
-    if self.checkpoints.exist():
       return True
     names = sorted(path.name for path in self.path.iterdir())
     if runlog.METRICS in names:
@@ -207,6 +208,15 @@ class RunDirectory:
       raise ValueError(f"{path} does not hold the settings of a run{detail}; choose another "
                        "--out") from error
     return fields
+
+  def _set_damaged_settings_aside(self, step):
+    try:
+      self._config()
+    except ValueError:
+      path = self.path / CONFIG
+      kept = path.rename(path.with_name(CONFIG + ".damaged"))
+      self._warn(f"{path} is damaged; it is kept as {kept.name}, and the settings are those of "
+                 f"checkpoint {step}")
 
   def _is_own_lock(self) -> bool:
     path = self.path / _LOCK

@@ -365,6 +365,17 @@ def test_what_was_trained_is_never_begun_anew(place, capsys):
   refuse(CONFIG, "bytes", "was trained up to step 4, but its checkpoints are gone")
 
 
+@pytest.mark.parametrize("content", [b"", b'{"mine": 1}', b"\xff{"])
+def test_checkpoints_have_the_settings_that_a_damaged_file_lost(place, content):
+  config = place / "bytes/config.json"
+  config.write_bytes(content)
+  refuse(CONFIG, "bytes", "holds another run", resume=False)
+  result, said = run(CONFIG, "bytes", resume=True)
+  assert result.step == 4 and "config.json is damaged; it is kept as config.json.damaged" in said
+  assert json.loads(config.read_text()) == dataclasses.asdict(CONFIG)
+  assert config.with_name("config.json.damaged").read_bytes() == content
+
+
 def test_the_table_says_of_each_setting_what_may_become_of_it():
   rows = (pathlib.Path(__file__).parents[1] / "docs" / "training.md").read_text().splitlines()
   kept, = (row for row in rows if "| refused:" in row)
