@@ -4,6 +4,7 @@ import codecs
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import pathlib
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import sentencepiece
 from palm_haiku import textfiles
 
 ENWIK8_SPLIT = (90_000_000, 5_000_000)  # bytes to train on and held out, as PaLM-jax has it
+_ENWIK8 = b"""<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.3/" """  # and of enwik9
 
 
 class ByteTokenizer:
@@ -188,7 +190,7 @@ def load_corpus(source: str, tokenizer, eval_fraction: float) -> Corpus:
   """Reads text and holds the end of it out.
 
   Args:
-    source: "pydoc" (CPython's documentation prose, on every machine); "enwik8" or a path of it
+    source: "pydoc" (CPython's documentation prose, on every machine); "enwik8" or a file of it
       (split into 90M and 5M bytes, as PaLM-jax has it, whatever `eval_fraction` is); or a path or
       glob of text files, plain, compressed or in archives, each a document; see `textfiles`.
     tokenizer: of `load_tokenizer`.
@@ -204,12 +206,12 @@ def load_corpus(source: str, tokenizer, eval_fraction: float) -> Corpus:
     documents = _pydoc()
   else:
     paths = _find(source)
-    if pathlib.Path(source).name.startswith("enwik8"):
-      # Its last character may be cut, which no text's is.
-      content = b"".join(piece for path in paths for _, piece in textfiles.unpack(path))
-      if len(content) >= sum(ENWIK8_SPLIT):
+    for name, content in itertools.chain.from_iterable(map(textfiles.unpack, paths)):
+      if len(paths) == 1 and not documents and _is_enwik8(source, content):
+        # Its last character may be cut, which no text's is.
         cut, documents = ENWIK8_SPLIT[0], [content[:sum(ENWIK8_SPLIT)]]
-    documents = documents or [text for path in paths for text in textfiles.read(path)]
+      else:
+        documents.append(textfiles.decode(content, name))
   total = sum(map(len, documents))
   if not total:
     raise ValueError(f"{source} is empty")
@@ -241,6 +243,14 @@ def _find(source: str) -> list[str]:
         return [folder + name]
   raise ValueError("there is no enwik8, enwik8.gz or enwik8.zip here or in ./data; it can be "
                    "had at https://mattmahoney.net/dc/enwik8.zip")
+
+
+def _is_enwik8(source, content) -> bool:
+  """Whether it is named so, or the dump's first page of settings is there."""
+  size = sum(ENWIK8_SPLIT)
+  return len(content) >= size and (
+      pathlib.Path(source).name.startswith("enwik8")
+      or len(content) <= size / 0.95 and content.startswith(_ENWIK8))
 
 
 def _split(documents: list[bytes], cut: int) -> tuple[list[bytes], list[bytes]]:

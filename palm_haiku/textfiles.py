@@ -17,6 +17,7 @@ import re
 import stat
 import struct
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -31,11 +32,14 @@ _MARKS = {codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
           codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
           codecs.BOM_UTF8: "utf-8"}
 _NO_TEXT = {b"%PDF-": "a PDF", b"{\\rtf": "a Rich Text file", b"7z\xbc\xaf'\x1c": "a 7z archive",
-            b"Rar!": "a RAR archive",
+            b"Rar!": "a RAR archive", b"!<arch>\n": "an ar archive", b"PAR1": "a Parquet file",
+            b"\x04\x22\x4d\x18": "lz4; unpack it with `lz4 -d`",
+            b"LZIP": "lzip; unpack it with `lzip -d`",
+            b"\x1f\x9d": "compress; unpack it with `uncompress`",
+            b"SQLite format 3\0": "an SQLite database",
             b"version https://git-lfs": "a Git LFS pointer, which `git lfs pull` replaces"}
-for _mark in (b"+/v8", b"+/v9", b"+/v+", b"+/v/"):
-  _NO_TEXT[_mark] = "UTF-7; convert it first: iconv -f UTF-7 -t UTF-8"
-_ISO_2022 = re.compile(rb"\x1b\$[@AB()]")  # shifts from ASCII to two bytes a character
+_ISO_2022 = re.compile(rb"\x1b(\$[@AB()]|\(I)")  # shifts from ASCII to other characters
+_SAMPLE = 2**20  # bytes that tell whether ASCII is what it seems
 
 
 def find(source: str) -> list[str]:
@@ -120,7 +124,7 @@ def read(path: str) -> list[bytes]:
   Raises:
     ValueError: what it holds is no text; the message has the name.
   """
-  return [_decode(content, name) for name, content in unpack(path)]
+  return [decode(content, name) for name, content in unpack(path)]
 
 
 def unpack(path: str) -> Iterator[tuple[str, bytes]]:
@@ -195,16 +199,16 @@ def _decompressed(content) -> bytes | None:
   return None
 
 
-def _decode(content: bytes, name: str) -> bytes:
-  """Text in UTF-8 without a byte order mark."""
+def decode(content: bytes, name: str) -> bytes:
+  """Text in UTF-8 without a byte order mark; raises ValueError as `read`."""
   mark = next(filter(content.startswith, _MARKS), b"")
   encoding = _MARKS.get(mark, "utf-8")
   for start, kind in _NO_TEXT.items():
     if content.startswith(start):
       raise ValueError(f"{name} is no text but {kind}")
-  if _ISO_2022.search(content):
-    raise ValueError(f"{name} is in ISO-2022, not UTF-8; convert it first, such as: "
-                     "iconv -f ISO-2022-JP -t UTF-8")
+  if (other := _within_ascii(content)) is not None:
+    raise ValueError(f"{name} is in {other}, not UTF-8; convert it first, such as: "
+                     f"iconv -f {'ISO-2022-JP' if other == 'ISO-2022' else other} -t UTF-8")
   content = content[len(mark):]
   try:
     if encoding != "utf-8":
@@ -224,6 +228,34 @@ def _decode(content: bytes, name: str) -> bytes:
         f"{name} is no text: byte {content.index(0)} is NUL; UTF-16 and UTF-32 are read with a "
         "byte order mark, or convert them: iconv -f UTF-16LE -t UTF-8")
   return content
+
+
+def _within_ascii(content) -> str | None:
+  """The encoding of a text that writes other characters in ASCII; None for plain text."""
+  if _ISO_2022.search(content):
+    return "ISO-2022"
+  sample = content[:_SAMPLE]
+  if content.startswith((b"+/v8", b"+/v9", b"+/v+", b"+/v/")) or _is_utf7(sample):
+    return "UTF-7"
+  return "HZ" if b"~{" in sample and _foreign(sample, "hz") else None
+
+
+def _is_utf7(sample) -> bool:
+  """Whether each + begins a character's code, which of sums and words behind it is no code."""
+  runs = re.findall(rb"\+([A-Za-z0-9+/]{3,})", sample)
+  likely = sum(not run.islower() and not run.isdigit() for run in runs)
+  foreign = _foreign(sample, "utf-7") if 2 * likely > len(runs) else 0
+  return foreign > 0.005 * len(sample)
+
+
+def _foreign(sample, encoding) -> int:
+  """How many characters beyond ASCII an ASCII text has when it is decoded; 0 if it can't be."""
+  try:
+    text = codecs.getincrementaldecoder(encoding)().decode(sample) if sample.isascii() else ""
+  except UnicodeDecodeError:
+    return 0
+  return sum(unicodedata.category(character)[0] in "LMNPS" for character in text
+             if character > "\x7f")
 
 
 def _check_utf8(content, step=2**24):

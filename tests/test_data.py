@@ -167,6 +167,18 @@ def test_enwik8_is_split_as_the_seeds_have_it(tmp_path, monkeypatch):
     data.load_corpus("enwik8", BYTES, 0.1)
 
 
+@pytest.mark.parametrize("size, is_enwik8", [(95, True), (100, True), (94, False), (101, False)])
+def test_enwik8_is_known_by_its_content(tmp_path, monkeypatch, size, is_enwik8):
+  monkeypatch.setattr(data, "ENWIK8_SPLIT", (90, 5))
+  text = data._ENWIK8 + b"x" * (size - len(data._ENWIK8))
+  if is_enwik8:
+    text = text[:-1] + b"\xe6"  # the last character is cut
+  for name, content in (("wiki.txt", text), ("w", gzip.compress(text))):
+    corpus = corpus_of(tmp_path / name, content, 0.5)
+    assert bytes(corpus.train) == text[:90 if is_enwik8 else len(text) - size // 2]
+    assert bytes(corpus.eval) == text[len(corpus.train): 95 if is_enwik8 else None]
+
+
 def locked(path):
   """An archive that says of its file that it is encrypted."""
   with zipfile.ZipFile(path, "w") as archive:

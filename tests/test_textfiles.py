@@ -150,7 +150,13 @@ def nested(depth):
     ("t.txt", UTF8 + b"\xe6\x95", f"t.txt ends within a character, at byte {len(UTF8)}; .*head -c"),
     ("t.txt", "日本".encode("iso2022-jp"), "t.txt is in ISO-2022, not UTF-8"),
     ("t.txt", "한국".encode("iso2022-kr"), "t.txt is in ISO-2022, not UTF-8"),
-    ("t.txt", b"+/v8-caf+AOk-", "t.txt is no text but UTF-7"),
+    ("t.txt", "ｱｲｳ".encode("iso2022-jp-ext"), "t.txt is in ISO-2022, not UTF-8"),
+    ("t.txt", b"+/v8-caf+AOk-", "t.txt is in UTF-7, not UTF-8; convert .* iconv -f UTF-7 -t UTF-8"),
+    ("t.txt", "1 + 1 = 2 €, größer".encode("utf-7"), "t.txt is in UTF-7"),
+    ("t.txt", "数据 and text".encode("utf-7"), "t.txt is in UTF-7"),
+    ("t.txt", "a~b 数据".encode("hz"), "t.txt is in HZ, not UTF-8; .* iconv -f HZ"),
+    ("t.lz4", b"\x04\x22\x4d\x18d@\xa7", "t.lz4 is no text but lz4; unpack it with"),
+    ("t.a", b"!<arch>\na.txt/", "t.a is no text but an ar archive"),
     ("t.txt", "text".encode("utf-16-le"), "t.txt is no text: byte 1 is NUL; UTF-16 and UTF-32"),
     ("t.txt", "text".encode("utf-16-be"), "t.txt is no text: byte 0 is NUL"),
     ("t.txt", "text".encode("utf-32-le"), "t.txt is no text: byte 1 is NUL"),
@@ -177,6 +183,15 @@ def test_what_is_no_text_is_refused_by_name(tmp_path, name, content, message):
   with pytest.raises(ValueError, match=message) as error:
     data.load_corpus(str(tmp_path / "*"), data.ByteTokenizer(), 0.1)
   assert "\n" not in str(error.value) and str(tmp_path / name) in str(error.value)
+
+
+@pytest.mark.parametrize("text", [
+    "a+b=c x+y", "Google+document", "C++ +1 555 123", "x += i; ++j; a+B+C", "a ~{b~} Fig.~{\\bf 3}",
+    "[a-z]+ f(a+bcd)", "foo+Bar and foo+Baz", "~~{a}~", "\x1b(B\x1b[0m", "1+2+3000",
+    "one +A00 of a long text " + "without any " * 99])
+def test_plain_ascii_is_text(tmp_path, text):
+  (tmp_path / "t").write_text(text)
+  assert textfiles.read(str(tmp_path / "t")) == [text.encode()]
 
 
 def test_archives_of_nothing_are_empty(tmp_path):
