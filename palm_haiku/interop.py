@@ -146,6 +146,7 @@ def load(peer: str, arrays: Mapping[str, Any], heads: int | None = None, *,
                      + (f"; their names are those of {' and '.join(fits)}" if fits else ""))
   offset = np.float32(_gain_offset(layout, peer, arrays, depth, gain_offset))
   left = {name: np.asarray(array) for name, array in arrays.items()}
+  not_finite: list[str] = []
 
   def take(name, shape=None, axes=None):
     if name not in left:
@@ -155,7 +156,11 @@ def load(peer: str, arrays: Mapping[str, Any], heads: int | None = None, *,
       raise ValueError(f"{name!r} must be floating point; got {array.dtype}")
     if array.ndim != (len(shape) if shape else axes) or (shape and array.shape != shape):
       raise ValueError(f"{name!r} must be {shape or f'of {axes} axes'}; got {array.shape}")
-    return array.astype(np.float32)
+    with np.errstate(over="ignore"):
+      array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+      not_finite.append(name)
+    return array
 
   def take_matrix(name, rows=None, columns=None):
     array = take(name, axes=2)
@@ -203,6 +208,7 @@ def load(peer: str, arrays: Mapping[str, Any], heads: int | None = None, *,
     layers.append(layer)
   final_gain = take(_name(layout.final_gain, 0, depth), (dim,)) + offset
 
+  warn_of_not_finite(not_finite)
   for name, array in left.items():
     _check_rest(layout, peer, name, array, depth, embedding)
   found = inner // dim_head
@@ -298,6 +304,14 @@ def dump(peer: str, config: PaLMConfig, params: Mapping[str, Any], *, prefix: st
   final_gain = palm["norm"] * np.float32(logits_scale / stream) - offset
   arrays[_name(layout.final_gain, 0, config.depth)] = final_gain
   return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+def warn_of_not_finite(names: list[str]) -> None:
+  """Warns of weights, by their names, that nothing can be computed with."""
+  if names:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    warnings.warn(f"weights are NaN or infinite, or too large for float32: {names[0]!r}{more}",
+                  stacklevel=3)
 
 
 def _unwrapped(layout, arrays) -> dict[str, Any]:

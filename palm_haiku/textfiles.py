@@ -207,8 +207,9 @@ def decode(content: bytes, name: str) -> bytes:
     if content.startswith(start):
       raise ValueError(f"{name} is no text but {kind}")
   if (other := _within_ascii(content)) is not None:
-    raise ValueError(f"{name} is in {other}, not UTF-8; convert it first, such as: "
-                     f"iconv -f {'ISO-2022-JP' if other == 'ISO-2022' else other} -t UTF-8")
+    raise ValueError(f"{name} is in {other}, not UTF-8; convert it first, such as"
+                     + (" in Python: open(name, encoding='hz').read()" if other == "HZ" else
+                        f": iconv -f {other.replace('2022', '2022-JP')} -t UTF-8"))
   content = content[len(mark):]
   try:
     if encoding != "utf-8":

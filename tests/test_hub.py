@@ -220,6 +220,20 @@ def test_models_that_are_refused(name, fault, message, model, tmp_path):
     hub.load(tmp_path / "broken")
 
 
+def test_weights_that_are_not_finite_are_named_once(model, tmp_path):
+  path, _, arrays = model("grouped")
+  names = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+  for bad, dtype in ((np.nan, np.float32), (np.inf, np.float16), (-np.inf, ml_dtypes.bfloat16)):
+    shutil.copytree(path, tmp_path / str(bad))
+    broken = {name: arrays[name].astype(dtype) for name in names}
+    for array in broken.values():
+      array[..., -1] = bad
+    break_(tmp_path / str(bad), tensors=broken)
+    with pytest.warns(UserWarning, match="NaN or infinite, .*'model.*weight' and 1 more$") as said:
+      hub.load(tmp_path / str(bad))
+    assert len(said) == 1 and any(name in str(said[0].message) for name in names)
+
+
 @pytest.mark.parametrize("changes, field", [
     (dict(position="alibi"), "position = 'alibi'"), (dict(norm="rms"), "norm = 'rms'"),
     (dict(xpos_scale_base=64), "xpos_scale_base"), (dict(qk_norm="l2"), "qk_norm = 'l2'"),

@@ -170,6 +170,14 @@ def test_arrays_that_do_not_fit_are_named(change, message):
     interop.load("palm-jax", change(arrays))
 
 
+def test_arrays_that_are_not_finite_are_named_once():
+  arrays = numpy_peers.random_arrays("palm-jax", **SIZES)
+  with pytest.warns(UserWarning, match="too large for float32: 'layers.0.wi' and 1 more$") as said:
+    interop.load("palm-jax", arrays | {"norm.gamma": arrays["norm.gamma"] * np.nan,
+                                       "layers.0.wi": arrays["layers.0.wi"] + np.float64(1e300)})
+  assert [one.category for one in said].count(UserWarning) == 1
+
+
 def test_heads_are_checked():
   arrays = numpy_peers.random_arrays("palm-jax", **SIZES)
   assert interop.load("palm-jax", arrays, heads=3)[0].heads == 3

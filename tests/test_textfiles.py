@@ -154,7 +154,7 @@ def nested(depth):
     ("t.txt", b"+/v8-caf+AOk-", "t.txt is in UTF-7, not UTF-8; convert .* iconv -f UTF-7 -t UTF-8"),
     ("t.txt", "1 + 1 = 2 €, größer".encode("utf-7"), "t.txt is in UTF-7"),
     ("t.txt", "数据 and text".encode("utf-7"), "t.txt is in UTF-7"),
-    ("t.txt", "a~b 数据".encode("hz"), "t.txt is in HZ, not UTF-8; .* iconv -f HZ"),
+    ("t.txt", "a~b 数据".encode("hz"), "t.txt is in HZ, not UTF-8; .*encoding='hz'"),
     ("t.lz4", b"\x04\x22\x4d\x18d@\xa7", "t.lz4 is no text but lz4; unpack it with"),
     ("t.a", b"!<arch>\na.txt/", "t.a is no text but an ar archive"),
     ("t.txt", "text".encode("utf-16-le"), "t.txt is no text: byte 1 is NUL; UTF-16 and UTF-32"),

@@ -90,7 +90,8 @@ def devices(target: str) -> list:
           platform="cuda", topology_name=target, target_config=target_config(what),
           topology="1x1x1").devices)
     except Exception as error:  # NotImplementedError: the plugin was not loaded.
-      message = f"XLA's CUDA compiler does not start for {target!r}: {error!r}"
+      message = (f"XLA's CUDA compiler does not start for {target!r}; set JAX_PLATFORMS=cpu before "
+                 f"jax is imported, as targets.environment says: {error!r}")
       raise AotError(message[:300]) from None
 
   if not importlib.util.find_spec("libtpu"):

@@ -77,6 +77,7 @@ def load(path, *, mesh: Mesh | None = None,
         shape, shardings[module][name],
         lambda index, shape=shape, stored=stored, stacked=module == layouts.STACK:
         _read(tensors, stored, stacked, shape, index))
+  interop.warn_of_not_finite(tensors.not_finite)
   return config, params
 
 
@@ -160,6 +161,7 @@ def _read_one(tensors: Tensors, stored, name: str, ranges, out: np.ndarray):
   if isinstance(stored, layouts.Vector):
     columns = span(ranges[1]) if len(ranges) > 1 else None
     for first, part in tensors.parts(name, span(ranges[0]), columns):
+      tensors.note(name, part)
       out[first: first + len(part)] = part if order is None else part[..., order]
     return
   # Divided along the first dimension of each side alone: the others lie together in the tensor.
@@ -171,6 +173,7 @@ def _read_one(tensors: Tensors, stored, name: str, ranges, out: np.ndarray):
                stored.first_row + out_range.stop * out_size)
   flat = out.reshape(columns.stop - columns.start, rows.stop - rows.start)
   for first, part in tensors.parts(name, rows, columns):
+    tensors.note(name, part)
     flat[:, first: first + len(part)] = part.T
   if order is not None:
     out[...] = out[..., order]

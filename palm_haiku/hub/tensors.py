@@ -21,6 +21,7 @@ class Tensors:
     self._file: dict[str, tuple[pathlib.Path, str]] = {}  # by name without prefixes
     self._shapes: dict[str, tuple[int, ...]] = {}
     self.prefixes: set[str] = set()
+    self.not_finite: list[str] = []  # names, of parts that were noted
     for file in files:
       with _open(file) as tensors:
         for stored in tensors.keys():
@@ -60,6 +61,13 @@ class Tensors:
         raise HubError(f"{name} is of {block.dtype}; only 16- and 32-bit floating point is "
                        "supported, not quantised weights")
       yield first - rows.start, block
+
+  def note(self, name: str, part: np.ndarray) -> None:
+    """Adds the name to `not_finite` if a part of it has NaN or infinite values."""
+    with np.errstate(over="ignore"):
+      finite = np.isfinite(part.astype(np.float32, copy=False)).all()
+    if not finite and name not in self.not_finite:
+      self.not_finite.append(name)
 
 
 def _open(file: pathlib.Path):
