@@ -11,8 +11,8 @@ from palm_haiku.hub import HubError, tokenizer as hub_tokenizer
 
 LINES = ["the quick brown fox jumps over the lazy dog", "naïve ≠ 数 ﬁne Ａ", "def f(x):",
          "    return x"]
-TEXTS = ["", " ", "a", " a", "a  b ", "\n", "the\nfox\n\ndog", "\t x", "naïve ≠ 数 ﬁne Ａ", "数数数",
-         "🙂🙂 x", "over<x>lazy<x> dog", "aaaaaa", "a▁b", "    def\n      fox"]
+TEXTS = ["", " ", "a", " a", "a  b ", "\n", "the\nfox\n\ndog", "\t x", "naïve ≠ 数 ﬁne Ａ",
+         "数数数", "🙂🙂 x", "over<x>lazy<x> dog", "aaaaaa", "a▁b", "    def\n      fox"]
 RANDOM = random.Random(0)
 TEXTS += ["".join(RANDOM.choice("the fox  \n\tdéﬁ🙂_<x>") for _ in range(30)) for _ in range(60)]
 
