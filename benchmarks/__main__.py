@@ -4,54 +4,61 @@ import importlib
 import sys
 import time
 
-# What each command does, and the op that it needs.
 _COMMANDS = {
-    "attention": ("causal attention against its peers", "flash_attention"),
-    "block": ("one layer of the model", "parallel_attention_ffn"),
-    "loss": ("the loss from the last hidden states", "linear_cross_entropy"),
-    "decode": ("attention of one token to a cache", "decode_attention"),
-    "generate": ("generation against PaLM-jax", None),
-    "train": ("the whole model against PaLM-jax", None),
-    "static": ("kernels compiled for chips that are not here", None),
-    "plan": ("plans of published training runs, against what was measured", None),
-    "suite": ("everything worth running on a borrowed machine", None),
-    "plot": ("draws the results", None),
-    "report": ("writes the README's tables from the results", None),
+    "attention": "causal attention against its peers",
+    "block": "one layer of the model",
+    "loss": "the loss from the last hidden states",
+    "decode": "attention of one token to a cache",
+    "generate": "generation against PaLM-jax",
+    "train": "the whole model against PaLM-jax",
+    "static": "kernels compiled for chips that are not here: static [WHAT]",
+    "plan": "plans of published training runs, against what was measured",
+    "suite": "everything worth running on a borrowed machine",
+    "plot": "draws the results",
+    "report": "writes the README's tables from the results",
+}
+_STATIC = {
+    "attention": "attention beside its peers, on GPUs and TPUs (the default)",
+    "block": "the parallel block's products on TPUs, beside XLA's",
+    "layer": "a layer as a whole: fused, and as XLA's products around attention",
+    "loss": "memory of the loss, and its products",
+    "decode": "decoding on TPUs: cycles beside bytes",
+    "gathers": "gathers of weights that pass while TPUs compute",
+    "arithmetic": "the most that fusing a layer's passes over memory can gain",
 }
 _TIMED = ("attention", "block", "loss", "decode")
 
 
 def main(argv: list[str]) -> int:
-  if not argv or argv[0] not in _COMMANDS:
-    wrong = bool(argv) and argv[0] not in ("-h", "--help")
-    print("usage: python -m benchmarks COMMAND [options]  (COMMAND --help says which)\n\n"
-          + "\n".join(f"  {name:10} {what}" for name, (what, _) in _COMMANDS.items()),
-          file=sys.stderr if wrong else sys.stdout)
-    return 2 if wrong else 0
-  name, *rest = argv
-  op = _COMMANDS[name][1]
-  if op:
-    from palm_haiku import kernels
-    if not hasattr(kernels, op):
-      print(f"benchmarks {name}: there is no op {op} yet")
-      return 0
-  try:
-    module = importlib.import_module(f"benchmarks.{name}")
-  except ModuleNotFoundError as error:
-    if error.name != f"benchmarks.{name}":
-      raise
-    print(f"benchmarks {name}: there is no such benchmark in this checkout yet")
-    return 0
+  name, *rest = argv or [""]
+  if name not in _COMMANDS:
+    return _usage("COMMAND", _COMMANDS, wrong=bool(argv) and name not in ("-h", "--help"))
+  module = name
+  if name == "static":
+    if not rest or rest[0].startswith("--") and rest[0] != "--help":
+      rest = ["attention", *rest]
+    what, *rest = rest
+    if what not in _STATIC:
+      return _usage("static [WHAT]", _STATIC, wrong=what not in ("-h", "--help"))
+    module = f"static.{what}"
   keywords = {}
   if name in _TIMED and "--seconds" in rest:  # what the suite has left
     at = rest.index("--seconds")
     keywords["deadline"] = time.monotonic() + float(rest[at + 1])
     del rest[at:at + 2]
   try:
-    return module.main(rest, **keywords)
+    return importlib.import_module(f"benchmarks.{module}").main(rest, **keywords)
   except ValueError as error:
-    print(f"benchmarks {name}: error: {error}", file=sys.stderr)
+    print(f"benchmarks {module.replace('.', ' ')}: error: {error}", file=sys.stderr)
     return 2
+
+
+def _usage(command, choices, wrong) -> int:
+  last = command.split()[-1].strip("[]")
+  print(f"usage: python -m benchmarks {command} [options]  ({last} --help says which)\n\n"
+        + "\n".join(f"  {name:10} {what}" for name, what in choices.items()),
+        file=sys.stderr if wrong else sys.stdout)
+  return 2 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from palm_haiku import kernels
 from palm_haiku.kernels.core import dispatch
 
-from . import loss_static, loss_training, measure, results
+from . import loss_training, measure, results
 from .shapes import sizes
 
 SHAPES = ["8192x4096x256000", "16384x2048x32000"]  # PaLM-8B's, and a smaller vocabulary
@@ -56,15 +56,9 @@ def main(argv: list[str] | None = None, deadline: float | None = None) -> int:
   parser.add_argument("--dtype", default="bfloat16")
   parser.add_argument("--rounds", type=int, default=measure.ROUNDS)
   parser.add_argument("--out", metavar="DIR", help="default benchmarks/results")
-  parser.add_argument("--static", action="store_true", help="compile for chips that are not here: "
-                      "memory, and the kernels' static figures")
-  parser.add_argument("--targets", nargs="+", metavar="CHIP", default=loss_static.TARGETS,
-                      help=f"of --static; default {' '.join(loss_static.TARGETS)}")
   parser.add_argument("--training", action="store_true", help="PaLM-lite's training step beside "
                       "one that keeps the logits; --shapes are then BATCHxLENGTHxVOCABULARY")
   args = parser.parse_args(argv)
-  if args.static:
-    return loss_static.main(args)
   if args.training:
     return loss_training.main(args)
   cpu = dispatch.target().platform == "cpu"

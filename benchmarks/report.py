@@ -11,7 +11,8 @@ import re
 
 from palm_haiku.kernels import aot
 
-from . import generate, measure, plan, results, static, table
+from . import generate, measure, plan, results, table
+from .static import attention as static
 
 _TRAIN = {"implementation": "implementation", "dtype": "dtype", "shape": "shape",
           "step": "train step s", "trained": "tokens/s", "peak_gb": "peak GB",

@@ -89,7 +89,7 @@ TPU_LEAST = 1024  # positions, where there are few in all; below, a turn costs t
 
 # By chip: positions of a block at dim_head 128, bfloat16 and int8. Figures: cycles of a turn over
 # cycles of its copies, from the bundles of libtpu 0.0.52 and the published bandwidth; below 1 the
-# copies are what binds (`python -m benchmarks.decode_static`). What chose a value:
+# copies are what binds (`python -m benchmarks static decode`). What chose a value:
 #   bfloat16, 2048 / 4096 / 8192 gives 0.82 / 0.59 / 0.47 (v6e, 16 heads), in as much more code.
 #   int8, 4096 / 8192 / 16384 gives 1.23 / 0.95 / 0.81 (v6e, 16 heads), 1.24 / 0.96 / 0.82 (v6e, 48
 #   heads), 1.24 / 1.07 / 0.97 (v5p, 48 heads), 0.85 / 0.73 (v5e, 48 heads).

@@ -8,7 +8,7 @@ LEAST = 128  # tokens, for `auto`
 NEEDS = f"{LEAST} tokens or more, dim 1024 or more and bfloat16"
 
 # From which dim on `auto` takes the kernels: where their static cycles together are fewer than
-# XLA's for the same steps (`benchmarks.block_static`, `benchmarks.layer_static`). GPUs were not
+# XLA's for the same steps (`python -m benchmarks static block`, `static layer`). GPUs were not
 # timed. At 1024, 16 heads of 64, 16,384 tokens, ms of a layer forward, and with its gradients,
 # XLA's second: 3.64, 3.74 and 11.1, 11.3 (v5e), 1.59, 1.62 and 4.84, 5.04 (v5p), 1.09, 1.24 and
 # 3.46, 3.90 (v6e). In float32 it takes XLA's, which multiply in one pass of bfloat16 unless asked

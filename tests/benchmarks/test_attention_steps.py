@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from benchmarks import attention_steps, static
-from benchmarks.attention_steps import Mask, documents
 from benchmarks.shapes import Attention
+from benchmarks.static import attention as static, attention_steps
+from benchmarks.static.attention_steps import Mask, documents
 from palm_haiku.kernels.attention import (
   configs,
   mosaic_tpu_layout as layout,

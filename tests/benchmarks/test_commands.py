@@ -23,10 +23,10 @@ from benchmarks import (
   loss_training,
   measure,
   peers,
-  static,
   suite,
 )
 from benchmarks.shapes import Attention
+from benchmarks.static import attention as static
 from palm_haiku.kernels import aot
 from tests.kernels.parallel_block.test_fused import PlainBackend
 
@@ -112,7 +112,7 @@ def test_block_against_its_formula(architecture, step, backward):
 def test_the_steps_of_a_block_are_what_its_op_does(monkeypatch):
   """The rows of this project's kernels, with a backend in plain JAX."""
   module = PlainBackend()
-  monkeypatch.setattr(block.backend, "kernel_module", lambda op, name: module)
+  monkeypatch.setattr(block.dispatch, "kernel_module", lambda op, name: module)
   for step in block.STEPS[1:]:
     for backward in (False, True):
       case = block.case(block.Shape(2, 8, 16, 2, 8, 2), backward, "float32", ["xla", "mosaic_gpu"],
@@ -269,7 +269,7 @@ def test_causal_steps_count_blocks():
 
 @pytest.mark.slow
 def test_the_loss_compiled_for_a_chip_that_is_not_here(tmp_path, capsys):
-  arguments = ["loss", "--static", "--targets", "v6e", "--shapes", "1024x256x14336", "--out",
+  arguments = ["static", "loss", "--targets", "v6e", "--shapes", "1024x256x14336", "--out",
                str(tmp_path)]
   assert command.main(arguments) == 0
   path, = tmp_path.glob("*-v6e-loss-static.json")

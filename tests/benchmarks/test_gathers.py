@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import gathers_static
+from benchmarks.static import gathers
 from palm_haiku.kernels.aot import targets
 
 # Of a scheduled program: a gather that waits, one that a kernel carries, and a product of pieces.
@@ -50,9 +50,9 @@ ENTRY %main (x: bf16[8,8], w: bf16[4,8]) -> bf16[8,8] {
 
 @pytest.mark.parametrize("read, twice", [("0", []), ("1", ["kernel.1"])])
 def test_what_waits_and_what_passes(monkeypatch, read, twice):
-  monkeypatch.setattr(gathers_static, "MIB", 1)
+  monkeypatch.setattr(gathers, "MIB", 1)
   whole, part = 2 * 16 * 8, 2 * 4 * 8
-  assert gathers_static.rows(PROGRAM.replace("READ", read)) == [dict(
+  assert gathers.rows(PROGRAM.replace("READ", read)) == [dict(
       computation="main", waits=whole, passes=whole, products=part, carriers=["kernel.1"],
       twice=twice)]
 
@@ -62,7 +62,8 @@ def test_what_waits_and_what_passes(monkeypatch, read, twice):
 def test_gathers_pass_under_the_kernels_of_two_layers():
   pytest.importorskip("libtpu", reason="the compiler for TPUs is in libtpu")
   row, = json.loads(subprocess.run(
-      [sys.executable, "-m", "benchmarks.gathers_static", "--overlap", "--unroll=2", "--json"],
+      [sys.executable, "-m", "benchmarks", "static", "gathers", "--overlap", "--unroll=2",
+       "--json"],
       check=True, capture_output=True, text=True,
       env=os.environ | targets.environment("v5e")).stdout.splitlines()[-1])
   # Three of six large ones, where without estimates of cost it is one.
@@ -70,7 +71,7 @@ def test_gathers_pass_under_the_kernels_of_two_layers():
 
 
 def test_what_a_sparse_core_gathers(monkeypatch):
-  monkeypatch.setattr(gathers_static, "MIB", 1)
+  monkeypatch.setattr(gathers, "MIB", 1)
   program = """\
 %sparse (p: bf16[4,8]) -> bf16[16,8] {
   %p = bf16[4,8]{1,0} parameter(0)
@@ -86,5 +87,5 @@ ENTRY %main (w: bf16[4,8]) -> bf16[8,8] {
   %all-gather.3-done = bf16[16,8]{1,0} custom-call-done(%all-gather.3-update)
 }
 """
-  assert gathers_static.rows(program) == [dict(
+  assert gathers.rows(program) == [dict(
       computation="main", waits=256, passes=256, products=0, carriers=["kernel.1"], twice=[])]

@@ -141,7 +141,7 @@ def test_what_it_cannot_take_is_named():
 def test_compiles_for_a_chip_with_no_logits_in_memory():
   pytest.importorskip("libtpu", reason="the compiler for TPUs is in libtpu")
   report = aot.report(
-      "benchmarks.loss_static:program", target="v5e", tokens=1100, dim=320, vocabulary=20_011,
+      "benchmarks.static.loss:program", target="v5e", tokens=1100, dim=320, vocabulary=20_011,
       embedding="float32", gradient=True, implementation="auto", square=(1100, 20_011))
   assert len(report.kernels_named("cross_entropy")) >= 3  # forward, gradient, each in two sizes
   assert not report.problems and not report.loops

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from benchmarks import decode_static
+from benchmarks.static import decode as decode_static
 from palm_haiku.kernels import alibi_slopes, aot, decode_attention, interpret
 from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.decode import configs, mosaic_tpu

@@ -1,16 +1,16 @@
-"""python -m benchmarks.block_arithmetic: what fusing a layer's passes over memory can gain at most.
+"""The most that fusing a layer's passes over memory can gain.
 
 XLA's form makes each product at the chip's peak and each pass between products at its bandwidth;
 in a fused form the passes are gone. So the gain is at most their time beside that of the products
 (published figures of the chips, bfloat16, M tokens, attention left out of both).
 """
 
-import sys
+import argparse
 
 from palm_haiku.kernels import aot
 
-from . import table
-from .block import Shape
+from .. import table
+from ..block import Shape
 
 DIMS = {512: (8, 64), 2048: (16, 128), 4096: (16, 256), 8192: (32, 256)}
 TOKENS = (2048, 8192, 16384)
@@ -64,5 +64,8 @@ def rows() -> list[dict]:
   return found
 
 
-if __name__ == "__main__":
-  sys.exit(print(table.text(COLUMNS, rows())))
+def main(argv: list[str] | None = None) -> int:
+  argparse.ArgumentParser(prog="python -m benchmarks static arithmetic", description=__doc__,
+                          formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+  print(table.text(COLUMNS, rows()))
+  return 0

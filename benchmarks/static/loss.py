@@ -1,10 +1,11 @@
-"""The loss compiled for chips that are not here: its memory, and how busy it keeps them.
+"""The loss: its memory, and how busy it keeps a chip.
 
 Memory is XLA's own count for the whole program. TPU cycles are those of the scheduled bundles, of
 this project's kernels and of XLA's products, each as often as the program runs it; no wait for
 memory is in them.
 """
 
+import argparse
 import math
 
 import jax
@@ -12,10 +13,10 @@ import jax.numpy as jnp
 
 from palm_haiku import kernels
 from palm_haiku.kernels import aot
-from palm_haiku.kernels.core import dispatch
+from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.cross_entropy import configs
 
-from . import results, table
+from .. import results, table
 
 TARGETS = ["h200", "v5p", "v6e", "v5e"]
 SHAPES = ["16384x4096x256000"]
@@ -50,7 +51,7 @@ def jobs(target, shape, implementation) -> list:
     about = {"pass": "backward" if backward else "forward", "shape": shape, "dtype": embedding,
              "implementation": implementation}
     found.append((about, aot.job(
-        "benchmarks.loss_static:program", target=target, steps=_steps(target, sizes),
+        "benchmarks.static.loss:program", target=target, steps=_steps(target, sizes),
         flops=(3 if backward else 1) * 2 * math.prod(sizes.values()),
         square=(sizes["tokens"], sizes["vocabulary"]), embedding=embedding, gradient=backward,
         implementation=implementation, **sizes)))
@@ -89,17 +90,25 @@ def row(about: dict, report: aot.Report) -> dict:
                     "useful": round(100 * report.utilization(), 1)}
 
 
-def main(args) -> int:
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog="python -m benchmarks static loss", description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--targets", nargs="+", default=TARGETS, choices=list(chips.ALL),
+                      metavar="CHIP", help=f"default {' '.join(TARGETS)}")
+  parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxDxV",
+                      help=f"tokens, dim, vocabulary; default {' '.join(SHAPES)}")
+  parser.add_argument("--implementations", nargs="+", metavar="NAME",
+                      choices=["xla", "mosaic_gpu", "mosaic_tpu", "triton"],
+                      help="default the chip's kernels")
+  parser.add_argument("--out", metavar="DIR", help="default benchmarks/results")
+  args = parser.parse_args(argv)
   failed = 0
   for target in args.targets:
     gpu = isinstance(aot.chip(target), aot.Gpu)
     fused = {True: ("mosaic_gpu", "triton") if target in ("h100", "h200") else ("triton",),
              False: ("mosaic_tpu",)}[gpu]
-    names = [n for n in args.implementations if n != "logits"]
-    if set(names) == {"xla"} or not set(names) - {"xla"}:
-      names = [n for n in fused if n in dispatch.KERNELS["linear_cross_entropy"]] or ["xla"]
     result = results.document("loss-static", device=target)
-    wanted = [pair for shape in args.shapes or SHAPES for name in names
+    wanted = [pair for shape in args.shapes for name in args.implementations or fused
               for pair in jobs(target, shape, name)]
     for about, job in wanted:
       try:

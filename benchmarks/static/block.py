@@ -1,4 +1,4 @@
-"""python -m benchmarks.block_static: the parallel block's products on TPUs, beside XLA's.
+"""The parallel block's products on TPUs beside XLA's.
 
 Useful is the share of a core's matrix units that the products' FLOPs take of the cycles of all
 bundles that the compiler scheduled, each as often as the program runs it, copies that XLA makes
@@ -8,7 +8,6 @@ kernel's cycles: below 1 memory keeps up.
 """
 
 import argparse
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,8 @@ from palm_haiku.kernels.aot import llo
 from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.parallel_block import mosaic_tpu, mosaic_tpu_plan, steps, xla
 
-from . import table
-from .block import Shape
+from .. import table
+from ..block import Shape
 
 SHAPES = ["4x2048x4096x16x256x4"]
 ARCHITECTURES = {"layer": dict(norm="layer", rotary=True, values=True),
@@ -142,7 +141,7 @@ def figures(step, shape, chip, implementation="mosaic_tpu", **variant):
   Loops that do not say how often they run are copies of XLA's, and count once.
   """
   flops, plan, runs = about(step, shape, chip, variant.get("values", True))
-  report = aot.report("benchmarks.block_static:program", target=chip, step=step, shape=shape,
+  report = aot.report("benchmarks.static.block:program", target=chip, step=step, shape=shape,
                       implementation=implementation, chip=chip, **variant)
   for kernel in report.kernels_named("block_" + step):
     set_runs(kernel.schedule, *runs)
@@ -155,8 +154,9 @@ def cycles(report) -> float:
 
 
 def main(argv=None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m benchmarks.block_static", description=__doc__)
-  parser.add_argument("targets", nargs="*", default=list(chips.TPUS))
+  parser = argparse.ArgumentParser(prog="python -m benchmarks static block", description=__doc__)
+  parser.add_argument("--targets", nargs="+", default=list(chips.TPUS), choices=list(chips.TPUS),
+                      metavar="CHIP", help=f"default {' '.join(chips.TPUS)}")
   parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BxTxDxHxDhxM")
   parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
   parser.add_argument("--no-xla", action="store_true", help="this project's kernels alone")
@@ -201,7 +201,3 @@ def row(chip, shape, step, name, variant, beside_xla) -> dict:
     plain, report, _ = figures(step, shape, chip, "xla", **variant)
     found |= dict(xla=round(100 * plain, 1), xla_us=round(cycles(report) / clock * 1e6))
   return found
-
-
-if __name__ == "__main__":
-  sys.exit(main())

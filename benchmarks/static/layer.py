@@ -1,4 +1,4 @@
-"""python -m benchmarks.layer_static: a whole layer on a chip that is not here, fused and as XLA's.
+"""A layer as a whole: fused, and as XLA's products around attention.
 
 "splash" is XLA's products with JAX's splash attention, "xla+attention" with this project's, "xla"
 with attention in plain JAX. Time (TPUs) is that of all bundles that the compiler scheduled, each as
@@ -9,7 +9,6 @@ instruction.
 
 import argparse
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,9 @@ from palm_haiku.kernels import aot
 from palm_haiku.kernels.aot import targets
 from palm_haiku.kernels.parallel_block import xla
 
-from . import block, block_static, peers, static, table
-from .shapes import Attention
+from .. import block, peers, table
+from ..shapes import Attention
+from . import attention, block as products
 
 SHAPE = "4x2048x4096x16x256x4"
 IMPLEMENTATIONS = ("fused", "splash", "xla+attention", "xla")
@@ -54,7 +54,7 @@ def program(*, shape, architecture, implementation, chip):
         x, params, jnp.arange(shape.length), norm_eps=1e-5, xpos_scale_base=None, **options)
     attended = peers.jax_splash(
         query, key, value, alibi=slopes is not None,
-        blocks=static.best_blocks("jax-splash", chip, shape.dim_head, shape.length, True))
+        blocks=attention.best_blocks("jax-splash", chip, shape.dim_head, shape.length, True))
     return xla.out_projection(x, attended, gate, up, params)
 
   return layer, (x, params)
@@ -62,19 +62,19 @@ def program(*, shape, architecture, implementation, chip):
 
 def row(chip, shape, architecture, implementation, backward) -> dict:
   sizes = block.Shape.parse(shape)
-  attention = Attention(sizes.batch, sizes.length, sizes.heads, 1, sizes.dim_head)
+  problem = Attention(sizes.batch, sizes.length, sizes.heads, 1, sizes.dim_head)
   steps = {}
   if targets.platform(chip) == "tpu" and implementation != "xla":
     if implementation == "splash":
-      found = static.causal_steps(
-          "jax-splash", attention,
-          static.best_blocks("jax-splash", chip, sizes.dim_head, sizes.length, True), chip)
+      found = attention.causal_steps(
+          "jax-splash", problem,
+          attention.best_blocks("jax-splash", chip, sizes.dim_head, sizes.length, True), chip)
       steps = {"splash.*dkv": found["dkv"], "splash": found[""]}
     else:
-      own = functools.partial(static.own_steps, "mosaic_tpu", attention, chip, "bfloat16",
+      own = functools.partial(attention.own_steps, "mosaic_tpu", problem, chip, "bfloat16",
                               alibi=not block.ARCHITECTURES[architecture]["rotary"])
       steps = {"attention_forward": own(False)[""], "attention_backward": own(True)[""]}
-  report = aot.report("benchmarks.layer_static:program", target=chip, backward=backward,
+  report = aot.report("benchmarks.static.layer:program", target=chip, backward=backward,
                       steps=steps, shape=shape, architecture=architecture,
                       implementation=implementation, chip=chip)
   found = {
@@ -82,20 +82,21 @@ def row(chip, shape, architecture, implementation, backward) -> dict:
       "implementation": implementation, "traffic": round(report.traffic / 2**20),
       "temp": round(report.memory["temp"] / 2**20)}
   if targets.platform(chip) == "tpu":
-    for step in block_static.STEPS:
+    for step in products.STEPS:
       for kernel in report.kernels_named("block_" + step):
-        *_, runs = block_static.about(step, shape, chip, architecture == "palm")
-        block_static.set_runs(kernel.schedule, *runs)
-    cycles, cores = block_static.cycles(report), 2 if chip == "v5p" else 1
+        *_, runs = products.about(step, shape, chip, architecture == "palm")
+        products.set_runs(kernel.schedule, *runs)
+    cycles, cores = products.cycles(report), 2 if chip == "v5p" else 1
     found |= {"ms": round(cycles / report.chip.clock * 1e3, 2), "useful": round(
         100 * sizes.flops(backward) / (cycles * report.chip.flops_per_cycle * cores), 1)}
   return found
 
 
 def main(argv=None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m benchmarks.layer_static",
-                                   description=__doc__.partition(": ")[2])
-  parser.add_argument("chips", nargs="*", default=["v5e", "v5p", "v6e", "h200"])
+  parser = argparse.ArgumentParser(prog="python -m benchmarks static layer",
+                                   description=__doc__)
+  parser.add_argument("--targets", nargs="+", default=["v5e", "v5p", "v6e", "h200"], metavar="CHIP",
+                      help="default v5e v5p v6e h200")
   parser.add_argument("--shape", default=SHAPE, metavar="BxTxDxHxDhxM")
   parser.add_argument("--architectures", nargs="+", default=["palm"],
                       choices=list(block.ARCHITECTURES))
@@ -105,7 +106,7 @@ def main(argv=None) -> int:
                       choices=["forward", "backward"], help="backward: with the forward pass")
   args = parser.parse_args(argv)
   rows = []
-  for chip in args.chips:
+  for chip in args.targets:
     for architecture in args.architectures:
       for what in args.passes:
         for name in args.implementations:
@@ -117,7 +118,3 @@ def main(argv=None) -> int:
             print(f"no row: {chip} {architecture} {what} {name}: {str(error)[:300]}")
   print(table.text(COLUMNS, rows))
   return 0
-
-
-if __name__ == "__main__":
-  sys.exit(main())

@@ -1,11 +1,11 @@
-"""python -m benchmarks.decode_static: the decode kernel for TPUs, its cycles beside its bytes.
+"""The decode kernel for TPUs: its cycles beside its bytes.
 
 Cycles are those of the bundles that the compiler schedules; what the copies take is their bytes
 at the published bandwidth, on a chip of two cores half of it. The kernel starts copies two blocks
 ahead, so that the longer of the two is what a block takes.
 """
 
-import sys
+import argparse
 
 import jax
 
@@ -15,7 +15,7 @@ from palm_haiku.kernels.aot import llo
 from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.decode import mosaic_tpu
 
-from . import table
+from .. import table
 
 _MATMUL, _SPILL = (llo.SLOTS.index(name) for name in ("MATMUL", "VSTORE:SPILL"))
 SHAPES = [dict(heads=heads, dim=dim, cache=cache) for dim in (128, 256) for heads in (16, 48)
@@ -90,13 +90,17 @@ class Figures:
 
 def figures(target: str, **shape) -> Figures:
   shape = dict(batch=8, length=32768) | shape
-  return Figures(target, aot.report("benchmarks.decode_static:program", target=target, **shape),
+  return Figures(target, aot.report("benchmarks.static.decode:program", target=target, **shape),
                  shape)
 
 
-def main(targets) -> int:
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog="python -m benchmarks static decode", description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--targets", nargs="+", default=list(chips.TPUS), choices=list(chips.TPUS),
+                      metavar="CHIP", help=f"default {' '.join(chips.TPUS)}")
   rows = []
-  for target in targets or chips.TPUS:
+  for target in parser.parse_args(argv).targets:
     for shape in SHAPES:
       try:
         found = figures(target, **shape)
@@ -111,7 +115,3 @@ def main(targets) -> int:
           short=round(found.share([1024] * 64), 2), spills=found.spills))
   print(table.text(COLUMNS, rows))
   return 0
-
-
-if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""python -m benchmarks.gathers_static: which gathers of weights pass while TPUs compute.
+"""Gathers of weights that pass while TPUs compute, and those that they wait for.
 
 A stack of layers, as a scan, is compiled ahead of time for a slice, with weights divided over the
 fsdp axis. In the scheduled program a gather either stands alone, and the chip waits for it, or it
@@ -10,7 +10,6 @@ reads was then computed for the transfer's sake, a second time. On a v6e a Spars
 import argparse
 import json
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from palm_haiku import kernels, sharding
 from palm_haiku.kernels.aot import hlo, targets
 
-from . import table
-from .block import Shape
+from .. import table
+from ..block import Shape
 
 # What lets transfers pass under kernels. A v5e's XLA then forgets how much VMEM a kernel asked for.
 OVERLAP = {
@@ -110,7 +109,7 @@ def rows(text: str) -> list[dict]:
 
 
 def main(argv=None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m benchmarks.gathers_static",
+  parser = argparse.ArgumentParser(prog="python -m benchmarks static gathers",
                                    description=__doc__.partition("\n")[0])
   parser.add_argument("--target", default="v5e:2x2", help="a TPU slice (default v5e:2x2)")
   parser.add_argument("--mesh", default="fsdp=4", help="default fsdp=4")
@@ -138,7 +137,3 @@ def main(argv=None) -> int:
     print(table.text(COLUMNS, [row | {name: ", ".join(row[name]) for name in (
         "carriers", "twice")} for row in found]))
   return 0
-
-
-if __name__ == "__main__":
-  sys.exit(main())

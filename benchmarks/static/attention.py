@@ -1,4 +1,4 @@
-"""Kernels compiled for chips that are not here: this project's beside those of its peers.
+"""Attention kernels of this project beside those of its peers.
 
 GPU: registers, spills and the main loop's instructions, from the machine code. TPU: cycles of the
 bundles that the compiler scheduled, times how often they run; no wait for memory is in them, so
@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from palm_haiku.kernels import aot
 from palm_haiku.kernels.core import chips
 
-from . import attention_steps, peers, results, table
-from .shapes import Attention
+from .. import peers, results, table
+from ..shapes import Attention
+from . import attention_steps
 
 GPUS = ("h200",)
 TPUS = ("v6e", "v5e", "v5p")
@@ -127,8 +128,8 @@ def gpu_jobs(target, implementations, dims, dtype, length=2048):
     about = dict(implementation="jax-mosaic-gpu", variant="matmul 4096^3, float16",
                  **{"pass": "forward"}, dim_head=None)
     jobs.append((about, aot.job(
-        "benchmarks.static:matmul", target=target, implementation="jax-mosaic-gpu", m=4096,
-        k=4096, n=4096, dtype="float16")))
+        "benchmarks.static.attention:matmul", target=target, implementation="jax-mosaic-gpu",
+        m=4096, k=4096, n=4096, dtype="float16")))
   return jobs
 
 
@@ -168,7 +169,7 @@ def _job(name, target, shape, dtype, variant, backward, options, steps=None, lab
                length=shape.length, blocks="/".join(map(str, options.get("blocks", ()))))
   flops = shape.flops(True) - shape.flops(False) if backward else shape.flops(False)
   return about, aot.job(
-      "benchmarks.static:attention", target=target, flops=flops,
+      "benchmarks.static.attention:attention", target=target, flops=flops,
       square=(shape.length, shape.length), steps=steps or {}, implementation=name, chip=target,
       gradient=backward, shape=str(shape), dtype=dtype, alibi=variant == "alibi",
       options=tuple(options.items()))
@@ -325,7 +326,8 @@ def _once(rows):
 
 
 def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m benchmarks static", description=__doc__,
+  parser = argparse.ArgumentParser(prog="python -m benchmarks static attention",
+                                   description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--targets", nargs="+", default=[*GPUS, *TPUS], choices=list(chips.ALL),
                       metavar="CHIP", help=f"of {', '.join(chips.ALL)}; "
