@@ -74,16 +74,22 @@ def _over_mesh(options, query, key, value, segment_ids, slopes, offset):
   if not free:
     return _one_device(options, query, key, value, segment_ids, slopes, offset)
   batch, heads = division.sequences_and_heads(query, key, mesh)
-  kv_heads = key.shape[2]
+  kv_heads = division.divided(key.shape[2], heads, mesh)
   ring = rings.over(mesh, query, key, options.backend, is_causal=options.is_causal,
                     window=options.window, query_offset=options.query_offset)
-  attend = functools.partial(_one_device, options)
+  local = functools.partial(_one_device, options)
   if ring is not None:
-    attend = ring.balanced(functools.partial(
+    local = ring.balanced(functools.partial(
         _one_device, dataclasses.replace(options, backend=ring)))
+
+  def attend(query, key, value, *others):
+    if heads and not kv_heads:
+      key, value = (x if x is None else division.own(x, 2, heads, mesh) for x in (key, value))
+    return local(query, key, value, *others)
+
   seq = None if ring is None else ring.axis
   rows = P(batch or None, seq, heads or None, None)
-  columns = rows if kv_heads > 1 else P(batch or None, seq, None, None)
+  columns = P(batch or None, seq, kv_heads or None, None)
   arrays = (query, key, value, segment_ids, slopes, offset)
   specs = (rows, columns, None if value is None else columns,
            None if segment_ids is None else (P(batch or None, seq),) * 2,

@@ -201,7 +201,20 @@ def _types(op: str, shapes) -> tuple:
     raise ValueError(
         f"explain needs the {len(ranks)} arrays of {op} or their shapes; got "
         f"{jax.tree.map(lambda x: getattr(x, 'shape', x), shapes)}")
+  _check_heads(op, *shapes[:2])
   return shapes
+
+
+def _check_heads(op: str, *arrays):
+  if not arrays or op == "linear_cross_entropy":
+    return
+  if op == "parallel_attention_ffn":
+    key = arrays[1]["key"].shape
+    heads, kv_heads = arrays[1]["query"].shape[1], key[1] if len(key) == 3 else 1
+  else:
+    heads, kv_heads = (x.shape[-2] for x in arrays)
+  if kv_heads == 0 or heads % kv_heads:
+    raise ValueError(f"{op}: {kv_heads} key/value heads do not divide {heads} query heads")
 
 
 def chip_for(implementation: str, on: Target) -> str | None:

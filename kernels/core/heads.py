@@ -1,6 +1,14 @@
-"""The division of attention over a mesh: its sequences and its heads."""
+"""The division of attention over a mesh: its sequences and its heads.
+
+Each device has the key heads that its query heads attend to. Where the devices divide the key heads
+these are shares of them; else a head is on several devices, and where a device's query heads are
+no whole groups, as often on each as makes them so.
+"""
+
+import math
 
 import jax
+import jax.numpy as jnp
 
 from . import partition
 
@@ -12,11 +20,35 @@ def sequences_and_heads(query, key, mesh) -> tuple[tuple[str, ...], tuple[str, .
     query, key: arrays or their types, [B, T or S, heads, dim_head].
   """
   batch = partition.axes(query, 0, partition.BATCH_AXES, mesh)
-  heads = partition.axes(query, 2, (partition.HEAD_AXIS,), mesh)
-  kv_heads = key.shape[2]
-  if kv_heads > 1 and kv_heads % partition.devices(mesh, heads):
-    heads = ()  # A shard would need a part of the key heads that is not its own.
-  return batch, heads
+  return batch, partition.axes(query, 2, (partition.HEAD_AXIS,), mesh)
+
+
+def divided(kv_heads: int, heads: tuple[str, ...], mesh) -> tuple[str, ...]:
+  """The mesh axes that key heads are divided over, where query heads are over `heads`."""
+  return () if kv_heads % partition.devices(mesh, heads) else heads
+
+
+def held(kv_heads: int, devices: int) -> int:
+  """Key heads on each of the devices that query heads are divided over."""
+  return math.lcm(kv_heads, devices) // devices
+
+
+def own(array: jax.Array, dim: int, heads: tuple[str, ...], mesh) -> jax.Array:
+  """This device's key heads, inside `shard_map`.
+
+  Args:
+    array: all key heads along dimension `dim`, which the devices do not divide.
+    heads: the mesh axes that query heads are divided over.
+  """
+  kv_heads, devices = array.shape[dim], partition.devices(mesh, heads)
+  if kv_heads == 1:
+    return array
+  count = held(kv_heads, devices)
+  repeats = count * devices // kv_heads
+  first = jax.lax.axis_index(heads) * count  # mutant: first key head
+  if count == 1:
+    return jax.lax.dynamic_slice_in_dim(array, first // repeats, 1, dim)
+  return jnp.take(array, (first + jnp.arange(count)) // repeats, dim)
 
 
 def on_one_device(query, key, value):
@@ -34,5 +66,6 @@ def on_one_device(query, key, value):
     by = (partition.devices(mesh, batch), 1, partition.devices(mesh, heads), 1)
     return jax.ShapeDtypeStruct(tuple(n // d for n, d in zip(x.shape, by)), x.dtype)
 
-  key = shard(key, heads if key.shape[2] > 1 else ())
+  kv_heads = held(key.shape[2], partition.devices(mesh, heads))
+  key = jax.ShapeDtypeStruct((*shard(key, ()).shape[:2], kv_heads, key.shape[3]), key.dtype)
   return shard(query, heads), key, None if value is None else key

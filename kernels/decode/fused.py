@@ -38,8 +38,16 @@ def attention(arrays, alibi_slopes, *, scale, backend, chip):
   if not free:
     return local(arrays, slopes)
   batch, heads = division.sequences_and_heads(query, key, mesh)
-  batch, heads, kv_heads = batch or None, heads or None, key.shape[2]
-  cache_heads = heads if kv_heads > 1 else None
+  kv_heads = division.divided(key.shape[2], heads, mesh)
+
+  def on_device(arrays, slopes):
+    if heads and not kv_heads:
+      arrays = {name: division.own(x, 2, heads, mesh)
+                if name.startswith(("key", "value")) and x is not None else x
+                for name, x in arrays.items()}
+    return local(arrays, slopes)
+
+  batch, heads, cache_heads = batch or None, heads or None, kv_heads or None
   specs = dict(query=P(batch, None, heads, None), lengths=P(batch))
   for name in ("key", "value"):
     specs[name] = P(batch, None, cache_heads, None)
@@ -47,7 +55,7 @@ def attention(arrays, alibi_slopes, *, scale, backend, chip):
   specs = {name: None if x is None else specs[name] for name, x in arrays.items()}
   specs = specs, None if slopes is None else P(heads)
   arrays = jax.tree.map(lambda x, spec: partition.reshard(x, spec, mesh), (arrays, slopes), specs)
-  return jax.shard_map(local, mesh=mesh, axis_names=free, in_specs=specs,
+  return jax.shard_map(on_device, mesh=mesh, axis_names=free, in_specs=specs,
                        out_specs=specs[0]["query"])(*arrays)
 
 

@@ -6,13 +6,14 @@ matrix products of the other two and of their backward pass, on M tokens:
 
   unsupported(x, params, *, chip) -> the first requirement that is not met, or None
   in_projection(x, params, rotation, *, norm, eps, keep, chip)
-      -> (query [M, H, Dh], key [M, Dh], value [M, Dh], act, gate, up [M, F])
+      -> (query [M, H, Dh], key [M, K Dh], value [M, K Dh], act, gate, up [M, F])
   out_projection(x, attended, act, attn_out, ff_out, *, chip)
       -> x + attended @ attn_out + act @ ff_out
   swiglu_gradient(dy, gate, up, ff_out, *, chip) -> (dgate, dup, act)
   input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip) -> the gradient of norm(x)
 
-with x [M, D], all arrays in its dtype but the gain of the norm; params as the op's, `value` None
+with x [M, D], all arrays in its dtype but the gain of the norm; params as the op's, but key and
+value [D, K Dh], of K heads side by side, and F a multiple of the module's HIDDEN; `value` None
 where they have none; act = silu(gate) * up; gate and up None without `keep`; rotation None or the
 cosines and sines of positions, float32[M, Dh / 2], that query and key are rotated by; x of
 `out_projection` None where nothing is to be added. Each result is rounded once, from a sum in
@@ -34,7 +35,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from .. import norms, rotary as rotations
-from ..core import partition
+from ..core import heads, partition
 from ..core.compat import promoting
 from ..core.guards import not_differentiable
 from ..core.platforms import here_or
@@ -44,7 +45,9 @@ from . import steps
 OP = "parallel_attention_ffn"
 # The dimension of each weight that heads or columns of the feed-forward part make up.
 _COLUMNS = {"query": 1, "gate": 1, "up": 1, "attn_out": 0, "ff_out": 0}
+_KEYS = ("key", "value")
 _OUT = ("attn_out", "ff_out")
+_HIDDEN = {"gate": 1, "up": 1, "ff_out": 0}  # The dimension that is of the hidden width.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +74,11 @@ class Division:
   sequences: tuple[str, ...] = ()
   positions: tuple[str, ...] = ()
   columns: tuple[str, ...] = ()
+  keys: tuple[str, ...] = ()  # columns, where they divide several key heads
 
   def weight(self, name: str) -> P:
+    if name in _KEYS and self.keys:
+      return P(None, self.keys)
     return P(*[None] * _COLUMNS[name], self.columns or None) if name in _COLUMNS else P()
 
   def rows(self, *, of_columns: bool = False) -> P:
@@ -96,7 +102,9 @@ def division(x, params, mesh) -> Division:
   if (params["up"].shape[1] % partition.devices(mesh, columns)
       or set(columns) & {*sequences, *positions}):
     columns = ()
-  return Division(sequences, positions, columns)
+  key = params["key"]
+  divided = key.ndim == 3 and key.shape[1] % partition.devices(mesh, columns) == 0
+  return Division(sequences, positions, columns, columns if divided else ())
 
 
 def unfused(params) -> str | None:
@@ -105,8 +113,6 @@ def unfused(params) -> str | None:
   Args:
     params: weights or their types.
   """
-  if params["key"].ndim == 3:
-    return f"one key and value head; got {params['key'].shape[1]}"
   if "gate" not in params:
     return "SwiGLU; got params without gate"
   if "norm_bias" in params:
@@ -126,9 +132,11 @@ def on_one_device(x, params):
   tokens = x.shape[0] * x.shape[1] // partition.devices(mesh, by.sequences + by.positions)
 
   def share(name, weight):
-    shape = list(weight.shape)
+    shape, devices = list(weight.shape), partition.devices(mesh, by.columns)
     if name in _COLUMNS:
-      shape[_COLUMNS[name]] //= partition.devices(mesh, by.columns)
+      shape[_COLUMNS[name]] //= devices
+    if name in _KEYS and weight.ndim == 3:
+      shape[1] = heads.held(shape[1], devices)
     return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
   return (jax.ShapeDtypeStruct((tokens, x.shape[-1]), x.dtype),
@@ -161,14 +169,22 @@ def parallel_attention_ffn(x, params, *, backend, chip, platforms, norm, norm_ep
   weights["norm"], weights_out["ff_out"] = _differentiated_together(
       weights["norm"], weights_out["ff_out"])
 
+  def side_by_side(weight):
+    """The key heads of this device's query heads, [D, K Dh]."""
+    if weight.ndim == 3 and by.columns and not by.keys:
+      weight = heads.own(weight, 1, by.columns, mesh)
+    return weight.reshape(len(weight), -1)
+
   def from_stream(x, positions, weights):
     x, positions, weights = _varying_together(x, positions, weights)
-    half = weights["key"].shape[1] // 2
-    rotation = rotations.rotation_at(positions.reshape(-1), half, rope_theta) if rotated else None
+    dim_head = weights["query"].shape[2]
+    rotation = (rotations.rotation_at(positions.reshape(-1), dim_head // 2, rope_theta)
+                if rotated else None)
+    weights |= {name: side_by_side(weights[name]) for name in _KEYS if name in weights}
     made = project_in(options, x.reshape(-1, x.shape[-1]), weights, rotation)
-    # Each device keeps the key and value that it made, as the head that its queries attend to:
-    # nothing has to be told that they are equal, and gradients are summed with those of x.
-    made |= {name: made[name][:, None] for name in ("key", "value") if name in made}
+    # Each device keeps the keys and values that it made, as the heads that its queries attend to:
+    # nothing has to be told which are equal, and gradients are summed with those of x.
+    made |= {name: by_head(made[name], dim_head) for name in _KEYS if name in made}
     return {name: out.reshape(*x.shape[:2], *out.shape[1:]) for name, out in made.items()}
 
   def to_stream(x, attended, hidden, weights):
@@ -192,8 +208,8 @@ def parallel_attention_ffn(x, params, *, backend, chip, platforms, norm, norm_ep
   value = without_batch(made.pop("value")) if "value" in made else key
   if not rotated:
     query, key = steps.positioned(
-        query, key, params, positions, norm_eps=norm_eps, rotary=rotary, rope_theta=rope_theta,
-        xpos_scale_base=xpos_scale_base)
+        query, key, _with_repeated_scales(params, key), positions, norm_eps=norm_eps,
+        rotary=rotary, rope_theta=rope_theta, xpos_scale_base=xpos_scale_base)
   attended, cache = steps.attend(query, key, value, params, rotary=rotary,
                                query_offset=query_offset, **attention_options)
   y = _over(
@@ -203,6 +219,19 @@ def parallel_attention_ffn(x, params, *, backend, chip, platforms, norm, norm_ep
       by.rows())
   y = without_batch(y)
   return y if cache is None else (y, cache)
+
+
+def by_head(x, dim_head):
+  """[M, K Dh] as [M, K, Dh]."""
+  return x.reshape(len(x), -1, dim_head)
+
+
+def _with_repeated_scales(params, key):
+  """The params, with scales for the key heads that stand in `key` several times."""
+  scale = params.get("key_scale")
+  if scale is None or scale.ndim == 1:
+    return params
+  return params | dict(key_scale=jnp.repeat(scale, key.shape[-2] // len(scale), axis=0))
 
 
 def _over(mesh, f, arrays, in_specs, out_specs):
@@ -242,6 +271,8 @@ def project_in(options, x, weights, rotation):
 
 
 def _in_projection(options, x, weights, rotation, keep):
+  dim_head = weights["query"].shape[2]
+
   def kernel(tokens, weights):
     return options.backend.in_projection(
         tokens[0], weights, tokens[1], norm=options.norm, eps=options.eps, keep=keep,
@@ -254,12 +285,12 @@ def _in_projection(options, x, weights, rotation, keep):
     query, key, gate, up = (made[name] for name in ("query", "key", "gate", "up"))
     if rotation is not None:
       query = rotations.rotate_by(query, rotation)
-      key = rotations.rotate_by(key[:, None], rotation)[:, 0]
+      key = _rotated(key, rotation, dim_head)
     return (query, key, made.get("value"), steps.activate(gate, up),
             *((gate, up) if keep else (None, None)))
 
   made = zip(("query", "key", "value", "act", "gate", "up"),
-             options.run(plain, kernel, (x, rotation), weights))
+             options.run(plain, kernel, (x, rotation), _widened(options, weights)))
   return {name: out for name, out in made if out is not None}
 
 
@@ -275,7 +306,7 @@ def _project_in_backward(options, residuals, cotangents):
   if rotation is not None:
     back = rotation[0], -rotation[1]
     d |= dict(query=rotations.rotate_by(d["query"], back),
-              key=rotations.rotate_by(d["key"][:, None], back)[:, 0])
+              key=_rotated(d["key"], back, weights["query"].shape[2]))
   d = {name: d.get(name) for name in ("query", "key", "value", "gate", "up")}
 
   def plain(tokens, weights):
@@ -284,11 +315,12 @@ def _project_in_backward(options, residuals, cotangents):
         matrix(dy) @ matrix(weights[name]).T for name, dy in zip(d, tokens) if dy is not None)
 
   dh = options.run(plain, lambda tokens, weights: options.backend.input_gradient(
-      *tokens, weights, chip=options.chip), tuple(d.values()), weights)
+      *tokens, weights, chip=options.chip), tuple(d.values()), _widened(options, weights))
   h, back = jax.vjp(
       functools.partial(norms.normalize, kind=options.norm, eps=options.eps), x, weights["norm"])
   dx, dnorm = back(dh)
-  dweights = {name: _weight_gradient(h, d[name]) for name in weights if name != "norm"}
+  dweights = {name: _narrowed(name, _weight_gradient(h, d[name]), weights)
+              for name in weights if name != "norm"}
   return dx, dweights | dict(norm=dnorm), None
 
 
@@ -302,7 +334,7 @@ def project_out(options, x, attended, hidden, weights):
 
   return options.run(plain, lambda tokens, weights: options.backend.out_projection(
       *tokens, *weights, chip=options.chip),
-      (x, attended, hidden["act"]), tuple(weights[name] for name in _OUT))
+      (x, attended, hidden["act"]), tuple(_widened(options, weights)[name] for name in _OUT))
 
 
 def _project_out_forward(options, x, attended, hidden, weights):
@@ -321,14 +353,40 @@ def _project_out_backward(options, residuals, dy):
     return *back(dy @ ff_out.T), act
 
   dgate, dup, act = options.run(plain, lambda tokens, ff_out: options.backend.swiglu_gradient(
-      *tokens, ff_out, chip=options.chip), (dy, gate, up), weights["ff_out"])
+      *tokens, ff_out, chip=options.chip), (dy, gate, up), _widened(options, weights)["ff_out"])
   attn_out = weights["attn_out"]
   dattended = jnp.einsum("md,hed->mhe", dy, attn_out)
   dweights = dict(
       attn_out=_weight_gradient(attended.reshape(len(attended), -1), dy).reshape(attn_out.shape),
-      ff_out=_weight_gradient(act, dy))
+      ff_out=_narrowed("ff_out", _weight_gradient(act, dy), weights))
   # The gradient of act went through gate and up.
   return None if without_x else dy, dattended, dict(act=None, gate=dgate, up=dup), dweights
+
+
+def _rotated(key, rotation, dim_head):
+  return rotations.rotate_by(by_head(key, dim_head), rotation).reshape(key.shape)
+
+
+def _widened(options, weights):
+  """The weights, with zeros up to a hidden width that the kernels take.
+
+  Where act, gate and up are written, they are as wide: they are never copied, the weights are
+  when they are used.
+  """
+  def widened(name, weight):
+    missing = -weight.shape[_HIDDEN[name]] % options.backend.HIDDEN if name in _HIDDEN else 0
+    if not missing:
+      return weight
+    return jnp.pad(weight, [(0, missing if i == _HIDDEN[name] else 0) for i in range(weight.ndim)])
+
+  return {name: widened(name, weight) for name, weight in weights.items()}
+
+
+def _narrowed(name, gradient, weights):
+  """The gradient of a widened weight, of those numbers that are the weight's."""
+  if gradient.shape == weights[name].shape:
+    return gradient
+  return jax.lax.slice_in_dim(gradient, 0, weights[name].shape[_HIDDEN[name]], axis=_HIDDEN[name])
 
 
 def _weight_gradient(x, dy):

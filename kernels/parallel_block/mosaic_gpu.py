@@ -22,6 +22,7 @@ from . import configs
 from .fused import unfused
 from .mosaic_gpu_backward import input_gradient, swiglu_gradient  # noqa: F401
 
+HIDDEN = CHUNK
 
 def unsupported(x: jax.Array | jax.ShapeDtypeStruct, params: Mapping[str, Any], *,
                 chip: str | None):
@@ -34,24 +35,23 @@ def unsupported(x: jax.Array | jax.ShapeDtypeStruct, params: Mapping[str, Any], 
     return problem
   if x.shape[-1] % CHUNK:
     return f"dim a multiple of {CHUNK}; got {x.shape[-1]}"
-  if params["gate"].shape[1] % CHUNK:
-    return f"a hidden width that is a multiple of {CHUNK}; got {params['gate'].shape[1]}"
-  if params["key"].shape[1] not in (64, 128, 256):
-    return f"dim_head in {{64, 128, 256}}; got {params['key'].shape[1]}"
+  if params["query"].shape[2] not in (64, 128, 256):
+    return f"dim_head in {{64, 128, 256}}; got {params['query'].shape[2]}"
   return None
 
 
 def in_projection(x: jax.Array, params: Mapping[str, jax.Array],
                   rotation: tuple[jax.Array, jax.Array] | None, *, norm: str, eps: float,
                   keep: bool, chip: str | None):
-  """(query [M, H, Dh], key [M, Dh], value [M, Dh] or None, act [M, F], gate, up) of norm(x).
+  """(query [M, H, Dh], key, value [M, K Dh], act [M, F], gate, up) of norm(x).
 
-  act = silu(gate) * up, from the float32 sums. gate and up [M, F] are None unless `keep`.
+  act = silu(gate) * up, from the float32 sums. gate and up [M, F] are None unless `keep`, value
+  where there is no weight of it.
 
   Args:
     x: float[M, D].
-    params: norm float32[D]; query [D, H, Dh], key [D, Dh], value [D, Dh] or absent, gate and up
-      [D, F], in the dtype of x.
+    params: norm float32[D]; query [D, H, Dh], key [D, K Dh], value [D, K Dh] or absent, gate and
+      up [D, F], in the dtype of x.
     rotation: None, or (cos, sin), float32[M, Dh // 2] each, by which channel i of query and key is
       rotated with channel i + Dh // 2.
     norm: "layer" or "rms", with `eps`.

@@ -67,9 +67,9 @@ def input_gradient(dquery: jax.Array, dkey: jax.Array, dvalue: jax.Array | None,
 
   Args:
     dquery: float[M, H, Dh].
-    dkey, dvalue: [M, Dh]; dvalue None if params have no value.
+    dkey, dvalue: [M, K Dh]; dvalue None if params have no value.
     dgate, dup: [M, F].
-    params: query [D, H, Dh], key, value [D, Dh], gate and up [D, F], in the dtype of dquery.
+    params: query [D, H, Dh], key, value [D, K Dh], gate and up [D, F], in the dtype of dquery.
     chip: "h100", "h200" or None.
   """
   num_tokens, dim = dkey.shape[0], params["key"].shape[0]

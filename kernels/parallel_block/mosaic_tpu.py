@@ -24,6 +24,7 @@ from .fused import unfused
 from .mosaic_tpu_backward import input_gradient, swiglu_gradient
 from .mosaic_tpu_plan import Pair, Sizes, contraction, fit_columns, fit_sum, sum_of_products
 
+HIDDEN = LANES
 ROTATED = ("query", "key")
 
 __all__ = ["in_projection", "input_gradient", "out_projection", "swiglu_gradient", "unsupported"]
@@ -44,14 +45,15 @@ def unsupported(x: jax.Array | jax.ShapeDtypeStruct, params: Mapping[str, Any], 
     return problem
   _, heads, dim_head = params["query"].shape
   dim, hidden = params["gate"].shape
-  for name, size in (("dim", dim), ("hidden width", hidden)):
-    if size % LANES:
-      return f"{name} a multiple of {LANES}; got {size}"
+  if dim % LANES:
+    return f"dim a multiple of {LANES}; got {dim}"
   if dim_head not in (64, 128, 256):  # attention's, too
     return f"dim_head in {{64, 128, 256}}; got {dim_head}"
   if chip is None:
     return None
-  sizes = Sizes(x.shape[0], dim, heads, dim_head, hidden, x.dtype.itemsize)
+  keys = params["key"].shape[1:]
+  sizes = Sizes(x.shape[0], dim, heads, keys[0] if len(keys) == 2 else 1, dim_head,
+                round_up(hidden, HIDDEN), x.dtype.itemsize)
   for name, plan in sizes.plans(chip).items():
     if problem := vmem.exceeded(
         plan.vmem_bytes, chip, "blocks", name, f" for dim {dim}, hidden width {hidden}"):
@@ -69,8 +71,8 @@ def in_projection(x: jax.Array, params: Mapping[str, jax.Array],
 
   Args:
     x: [M, D].
-    params: norm float32[D], query [D, H, Dh], key and value [D, Dh] (value may be absent), gate and
-      up [D, F], all but the norm in the dtype of x.
+    params: norm float32[D], query [D, H, Dh], key and value [D, K Dh] (value may be absent), gate
+      and up [D, F], all but the norm in the dtype of x.
     rotation: None, or the cosines and the sines, float32[M, Dh // 2] each.
     norm: "layer" or "rms".
     eps: of the norm.
@@ -79,19 +81,20 @@ def in_projection(x: jax.Array, params: Mapping[str, jax.Array],
     config: in place of that in `configs`.
 
   Returns:
-    query [M, H, Dh], key [M, Dh], value [M, Dh] or None, act [M, F], gate and up [M, F] or None.
+    query [M, H, Dh], key [M, K Dh], value [M, K Dh] or None, act [M, F], gate and up [M, F] or
+    None.
   """
   (num_tokens, dim), dtype = x.shape, x.dtype
   _, heads, dim_head = params["query"].shape
-  hidden = params["gate"].shape[1]
+  keys, hidden = params["key"].shape[1], params["gate"].shape[1]
   values = ("value",) if "value" in params else ()
   plan = fit_columns(
       config or configs.mosaic_tpu(chip).in_projection, chip, num_tokens, dim, hidden,
-      dtype.itemsize, heads=heads, dim_head=dim_head)
+      dtype.itemsize, heads=heads, kv_heads=keys // dim_head, dim_head=dim_head)
   depth, depths = plan.depth, dim // plan.depth
-  query_steps = -(-heads * dim_head // plan.query_columns)
-  steps = 1 + query_steps + -(-hidden // plan.columns)
-  width = round_up(dim_head, LANES)
+  key_steps, query_steps = -(-keys // plan.key_columns), -(-heads * dim_head // plan.query_columns)
+  of_heads = key_steps + query_steps
+  steps = of_heads + -(-hidden // plan.columns)
 
   def kernel(*refs):
     refs = iter(refs)
@@ -130,11 +133,11 @@ def in_projection(x: jax.Array, params: Mapping[str, jax.Array],
         write("gate", at, gate)
         write("up", at, up)
 
-    keys = ("key", *values)
+    of_keys = ("key", *values)
     for here, names, finish in (
-        (step == 0, keys, finish_heads(keys)),
-        ((step > 0) & (step <= query_steps), ("query",), finish_heads(("query",))),
-        (step > query_steps, ("gate", "up"), finish_hidden)):
+        (step == 0 if key_steps == 1 else step < key_steps, of_keys, finish_heads(of_keys)),
+        ((step > key_steps - 1) & (step <= of_heads - 1), ("query",), finish_heads(("query",))),
+        (step > of_heads - 1, ("gate", "up"), finish_hidden)):
       @pl.when(here)
       def _():
         contraction(plan, depths, products(*names), finish, sums,
@@ -151,10 +154,10 @@ def in_projection(x: jax.Array, params: Mapping[str, jax.Array],
     return pl.BlockSpec((plan.rows, columns),
                         lambda i, step, deep: (i, jnp.clip(step - first, 0, count - 1)))
 
-  at_once = (width, 0, 1)
-  in_queries = (plan.query_columns, 1, query_steps)
-  in_hidden = (plan.columns, 1 + query_steps, steps - 1 - query_steps)
-  columns = {"query": in_queries, "key": at_once, "value": at_once,
+  in_keys = (plan.key_columns, 0, key_steps)  # mutant: steps of keys
+  in_queries = (plan.query_columns, key_steps, query_steps)
+  in_hidden = (plan.columns, of_heads, steps - of_heads)
+  columns = {"query": in_queries, "key": in_keys, "value": in_keys,
              "act": in_hidden, "gate": in_hidden, "up": in_hidden}
   operands = [(x, result(dim, 0, 1)),
               (params["norm"].astype(jnp.float32)[None], pl.BlockSpec((1, dim), lambda *_: (0, 0)))]
@@ -163,11 +166,11 @@ def in_projection(x: jax.Array, params: Mapping[str, jax.Array],
     operands.append((params[name].reshape(dim, -1), weight(*columns[name])))
   arrays = [array for array, _ in operands]
   names = ("query", "key", *values, "act", *(("gate", "up") if keep else ()))
-  sizes = {"query": heads * dim_head, "key": dim_head, "value": dim_head}
-  widest = max(plan.query_columns, 2 * width, 2 * plan.columns)
+  sizes = {"query": heads * dim_head, "key": keys, "value": keys}
+  widest = max(plan.query_columns, 2 * plan.key_columns, 2 * plan.columns)
   out_shape = [partition.out_shape((num_tokens, sizes.get(name, hidden)), dtype, *arrays)
                for name in names]
-  columns_of_all = (heads + 1 + len(values)) * dim_head + 2 * hidden
+  columns_of_all = heads * dim_head + (1 + len(values)) * keys + 2 * hidden
   results = pl.pallas_call(
       kernel,
       grid=(-(-num_tokens // plan.rows), steps, depths),

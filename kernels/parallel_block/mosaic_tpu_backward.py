@@ -84,9 +84,9 @@ def input_gradient(dquery: jax.Array, dkey: jax.Array, dvalue: jax.Array | None,
 
   Args:
     dquery: [M, H, Dh].
-    dkey, dvalue: [M, Dh]; dvalue may be None.
+    dkey, dvalue: [M, K Dh]; dvalue may be None.
     dgate, dup: [M, F].
-    params: query [D, H, Dh], key and value [D, Dh], gate and up [D, F].
+    params: query [D, H, Dh], key and value [D, K Dh], gate and up [D, F].
     chip, config: as for `swiglu_gradient`.
 
   Returns:

@@ -27,6 +27,7 @@ class Plan(NamedTuple):
   depth: int  # of the contraction in a step, where there is one contraction
   vmem_bytes: int
   query_columns: int = 0
+  key_columns: int = 0
   norm_rows: int = 0
   depths: tuple[int, ...] = ()  # the depth of a step of each stage, where there are several
 
@@ -44,25 +45,27 @@ class Sizes(NamedTuple):
   num_tokens: int
   dim: int
   heads: int
+  kv_heads: int
   dim_head: int
   hidden: int
   itemsize: int
 
   def plans(self, chip) -> dict[str, Plan]:
     """The plan of each kernel, by its name."""
-    tokens, dim, heads, dim_head, hidden, itemsize = self
-    config, queries = configs.mosaic_tpu(chip), heads * dim_head
+    tokens, dim, heads, kv_heads, dim_head, hidden, itemsize = self
+    config, queries, keys = configs.mosaic_tpu(chip), heads * dim_head, kv_heads * dim_head
     return {
         "in_projection": fit_columns(config.in_projection, chip, tokens, dim, hidden, itemsize,
-                                     heads=heads, dim_head=dim_head),
+                                     heads=heads, kv_heads=kv_heads, dim_head=dim_head),
         "out_projection": fit_sum(config.out_projection, chip, tokens, dim,
                                   [(queries, 1), (hidden, 1)], itemsize),
         "swiglu_gradient": fit_columns(config.swiglu_gradient, chip, tokens, dim, hidden, itemsize),
         "input_gradient": fit_sum(config.input_gradient, chip, tokens, dim,
-                                  [(queries, 1), (dim_head, 2), (hidden, 2)], itemsize, True)}
+                                  [(queries, 1), (keys, 2), (hidden, 2)], itemsize, True)}
 
 
-def fit_columns(config, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim_head=0) -> Plan:
+def fit_columns(config, chip, num_tokens, dim, hidden, itemsize, *, heads=0, kv_heads=1,
+                dim_head=0) -> Plan:
   """For kernels that hold rows of the whole dim and make columns of the hidden width.
 
   With heads, it is the in-projection: two products a step, and queries and keys as well.
@@ -72,23 +75,24 @@ def fit_columns(config, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim
 
   def plan(most, depth, columns, query_columns):
     query_columns = min(round_up(query_columns, width or 1), round_up(heads * dim_head, LANES))
+    key_columns = in_equal_steps(kv_heads * dim_head, columns, width) if heads else 0
     together = max(products * columns, query_columns)
     rows, tile, part = fit_rows(config, most, num_tokens, together * depth, chip)
     two = 2 * itemsize  # bytes of what has two buffers
-    every = 2 * width + query_columns + products * columns if heads else columns
+    every = 2 * key_columns + query_columns + products * columns if heads else columns
     taken = two * rows * dim + 2**16 + 8 * dim + staged(part, every, tile // part, itemsize, depth)
     if heads:
-      taken += itemsize * rows * dim + two * depth * (query_columns + 2 * width + 2 * columns)
-      taken += two * rows * (query_columns + 2 * width + 3 * columns)
+      taken += itemsize * rows * dim + two * depth * (query_columns + 2 * key_columns + 2 * columns)
+      taken += two * rows * (query_columns + 2 * key_columns + 3 * columns)
       taken += 2 * 2 * 4 * rows * max(LANES, dim_head // 2)  # tables
     else:
       taken += two * (depth * columns + 5 * rows * columns) + itemsize * depth * columns  # turned
     norm_rows = next(n for n in (256, 128, 64, 32, 16)
                      if not rows % n and n * dim <= 2**18 or n == 16)
     if depth < dim:
-      taken += 4 * rows * max(together, 2 * width) + 2**19
+      taken += 4 * rows * max(together, 2 * key_columns) + 2**19
     return Plan(num_tokens, rows, tile, part, columns, depth, with_slack(taken, chip),
-                query_columns, norm_rows)
+                query_columns, key_columns, norm_rows)
 
   for most in halves(*rows_of(config, num_tokens)):
     for depth in depths_of(dim):
@@ -99,6 +103,12 @@ def fit_columns(config, chip, num_tokens, dim, hidden, itemsize, *, heads=0, dim
           if found.vmem_bytes <= limit:
             return found
   return found
+
+
+def in_equal_steps(size, most, unit) -> int:
+  """Columns of a step, of the fewest steps of at most `most`, or else of one unit."""
+  steps = -(-size // max(unit, most // unit * unit))
+  return round_up(-(-size // steps), unit)
 
 
 def fit_sum(config, chip, num_tokens, dim, stages, itemsize, transposed=False) -> Plan:

@@ -58,7 +58,7 @@ def attend(query, key, value, params, *, rotary, query_offset, kv_cache, **optio
 
   Args:
     query: [..., T, H, Dh].
-    key, value: [..., T, K, Dh]; where params have one head, K copies of it.
+    key, value: [..., T, K, Dh]; K may be several times the heads that params have, each repeated.
 
   Returns:
     What the queries attended to, [..., T, H, Dh], and the cache with the new rows, or None.
@@ -66,7 +66,8 @@ def attend(query, key, value, params, *, rotary, query_offset, kv_cache, **optio
   if kv_cache is not None:
     grouped = params["key"].ndim == 3
     kv_cache = tuple(
-        write(old, rows, query_offset, axis=-3) if grouped
+        write(old, rows[..., ::rows.shape[-2] // old.shape[-2], :], query_offset, axis=-3)
+        if grouped
         else write(old, rows[..., 0, :], query_offset)
         for old, rows in zip(kv_cache, (key, value)))
     key, value = kv_cache[0], kv_cache[-1]

@@ -17,6 +17,7 @@ from .fused import unfused
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _STEP = 64  # The contraction is walked in steps that divide this: no product masks its ends.
+HIDDEN = _STEP
 _MOST = 32_768  # A row of x is in the registers of one program.
 
 
@@ -34,7 +35,7 @@ def unsupported(x: jax.Array | jax.ShapeDtypeStruct, params: Mapping[str, Any], 
     return f"dtype in {{{', '.join(_DTYPES)}}}; got {x.dtype.name}"
   if problem := unfused(params):
     return problem
-  sizes = dict(dim=x.shape[-1], dim_head=params["key"].shape[-1], hidden=params["gate"].shape[-1])
+  sizes = dict(dim=x.shape[-1], dim_head=params["query"].shape[-1])
   for name, size in sizes.items():
     if size % _STEP:
       return f"{name} a multiple of {_STEP}; got {size}"
@@ -52,7 +53,7 @@ def in_projection(x: jax.Array, params: Mapping[str, jax.Array],
 
   Args:
     x: [M, D], the dtype of all matrices and results.
-    params: norm float32[D]; query [D, H, Dh]; key [D, Dh]; value [D, Dh] or absent; gate, up
+    params: norm float32[D]; query [D, H, Dh]; key [D, K Dh]; value [D, K Dh] or absent; gate, up
       [D, F].
     rotation: (cos, sin), each float32[M, Dh / 2], by which query and key are rotated; or None.
     norm, eps: as of `norms.normalize`; h is rounded as there.
@@ -60,26 +61,26 @@ def in_projection(x: jax.Array, params: Mapping[str, jax.Array],
     chip: as for `unsupported`.
 
   Returns:
-    query [M, H, Dh]; key [M, Dh]; value [M, Dh] or None; act = silu(gate) * up [M, F], from gate
-    and up in float32; gate, up [M, F], or None.
+    query [M, H, Dh]; key [M, K Dh]; value [M, K Dh] or None; act = silu(gate) * up [M, F], from
+    gate and up in float32; gate, up [M, F], or None.
   """
   (m, d), (_, heads, dim_head) = x.shape, params["query"].shape
-  hidden, has_value = params["gate"].shape[1], "value" in params
+  hidden, keys, has_value = params["gate"].shape[1], params["key"].shape[1], "value" in params
   h = _normalize(x, params["norm"], norm=norm, eps=eps, chip=chip)
   blocks = configs.triton(chip, x.dtype.itemsize, d)
   pairs = blocks.columns // 2
   tiles = sum(-(-count // pairs) for count in (
-      heads * dim_head // 2, (1 + has_value) * dim_head // 2, hidden))
+      heads * dim_head // 2, (1 + has_value) * keys // 2, hidden))
   array = lambda *shape, needed=True: jax.ShapeDtypeStruct(shape if needed else (1,), x.dtype)
   value = params.get("value", params["key"])
   cos, sin = rotation or (params["norm"], params["norm"])
   query, key, value, act, gate, up = _call(
       "in_projection", blocks, h, params["query"], params["key"], value, params["gate"],
       params["up"], cos, sin, m, tokens=m, tiles=tiles, chip=chip,
-      out_types=(array(m, heads, dim_head), array(m, dim_head),
-                 array(m, dim_head, needed=has_value), array(m, hidden),
+      out_types=(array(m, heads, dim_head), array(m, keys),
+                 array(m, keys, needed=has_value), array(m, hidden),
                  *[array(m, hidden, needed=keep)] * 2),
-      D=d, HEADS=heads, DIM_HEAD=dim_head, F=hidden, VALUE=has_value,
+      D=d, HEADS=heads, KV_HEADS=keys // dim_head, DIM_HEAD=dim_head, F=hidden, VALUE=has_value,
       ROTATED=rotation is not None, KEEP=keep)
   return query, key, value if has_value else None, act, *((gate, up) if keep else (None, None))
 
@@ -140,21 +141,22 @@ def input_gradient(dquery: jax.Array, dkey: jax.Array, dvalue: jax.Array | None,
   """The gradient [M, D] of norm(x) through all of `in_projection`, in one sum, rounded once.
 
   Args:
-    dquery: [M, H, Dh], before rotation, as is dkey [M, Dh].
-    dvalue: [M, Dh], or None where params have no value.
+    dquery: [M, H, Dh], before rotation, as is dkey [M, K Dh].
+    dvalue: [M, K Dh], or None where params have no value.
     dgate, dup: [M, F].
     params: as for `in_projection`.
     chip: as for `unsupported`.
   """
   (m, heads, dim_head), (d, hidden) = dquery.shape, params["gate"].shape
+  keys = dkey.shape[1]
   blocks = configs.triton(
-      chip, dquery.dtype.itemsize, (heads + 1) * dim_head + 2 * hidden)
+      chip, dquery.dtype.itemsize, heads * dim_head + keys + 2 * hidden)
   return _call(
       "input_gradient", blocks, dquery, dkey, dkey if dvalue is None else dvalue, dgate, dup,
       params["query"], params["key"], params.get("value", params["key"]), params["gate"],
       params["up"], m, tokens=m, tiles=-(-d // blocks.columns), chip=chip,
-      out_types=(jax.ShapeDtypeStruct((m, d), dquery.dtype),), D=d, HEADS=heads,
-      DIM_HEAD=dim_head, F=hidden, VALUE=dvalue is not None)[0]
+      out_types=(jax.ShapeDtypeStruct((m, d), dquery.dtype),), D=d, QUERIES=heads * dim_head,
+      KEYS=keys, F=hidden, VALUE=dvalue is not None)[0]
 
 
 def _call(name, blocks, *inputs, tokens, tiles, out_types, chip, **constants):

@@ -101,21 +101,31 @@ def _quarters(x):
 
 
 @triton.jit
+def _first_channel(pair, HEADS: tl.constexpr, HALF: tl.constexpr):
+  """The channel of HEADS heads side by side that is the first of a pair."""
+  if HEADS > 1:
+    pair += pair // HALF * HALF  # mutant: head of a pair
+  return pair
+
+
+@triton.jit
 def in_projection_kernel(h_ptr, query_ptr, key_ptr, value_ptr, gate_ptr, up_ptr, cos_ptr, sin_ptr,
                          M, query_out, key_out, value_out, act_out, gate_out, up_out,
-                         D: tl.constexpr, HEADS: tl.constexpr, DIM_HEAD: tl.constexpr,
-                         F: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr,
-                         KEEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                         BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr, PRECISION: tl.constexpr):
+                         D: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+                         DIM_HEAD: tl.constexpr, F: tl.constexpr, VALUE: tl.constexpr,
+                         ROTATED: tl.constexpr, KEEP: tl.constexpr, BLOCK_M: tl.constexpr,
+                         BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr,
+                         PRECISION: tl.constexpr):
   """All that is computed from h [M, D], in pairs of columns that meet in the epilogue.
 
   A pair is a column of gate with the same of up, or two channels of a head, half a head apart.
-  Tiles are of queries first, then of the key and the value, then of gate and up.
+  Tiles are of queries first, then of keys and values, then of gate and up.
   """
   PAIRS: tl.constexpr = BLOCK_N // 2
   HALF: tl.constexpr = DIM_HEAD // 2
   OF_QUERY: tl.constexpr = HEADS * HALF
-  OF_KEY: tl.constexpr = (2 if VALUE else 1) * HALF
+  KEYS: tl.constexpr = KV_HEADS * HALF
+  OF_KEY: tl.constexpr = (2 if VALUE else 1) * KEYS
   QUERY_TILES: tl.constexpr = (OF_QUERY + PAIRS - 1) // PAIRS
   HEAD_TILES: tl.constexpr = QUERY_TILES + (OF_KEY + PAIRS - 1) // PAIRS
   TILES: tl.constexpr = HEAD_TILES + (F + PAIRS - 1) // PAIRS
@@ -132,10 +142,12 @@ def in_projection_kernel(h_ptr, query_ptr, key_ptr, value_ptr, gate_ptr, up_ptr,
     stride = F
   elif tile >= QUERY_TILES:
     pair = ((tile - QUERY_TILES) * PAIRS + pair) % OF_KEY
-    column = tl.where(pair < HALF, key_ptr + pair, value_ptr + (pair - HALF))
+    # mutant: keys and values
+    column = tl.where(pair < KEYS, key_ptr + _first_channel(pair, KV_HEADS, HALF),
+                      value_ptr + _first_channel(pair - KEYS, KV_HEADS, HALF))
     column += tl.where(right, HALF, 0)
     column = tl.max_contiguous(tl.multiple_of(column, 64), 32)
-    stride = DIM_HEAD
+    stride = KV_HEADS * DIM_HEAD
   else:
     pair = (tile * PAIRS + pair) % OF_QUERY
     # mutant: halves of a head
@@ -160,7 +172,7 @@ def in_projection_kernel(h_ptr, query_ptr, key_ptr, value_ptr, gate_ptr, up_ptr,
                     up_out, F, KEEP)
     elif tile >= QUERY_TILES:
       _store_heads(first, second, token, M, (tile - QUERY_TILES) * PAIRS + pair, cos_ptr, sin_ptr,
-                   key_out, value_out, HALF, 1, VALUE, ROTATED)
+                   key_out, value_out, HALF, KV_HEADS, VALUE, ROTATED)
     else:
       _store_heads(first, second, token, M, tile * PAIRS + pair, cos_ptr, sin_ptr, query_out,
                    query_out, HALF, HEADS, False, ROTATED)
@@ -184,7 +196,7 @@ def _store_hidden(gate, up, token, M, column, act_out, gate_out, up_out, F: tl.c
 def _store_heads(first, second, token, M, pair, cos_ptr, sin_ptr, out_ptr, value_out,
                  HALF: tl.constexpr, HEADS: tl.constexpr, VALUE: tl.constexpr,
                  ROTATED: tl.constexpr):
-  """Pairs of channels of out [M, HEADS, 2 * HALF], rotated; then those of the value, if any."""
+  """Pairs of channels of out [M, HEADS, 2 * HALF], rotated; then those of values, if any."""
   COUNT: tl.constexpr = HEADS * HALF
   row = tl.arange(0, first.shape[0])[:, None]
   token = tl.cast(token, tl.int64)
@@ -198,7 +210,9 @@ def _store_heads(first, second, token, M, pair, cos_ptr, sin_ptr, out_ptr, value
     first, second = first * cos - second * sin, second * cos + first * sin
   column = out_ptr + (pair // HALF * (2 * HALF) + pair % HALF)
   if VALUE:
-    column = tl.where(pair < COUNT, column, value_out + (pair - COUNT))
+    # mutant: value's place
+    column = tl.where(pair < COUNT, column,
+                      value_out + _first_channel(pair - COUNT, HEADS, HALF))
   at = token * (2 * COUNT) + (column[None, :] + row * (2 * COUNT))
   tl.store(at, first.to(out_ptr.dtype.element_ty), mask=inside)
   tl.store(at + HALF, second.to(out_ptr.dtype.element_ty), mask=inside)
@@ -259,7 +273,7 @@ def swiglu_gradient_kernel(dy_ptr, gate_ptr, up_ptr, ff_out_ptr, M, dgate_out, d
 @triton.jit
 def input_gradient_kernel(dquery_ptr, dkey_ptr, dvalue_ptr, dgate_ptr, dup_ptr, query_ptr, key_ptr,
                           value_ptr, gate_ptr, up_ptr, M, dh_ptr, D: tl.constexpr,
-                          HEADS: tl.constexpr, DIM_HEAD: tl.constexpr, F: tl.constexpr,
+                          QUERIES: tl.constexpr, KEYS: tl.constexpr, F: tl.constexpr,
                           VALUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                           BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr, PRECISION: tl.constexpr):
   """dh [M, D]: the sum over the weights w [D, K] of dw @ w.T."""
@@ -270,12 +284,12 @@ def input_gradient_kernel(dquery_ptr, dkey_ptr, dvalue_ptr, dgate_ptr, dup_ptr, 
     acc = _sum_of_products(  # mutant: weights
         (dquery_ptr, dkey_ptr, dvalue_ptr, dgate_ptr, dup_ptr),
         (query_ptr, key_ptr, value_ptr, gate_ptr, up_ptr),
-        (HEADS * DIM_HEAD, DIM_HEAD, DIM_HEAD, F, F), token, M, column, D, True, BLOCK_M, BLOCK_N,
+        (QUERIES, KEYS, KEYS, F, F), token, M, column, D, True, BLOCK_M, BLOCK_N,
         BLOCK_K, PRECISION)
   else:
     acc = _sum_of_products(
         (dquery_ptr, dkey_ptr, dgate_ptr, dup_ptr), (query_ptr, key_ptr, gate_ptr, up_ptr),
-        (HEADS * DIM_HEAD, DIM_HEAD, F, F), token, M, column, D, True, BLOCK_M, BLOCK_N, BLOCK_K,
+        (QUERIES, KEYS, F, F), token, M, column, D, True, BLOCK_M, BLOCK_N, BLOCK_K,
         PRECISION)
   row = tl.arange(0, BLOCK_M)
   columns = column + tl.arange(0, BLOCK_N)

@@ -29,6 +29,18 @@ def test_a_kernel_that_an_op_does_not_have(monkeypatch):
     kernels.explain("linear_cross_entropy", implementation="mosaic_gpu")
 
 
+@pytest.mark.parametrize("op, shapes", [
+    ("flash_attention", [(4, 2048, 8, 128), (4, 2048, 3, 128)]),
+    ("decode_attention", [(4, 1, 8, 128), (4, 2048, 3, 128)]),
+    ("parallel_attention_ffn", [(2048, 1024), dict(
+        norm=(1024,), query=(1024, 8, 128), key=(1024, 3, 128), value=(1024, 3, 128),
+        gate=(1024, 512), up=(1024, 512), attn_out=(8, 128, 1024), ff_out=(512, 1024))])])
+@pytest.mark.parametrize("implementation", ["auto", "xla"])
+def test_heads_that_do_not_fit_are_refused(op, shapes, implementation):
+  with pytest.raises(ValueError, match=f"{op}: 3 key/value heads do not divide 8 query heads"):
+    kernels.explain(op, *shapes, implementation=implementation, chip="v5e")
+
+
 def on(platform, kind):
   device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
   return jax.sharding.use_abstract_mesh(
@@ -108,11 +120,12 @@ def test_what_counts_under_a_mesh_is_what_a_device_has():
     assert "VMEM of a v4" in choose(query, key, key).reason
   with on_mesh("TPU v4", data=2, fsdp=256, model=12):
     assert choose(query, key, key).implementation == "mosaic_tpu"
-    few = jax.ShapeDtypeStruct((2048, 2048, 12, 256), "bfloat16")
-    # One key head of four for a device with a quarter of the query heads: they stay together.
-    assert kernels.attention.fused.on_one_device(few, key, None)[0].shape == (4, 2048, 1, 256)
-    assert kernels.attention.fused.on_one_device(
-        few, jax.ShapeDtypeStruct((2048, 2048, 4, 256), "bfloat16"), None)[0].shape[2] == 12
+    # Each device has the key heads of its 4 query heads: one of 4, two of 24, two of 16 that
+    # three devices share.
+    for kv_heads, share in ((1, 1), (4, 1), (24, 2), (16, 4)):
+      some = jax.ShapeDtypeStruct((2048, 2048, kv_heads, 256), "bfloat16")
+      on_one_device = kernels.attention.fused.on_one_device(query, some, None)
+      assert [x.shape for x in on_one_device[:2]] == [(4, 2048, 4, 256), (4, 2048, share, 256)]
 
 
 def test_the_loss_counts_the_tokens_of_a_device():

@@ -33,6 +33,7 @@ class Case:
   dtype: str = "bfloat16"
   norm: str = "layer"
   value: bool = True  # has a weight of its own
+  kv_heads: int = 1
   rotated: bool = True
   keep: bool = True
   with_x: bool = True  # out_projection adds x
@@ -50,10 +51,12 @@ class Case:
 def cases(draw, *, dims=(128, 256, 384), hiddens=(128, 256, 384), dim_heads=(64, 128),
           dtypes=("bfloat16", "float16"), max_tokens=150, max_heads=3):
   """Cases as varied as the contract."""
+  heads = draw(st.integers(1, max_heads))
   known = [n for n in (1, 8, 63, 64, 65, 127, 128, 129, 256) if n <= max_tokens]
   return Case(
       tokens=draw(st.one_of(st.integers(1, max_tokens), st.sampled_from(known))),
-      dim=draw(st.sampled_from(dims)), heads=draw(st.integers(1, max_heads)),
+      dim=draw(st.sampled_from(dims)), heads=heads,
+      kv_heads=draw(st.sampled_from([n for n in range(1, heads + 1) if not heads % n])),
       dim_head=draw(st.sampled_from(dim_heads)), hidden=draw(st.sampled_from(hiddens)),
       dtype=draw(st.sampled_from(dtypes)), norm=draw(st.sampled_from(["layer", "rms"])),
       value=draw(st.booleans()), rotated=draw(st.booleans()), keep=draw(st.booleans()),
@@ -79,10 +82,11 @@ def inputs(case: Case) -> dict:
   """
   rng = np.random.default_rng(case.seed)
   m, d, h, dh, f = case.tokens, case.dim, case.heads, case.dim_head, case.hidden
+  kv = case.kv_heads * dh
   normal = lambda *shape, scale=1.0, mean=0.0: (
       mean + scale * rng.normal(size=shape)).astype(jnp.dtype(case.dtype))
-  weights = dict(query=normal(d, h, dh, scale=d**-0.5), key=normal(d, dh, scale=d**-0.5),
-                 value=normal(d, dh, scale=d**-0.5), gate=normal(d, f, scale=d**-0.5),
+  weights = dict(query=normal(d, h, dh, scale=d**-0.5), key=normal(d, kv, scale=d**-0.5),
+                 value=normal(d, kv, scale=d**-0.5), gate=normal(d, f, scale=d**-0.5),
                  up=normal(d, f, scale=d**-0.5))
   if not case.value:
     del weights["value"]
@@ -94,7 +98,7 @@ def inputs(case: Case) -> dict:
       rotation=rotation if case.rotated else None, attended=normal(m, h, dh), act=normal(m, f),
       attn_out=normal(h, dh, d, scale=(h * dh)**-0.5), ff_out=normal(f, d, scale=f**-0.5),
       dy=normal(m, d), gate=normal(m, f, scale=2.0), up=normal(m, f), dquery=normal(m, h, dh),
-      dkey=normal(m, dh), dvalue=normal(m, dh) if case.value else None, dgate=normal(m, f),
+      dkey=normal(m, kv), dvalue=normal(m, kv) if case.value else None, dgate=normal(m, f),
       dup=normal(m, f)))
 
 
@@ -138,7 +142,8 @@ def exact(case: Case) -> dict:
   sigmoid = lambda y: 1 / (1 + np.exp(-y))
   gate, up = h @ w["gate"], h @ w["up"]
   out = dict(query=rotated(np.einsum("md,dhe->mhe", h, w["query"])),
-             key=rotated((h @ w["key"])[:, None])[:, 0], act=gate * sigmoid(gate) * up)
+             key=rotated((h @ w["key"]).reshape(len(x), -1, case.dim_head)).reshape(len(x), -1),
+             act=gate * sigmoid(gate) * up)
   if case.value:
     out["value"] = h @ w["value"]
   if case.keep:
@@ -167,7 +172,8 @@ def _rough(arrays, *, case):
   made = {name: steps.project(h, w[name]) for name in w if name != "norm"}
   if case.rotated:
     made["query"] = rotary.rotate_by(made["query"], a["rotation"])
-    made["key"] = rotary.rotate_by(made["key"][:, None], a["rotation"])[:, 0]
+    key = made["key"].reshape(case.tokens, -1, case.dim_head)
+    made["key"] = rotary.rotate_by(key, a["rotation"]).reshape(case.tokens, -1)
   swiglu = lambda gate, up: jax.nn.silu(gate) * up
   made["act"] = swiglu(made["gate"], made["up"])
   made["y"] = steps.project(a["attended"], a["attn_out"], 2) + steps.project(a["act"], a["ff_out"])

@@ -21,11 +21,15 @@ from tests.kernels.parallel_block.test_parallel_block import LITE, options_of, r
 
 ARCHITECTURES = {"palm": {}, "palm-lite": LITE, "shared-kv": dict(shared_kv=True),
                  "alibi": dict(position="alibi"), "xpos": dict(xpos_scale_base=16),
-                 "qk-norm": dict(qk_norm=True)}
+                 "qk-norm": dict(qk_norm=True), "grouped": dict(kv_heads=2, dim_ff=13),
+                 "grouped-lite": LITE | dict(kv_heads=4), "layer-norm of heads": dict(
+                     kv_heads=2, qk_norm="layer")}
 
 
 class PlainBackend(types.ModuleType):
   """The functions of a backend, in plain JAX."""
+
+  HIDDEN = 2
 
   def __init__(self):
     super().__init__("plain")
@@ -38,7 +42,9 @@ class PlainBackend(types.ModuleType):
     made = {name: steps.project(h, params[name]) for name in params if name != "norm"}
     if rotation is not None:
       made["query"] = rotary.rotate_by(made["query"], rotation)
-      made["key"] = rotary.rotate_by(made["key"][:, None], rotation)[:, 0]
+      heads = made["key"].reshape(len(x), -1, made["query"].shape[-1])
+      made["key"] = rotary.rotate_by(heads, rotation).reshape(len(x), -1)
+    assert not params["gate"].shape[1] % self.HIDDEN
     act = jax.nn.silu(made["gate"]) * made["up"]
     return (made["query"], made["key"], made.get("value"), act,
             *((made["gate"], made["up"]) if keep else (None, None)))
@@ -77,8 +83,11 @@ def plain(monkeypatch):
 def problem(architecture, lead=(4, 6), dtype=jnp.float32, heads=4):
   config = PaLMConfig(10, 16, 1, heads, 8, **architecture)
   params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), random_params(config))
-  if config.qk_norm:
+  if config.qk_norm == "l2":
     params |= dict(query_scale=jnp.full(8, 2.0), key_scale=jnp.arange(1.0, 9.0))
+  elif config.qk_norm:
+    scale = lambda heads: jnp.linspace(1.0, 2.0, heads * 8).reshape(heads, 8)
+    params |= dict(query_scale=scale(heads), key_scale=scale(config.kv_heads))
   x = jax.random.normal(jax.random.key(0), (*lead, config.dim), dtype)
   return x, params, options_of(config) | dict(xpos_scale_base=config.xpos_scale_base)
 
@@ -125,7 +134,7 @@ def test_the_contract_holds_for_plain_jax(case):
 
 
 @pytest.mark.parametrize("architecture", [
-    value if name in ("palm", "palm-lite") else full(value)
+    value if name in ("palm", "palm-lite", "grouped") else full(value)
     for name, value in ARCHITECTURES.items()], ids=ARCHITECTURES)
 @pytest.mark.parametrize("dtype", ["float32", full("bfloat16")])
 def test_value_and_gradients_equal_the_xla_path(plain, architecture, dtype):
@@ -201,6 +210,18 @@ def test_a_mesh_divides_tokens_and_columns(plain, kind, architecture, axes, head
   assert_close(got, of_the_xla_path(heads=heads, **architecture))
 
 
+@pytest.mark.parametrize("kind, heads, kv_heads, model", [
+    (AxisType.Auto, 6, 3, 2), full(AxisType.Explicit, 8, 2, 4), full(AxisType.Auto, 8, 4, 2)])
+def test_a_device_makes_the_keys_of_its_queries(plain, kind, heads, kv_heads, model):
+  # An odd hidden width of a device.
+  architecture = dict(kv_heads=kv_heads, dim_ff=3 * model, position="alibi")
+  x, params, options = problem(architecture, heads=heads)
+  mesh = jax.make_mesh((2, model), ("data", "model"), axis_types=(kind,) * 2)
+  with jax.set_mesh(mesh):
+    got = jax.jit(gradients(options))(x, params)
+  assert_close(got, of_the_xla_path(heads=heads, **architecture))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("tokens", [P("data", "model"), P("model")], ids=str)
 def test_tokens_may_be_divided_over_the_model_axis(plain, tokens):
@@ -223,16 +244,18 @@ def test_a_device_sums_its_share_once(plain):
   assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1
 
 
-def test_what_a_device_has():
+@pytest.mark.parametrize("heads, kv_heads, key", [
+    (4, 1, (16, 8)), (8, 2, (16, 1, 8)), (8, 8, (16, 2, 8)), (12, 6, (16, 3, 8))])
+def test_what_a_device_has(heads, kv_heads, key):
   mesh = jax.sharding.AbstractMesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
   x = jax.ShapeDtypeStruct((6, 10, 16), "bfloat16")
-  params = {n: jax.ShapeDtypeStruct(w.shape, "float32")
-            for n, w in random_params(PaLMConfig(10, 16, 1, 4, 8)).items()}
+  config = PaLMConfig(10, 16, 1, heads, 8, kv_heads=kv_heads)
+  params = {n: jax.ShapeDtypeStruct(w.shape, "float32") for n, w in random_params(config).items()}
   with jax.sharding.use_abstract_mesh(mesh):
     x, params = fused.on_one_device(x, params)
   assert x.shape == (30, 16) and {n: w.shape for n, w in params.items()} == dict(
-      norm=(16,), query=(16, 1, 8), key=(16, 8), value=(16, 8), gate=(16, 16), up=(16, 16),
-      attn_out=(1, 8, 16), ff_out=(16, 16))
+      norm=(16,), query=(16, heads // 4, 8), key=key, value=key, gate=(16, 16), up=(16, 16),
+      attn_out=(heads // 4, 8, 16), ff_out=(16, 16))
 
 
 def runs_of(plain, monkeypatch, name):

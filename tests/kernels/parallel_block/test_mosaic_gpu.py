@@ -106,6 +106,9 @@ ODD = Case(tokens=259, dim=64, heads=1, dim_head=64, hidden=192, mean=30.0)
     (ODD, Plan(stages=3)),
     pytest.param(Case(tokens=1, dim=64, heads=1, dim_head=64, hidden=64, value=False, with_x=False),
                  TABLE, marks=pytest.mark.full),
+    # Keys that end within a block of columns.
+    pytest.param(Case(tokens=130, dim=64, heads=6, kv_heads=3, dim_head=64, hidden=64),
+                 Plan(256), marks=pytest.mark.full),
 ], ids=str)
 def test_edges(case, plan):
   verify(case, plan)
@@ -231,7 +234,7 @@ def test_a_planted_mistake_is_noticed(name):
 @pytest.mark.parametrize("changes, chip, message", [
     (dict(), "h100", None), (dict(dtype="float16", dim=64, hidden=1536, dim_head=256), None, None),
     (dict(dim=80), "h200", "dim a multiple of 64; got 80"),
-    (dict(hidden=100), "h200", "a hidden width that is a multiple of 64; got 100"),
+    (dict(hidden=100, heads=6, kv_heads=3), "h200", None),
     (dict(dim_head=80), "h200", "dim_head in {64, 128, 256}; got 80"),
     (dict(dtype="float32"), "h200", "bfloat16 or float16; got float32"),
     (dict(), "b200", "a Hopper GPU (h100, h200); got b200"),
@@ -262,10 +265,11 @@ def shapes(case):
   """Those of `contract.inputs`."""
   m, d, h, dh, f = case.tokens, case.dim, case.heads, case.dim_head, case.hidden
   array = lambda *shape, dtype=case.dtype: jax.ShapeDtypeStruct(shape, dtype)
+  kv = case.kv_heads * dh
   table, tokens, hidden, heads, head = (
-      array(m, dh // 2, dtype="float32"), array(m, d), array(m, f), array(m, h, dh), array(m, dh))
-  weights = dict(norm=array(d, dtype="float32"), query=array(d, h, dh), key=array(d, dh),
-                 value=array(d, dh), gate=array(d, f), up=array(d, f))
+      array(m, dh // 2, dtype="float32"), array(m, d), array(m, f), array(m, h, dh), array(m, kv))
+  weights = dict(norm=array(d, dtype="float32"), query=array(d, h, dh), key=array(d, kv),
+                 value=array(d, kv), gate=array(d, f), up=array(d, f))
   if not case.value:
     del weights["value"]
   return dict(
@@ -319,7 +323,7 @@ def test_main_loops_are_as_short_as_those_of_a_plain_product():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("options", [
     dict(keep=False), dict(value=False, rotated=False, norm="rms"), dict(value=False, keep=False),
-    dict(rotated=False, with_x=False), dict(tokens=1, heads=1)], ids=str)
+    dict(rotated=False, with_x=False), dict(tokens=1, heads=1), dict(heads=6, kv_heads=3)], ids=str)
 @pytest.mark.parametrize("sizes", [
     dict(tokens=2048, dim=512, heads=8, dim_head=64, hidden=2048),
     dict(tokens=131, dim=2048, heads=3, dim_head=128, hidden=1536),

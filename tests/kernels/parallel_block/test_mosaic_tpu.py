@@ -23,6 +23,7 @@ from palm_haiku.kernels.parallel_block import (
 )
 from tests.kernels.parallel_block import contract
 from tests.kernels.parallel_block.contract import Case
+from tests.mutants import Mistake, planted
 
 # Small enough that little has several blocks, a block several tiles, and a tile several parts.
 BLOCKS = (
@@ -73,7 +74,8 @@ full = functools.partial(pytest.param, marks=pytest.mark.full)
 
 
 @pytest.mark.parametrize("case", [
-    Case(tokens=131, mean=30.0, dim_head=256, dtype="float32"),
+    Case(tokens=131, mean=30.0, dim_head=256, kv_heads=2, dtype="float32"),
+    full(Case(tokens=70, heads=6, kv_heads=3)),
     full(Case(tokens=131, mean=30.0, dim=256, hidden=384, with_x=False)),
     full(Case(tokens=1, rotated=False, value=False, norm="rms", keep=False))], ids=str)
 def test_right_where_it_is_easily_wrong(case):
@@ -156,6 +158,20 @@ def test_a_planted_error_is_found(monkeypatch, mutant, of, finds):
   assert contract.errors(case, wrong).keys() == finds
 
 
+@pytest.mark.full
+def test_key_heads_are_more_than_a_step():
+  case = Case(heads=3, kv_heads=3, dim_head=128)
+  with planted(mosaic_tpu, Mistake("steps of keys", "key_steps", "1")):
+    assert {"key", "value"} <= contract.errors(case, results(case, of=IN)).keys()
+
+
+def test_steps_of_keys_are_equal():
+  for size, most, unit, want in (
+      (128, 1024, 128, 128), (1024, 1024, 128, 1024), (64, 256, 128, 128), (1280, 1024, 256, 768),
+      (1024, 640, 128, 512), (512, 128, 256, 256)):
+    assert mosaic_tpu_plan.in_equal_steps(size, most, unit) == want
+
+
 def test_what_varies_over_a_mesh_is_typed_so():
   arrays = contract.inputs(Case())
   mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -172,9 +188,9 @@ def test_what_varies_over_a_mesh_is_typed_so():
   assert y.shape == arrays["x"].shape
 
 
-def ask(chip, dim=4096, hidden=16384, heads=16, dim_head=256, dtype="bfloat16"):
+def ask(chip, dim=4096, hidden=16384, heads=16, kv_heads=(), dim_head=256, dtype="bfloat16"):
   array = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
-  params = dict(query=array(dim, heads, dim_head), key=array(dim, dim_head),
+  params = dict(query=array(dim, heads, dim_head), key=array(dim, *kv_heads, dim_head),
                 gate=array(dim, hidden))
   return mosaic_tpu.unsupported(array(8192, dim), params, chip=chip)
 
@@ -182,7 +198,6 @@ def ask(chip, dim=4096, hidden=16384, heads=16, dim_head=256, dtype="bfloat16"):
 def test_what_it_cannot_take_is_named():
   assert "bfloat16 or float32" in ask(None, dtype="float16")
   assert ask(None, dim=80) == "dim a multiple of 128; got 80"
-  assert ask(None, hidden=1000) == "hidden width a multiple of 128; got 1000"
   assert ask(None, dim_head=512) == "dim_head in {64, 128, 256}; got 512"
   assert "one of the chips v4" in ask("v9")
   assert "within the 16 MiB of VMEM of a v4" in ask("v4", dim=65_536)
@@ -190,15 +205,17 @@ def test_what_it_cannot_take_is_named():
     assert ask(chip) is None
     assert ask(chip, dim=512, hidden=1536, heads=1, dim_head=64) is None
     assert chip == "v4" or ask(chip, dim=18_432, hidden=73_728 // 12, heads=4) is None
+    assert ask(chip, hidden=14_330, heads=32, kv_heads=(8,), dim_head=128) is None
+    assert ask(chip, dim=8192, hidden=22_528, heads=64, kv_heads=(64,), dim_head=128) is None
 
 
-def program(*, chip, tokens, dim, heads, dim_head, hidden, dtype):
+def program(*, chip, tokens, dim, heads, dim_head, hidden, dtype, kv_heads=1):
   """(function, arguments): all four kernels."""
   array = lambda *sizes, dtype=dtype: jax.ShapeDtypeStruct(sizes, dtype)
   params = dict(norm=array(dim, dtype="float32"), query=array(dim, heads, dim_head),
-                key=array(dim, dim_head), value=array(dim, dim_head), gate=array(dim, hidden),
-                up=array(dim, hidden), attn_out=array(heads, dim_head, dim),
-                ff_out=array(hidden, dim))
+                **dict.fromkeys(("key", "value"), array(dim, kv_heads * dim_head)),
+                **dict.fromkeys(("gate", "up"), array(dim, hidden)),
+                attn_out=array(heads, dim_head, dim), ff_out=array(hidden, dim))
   table = array(tokens, dim_head // 2, dtype="float32")
 
   def function(x, params, rotation):
@@ -216,7 +233,7 @@ def test_compiles_for_a_chip():
   pytest.importorskip("libtpu", reason="the compiler for TPUs is in libtpu")
   report = aot.report(
       "tests.kernels.parallel_block.test_mosaic_tpu:program", target="v5e", chip="v5e",
-      tokens=1000, dim=384, heads=3, dim_head=64, hidden=640, dtype="bfloat16")
+      tokens=1000, dim=384, heads=3, kv_heads=3, dim_head=64, hidden=640, dtype="bfloat16")
   assert len(report.kernels_named("block_")) == 4 and not report.problems
 
 
@@ -224,11 +241,12 @@ def test_compiles_for_a_chip():
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("chip", chips.TPUS)
 @pytest.mark.parametrize("sizes", [
-    (8192, 4096, 16, 256, 16_384, "bfloat16"), (2047, 2048, 16, 128, 8192, "bfloat16"),
-    (8192, 1024, 16, 64, 4096, "bfloat16"), (33, 512, 8, 64, 2048, "bfloat16"),
-    (4096, 8192, 8, 256, 8192, "bfloat16"), (3000, 1024, 4, 256, 5504, "float32")])
+    (8192, 4096, 16, 1, 256, 16_384, "bfloat16"), (2047, 2048, 16, 1, 128, 8192, "bfloat16"),
+    (8192, 1024, 16, 1, 64, 4096, "bfloat16"), (33, 512, 8, 1, 64, 2048, "bfloat16"),
+    (4096, 8192, 8, 1, 256, 8192, "bfloat16"), (3000, 1024, 4, 1, 256, 5504, "float32"),
+    (8192, 4096, 32, 8, 128, 14_336, "bfloat16"), (1000, 8192, 64, 64, 128, 22_528, "bfloat16")])
 def test_compiles_within_the_vmem_that_is_counted(chip, sizes):
-  names = ("tokens", "dim", "heads", "dim_head", "hidden", "dtype")
+  names = ("tokens", "dim", "heads", "kv_heads", "dim_head", "hidden", "dtype")
   aot.report("tests.kernels.parallel_block.test_mosaic_tpu:program", target=chip, chip=chip,
              **dict(zip(names, sizes, strict=True)))
 

@@ -22,7 +22,8 @@ def options_of(config):
 
 def random_params(config, seed=0):
   d, h, k, f = config.dim, config.heads, config.dim_head, config.dim_ff
-  shapes = dict(norm=(d,), query=(d, h, k), key=(d, k), value=(d, k), gate=(d, f), up=(d, f),
+  key = (d, config.kv_heads, k) if config.kv_heads > 1 else (d, k)
+  shapes = dict(norm=(d,), query=(d, h, k), key=key, value=key, gate=(d, f), up=(d, f),
                 attn_out=(h, k, d), ff_out=(f, d))
   if config.shared_kv:
     del shapes["value"]
