@@ -33,7 +33,8 @@ class TritonConfig(NamedTuple):
 # Of the tiles in which neither kernel spills, those with the fewest instructions in the main loop
 # for what they multiply; beside each, those that a warp issues there for 64 tokens, 64 columns and
 # 64 of the contraction, forward / gradient, and of the next best (triton 3.9, ptxas 13.0,
-# bfloat16). Nothing was timed. Triton 3.6 does not spill in these either.
+# bfloat16). Nothing was timed. Triton 3.6 does not spill in these either. Since the forward kernel
+# picks the target's logit, it spills two registers around the main loop on an a100 and an rtx4090.
 _WGMMA = TritonConfig(128, 256, 64, 8, 4)  # 12 / 12; (128, 128, 64, 8, 4) 21 / 21
 _HMMA = TritonConfig(128, 256, 32, 8, 4)  # 37 / 32; 64 deep 28 gradient, forward spills 100
 TRITON = {

@@ -29,7 +29,6 @@ from ..hopper.tiles import (
 from ..interpreters import mode
 from . import configs
 from .fused import merged
-from .xla import target_logit
 
 
 def unsupported(x: jax.Array | jax.ShapeDtypeStruct, embedding: jax.Array | jax.ShapeDtypeStruct, *,
@@ -121,19 +120,33 @@ def _before(end, column0, shape):
   return fixed < across(end - column0, shape) - lane  # mutant: valid columns
 
 
-def _forward_kernel(x_ref, rows_ref, bounds_ref, parts_ref, x_smem, rows_smem, parts_smem, ready,
-                    free, *, walk, scale):
+def _picked(logits, target, found):
+  """The logits of the targets' columns, one number in a row of float32[64, 8]; else `found`."""
+  shape = found.shape
+  fixed, lane = (down(c, shape) for c in tiles.columns(tiles.QUAD))
+  wanted = across(target, shape) - lane
+  for i in range(0, logits.shape[1], tiles.QUAD):
+    found = jnp.where(fixed + i == wanted, logits[:, i:i + tiles.QUAD], found)
+  return found
+
+
+def _forward_kernel(x_ref, rows_ref, bounds_ref, targets_ref, parts_ref, x_smem, rows_smem,
+                    parts_smem, ready, free, *, walk, scale):
   def compute(row0, split, blocks):
     ends = jnp.broadcast_to(bounds_ref[0], (WARPGROUP_ROWS,))
+    target = plgpu.load(
+        targets_ref.at[pl.ds(row0, WARPGROUP_ROWS)], layout=ROW, optimized=False)
 
     def step(logits, column0, carry, masked):
+      *state, found = carry
+      found = _picked(logits, target - column0, found)  # mutant: target's logit
       if masked:
         valid = _before(plgpu.layout_cast(ends, ROW), column0, logits.shape)
         logits = jnp.where(valid, logits, -jnp.inf)
-      return softmax.update_exactly(logits, *carry, factor=scale * LOG2E)
+      return *softmax.update_exactly(logits, *state, factor=scale * LOG2E), found
 
-    top, total = blocks(step, softmax.start())
-    for i, part in enumerate((top, total.sum(axis=1))):
+    top, total, found = blocks(step, (*softmax.start(), tiles.zeros(tiles.QUAD)))
+    for i, part in enumerate((top, total.sum(axis=1), found.sum(axis=1))):
       slot = parts_smem.at[i, pl.ds(lax.axis_index("wg") * WARPGROUP_ROWS, WARPGROUP_ROWS)]
       slot[...] = part
       plgpu.commit_smem()  # mutant: written
@@ -216,14 +229,15 @@ def forward(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, scale: fl
   tokens, rows = pad_rows(x), pad_rows(embedding)
   walk = _walk(tokens, rows, config, chip)
   valid = jnp.asarray(num_valid, jnp.int32)
+  targets = jnp.where(targets < valid, targets, -1)
   parts = _launch(
       functools.partial(_forward_kernel, scale=scale), "cross_entropy_forward", tokens, rows,
-      [jnp.stack([valid, pl.cdiv(valid, config.columns)])],
-      jax.ShapeDtypeStruct((2, pl.cdiv(pl.cdiv(rows.shape[0], config.columns), walk),
+      [jnp.stack([valid, pl.cdiv(valid, config.columns)]), pad_rows(targets, ROWS)],
+      jax.ShapeDtypeStruct((3, pl.cdiv(pl.cdiv(rows.shape[0], config.columns), walk),
                             pl.cdiv(x.shape[0], ROWS) * ROWS), jnp.float32),
-      dict(parts_smem=plgpu.SMEM((2, ROWS), jnp.float32)), walk=walk, config=config)
-  return *merged(*parts[:, :, :x.shape[0]], scale), target_logit(
-      x, embedding, targets, scale=scale, num_valid=num_valid)
+      dict(parts_smem=plgpu.SMEM((3, ROWS), jnp.float32)), walk=walk, config=config)
+  top, total, found = parts[:, :, :x.shape[0]]
+  return *merged(top, total, scale), scale * found.sum(0)
 
 
 def logit_gradient(x: jax.Array, rows: jax.Array, targets: jax.Array, top: jax.Array,

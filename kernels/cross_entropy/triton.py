@@ -11,7 +11,6 @@ from ..core import chips, tile_order
 from ..triton import call as triton_call
 from . import configs
 from .fused import merged
-from .xla import target_logit
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -37,12 +36,12 @@ def forward(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, scale: fl
             num_valid: int | jax.Array, chip: str | None):
   """(top, total, logit), each float32[N]; the contract of every backend, in `fused`."""
   valid = jnp.asarray(num_valid, jnp.int32).reshape(1)
-  parts = _call(
-      "forward", x, embedding, (valid,),
-      lambda splits: (jax.ShapeDtypeStruct((splits, x.shape[0]), jnp.float32),) * 2,
-      scale=scale, chip=chip)
-  return *merged(*parts, scale), target_logit(
-      x, embedding, targets, scale=scale, num_valid=num_valid)
+  here = (targets >= 0) & (targets < num_valid)
+  token = lambda *lead: jax.ShapeDtypeStruct((*lead, x.shape[0]), jnp.float32)
+  *parts, found = _call(
+      "forward", x, embedding, (valid, jnp.where(here, targets, -1)),
+      lambda splits: (token(splits), token(splits), token()), scale=scale, chip=chip)
+  return *merged(*parts, scale), jnp.where(here, scale * found, 0)
 
 
 def logit_gradient(x: jax.Array, rows: jax.Array, targets: jax.Array, top: jax.Array,

@@ -52,14 +52,16 @@ def _logits(x_ptr, rows_ptr, token, N, column, R, D: tl.constexpr, BLOCK_N: tl.c
 
 
 @triton.jit
-def forward_kernel(x_ptr, rows_ptr, valid_ptr, N, R, splits, top_ptr, total_ptr,
-                   D: tl.constexpr, WALK: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr,
-                   PRECISION: tl.constexpr):
+def forward_kernel(x_ptr, rows_ptr, valid_ptr, target_ptr, N, R, splits, top_ptr, total_ptr,
+                   found_ptr, D: tl.constexpr, WALK: tl.constexpr, SCALE: tl.constexpr,
+                   BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+                   TOGETHER: tl.constexpr, PRECISION: tl.constexpr):
   """top and total float32[splits, N] of the rows that each split walks, as `fused` defines them.
 
-  The maximum is subtracted before the scale is applied, where the difference is exact: logits of
-  10^5 would lose 2^-8 to the rounding of their product.
+  found float32[N] is the product with the target, where that is one of the rows that count: out of
+  the same sums as top, whose roundings it shares. The maximum is subtracted before the scale is
+  applied, where the difference is exact: logits of 10^5 would lose 2^-8 to the rounding of their
+  product.
   """
   tile, split = _place(N, splits, BLOCK_N, TOGETHER)
   token = tile * BLOCK_N
@@ -69,9 +71,17 @@ def forward_kernel(x_ptr, rows_ptr, valid_ptr, N, R, splits, top_ptr, total_ptr,
   first = split * (WALK * BLOCK_V)
   for column in range(first, tl.minimum(first + WALK * BLOCK_V, valid), BLOCK_V):  # mutant: walk
     logits = _logits(x_ptr, rows_ptr, token, N, column, R, D, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
-    seen = column + tl.arange(0, BLOCK_V) < valid  # mutant: counted columns
+    here = tl.arange(0, BLOCK_V)
+    seen = here < valid - column  # mutant: counted columns
     logits = tl.where(seen[None, :], logits, float("-inf"))
     new_top = tl.maximum(top, tl.max(logits, 1))
+    # column >= 0, which the compiler does not know: it would keep addresses in registers of the
+    # main loop, which has none left.
+    row = token + tl.minimum(column, 0) + tl.arange(0, BLOCK_N)
+    target = tl.load(target_ptr + row, mask=row < N, other=-1) - column
+    hit = target[:, None] == here[None, :]  # mutant: target's logit
+    tl.store(found_ptr + row, tl.sum(tl.where(hit, logits, 0.0), 1),
+             mask=(target >= 0) & (target < BLOCK_V))
     weights = tl.exp2((logits - new_top[:, None]) * (SCALE * LOG2E))
     # mutant: running sum
     total = total * tl.exp2((top - new_top) * (SCALE * LOG2E)) + tl.sum(weights, 1)

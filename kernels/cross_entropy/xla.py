@@ -65,14 +65,3 @@ def statistics(x, embedding, targets, *, scale, num_valid, block=None):
   one_block = jax.checkpoint(lambda args: formula(args[0], wide, args[1]), prevent_cse=False)
   results = jax.lax.map(one_block, (x, targets))
   return tuple(y.reshape(num_blocks * block)[:num_tokens] for y in results)
-
-
-def target_logit(x, embedding, targets, *, scale, num_valid):
-  """The second result of `logits_statistics` alone: one row of the embedding for each token.
-
-  XLA fuses the gather into the sum, so that the rows are read and never written.
-  """
-  accum = jnp.promote_types(x.dtype, jnp.float32)
-  here = (targets >= 0) & (targets < num_valid)
-  rows = embedding.at[jnp.where(here, targets, 0)].get(mode="clip")
-  return jnp.where(here, scale * (x.astype(accum) * rows.astype(accum)).sum(1), 0)

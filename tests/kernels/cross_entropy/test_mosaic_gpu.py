@@ -168,6 +168,8 @@ MISTAKES = {  # the result that each spoils, and the mistake
     "a slot is read before it is full": ("log_z", Mistake("ready", *DROPPED)),
     "a whole block without its guard": (
         "log_z", Mistake("full blocks", r"bounds_ref\[0\]", "bounds_ref[0] + columns")),
+    "the logit beside the target's": (
+        "log_z", Mistake("target's logit", "- column0", "- column0 + 1")),
     "the column beside the target": ("g", Mistake("target", "- column0", "- column0 + 1")),
     "the last block's products stay in the accumulator": (
         "log_z", Mistake("accumulator", "(?s).+", one_accumulator)),
