@@ -182,20 +182,12 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, offset_ptr, slope_ptr, q_segment_ptr, k_
   top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
   total = tl.zeros([BLOCK_Q], tl.float32)
   k_segments = k_segment_ptr + tl.cast(batch, tl.int64) * S
-  if LEFT is not None and not SEGMENTS:
+  edges = (lo, mid, end, hi)
+  for part in tl.static_range(2 if SEGMENTS else 1 if LEFT is None else 0, 3):
     acc, top, total = _forward_blocks(
         acc, top, total, q, k_ptr + kv_start, v_ptr + kv_start, k_segments, slope, p, q_segment,
-        origin, S, lo, mid, KV_HEADS, DIM, BLOCK_K, SCALE * LOG2E, LEFT, RIGHT, ALIBI, SEGMENTS,
-        SHARED, PRECISION, True)
-  if not SEGMENTS:
-    acc, top, total = _forward_blocks(
-        acc, top, total, q, k_ptr + kv_start, v_ptr + kv_start, k_segments, slope, p, q_segment,
-        origin, S, mid, end, KV_HEADS, DIM, BLOCK_K, SCALE * LOG2E, LEFT, RIGHT, ALIBI, SEGMENTS,
-        SHARED, PRECISION, False)
-  acc, top, total = _forward_blocks(
-      acc, top, total, q, k_ptr + kv_start, v_ptr + kv_start, k_segments, slope, p, q_segment,
-      origin, S, end, hi, KV_HEADS, DIM, BLOCK_K, SCALE * LOG2E, LEFT, RIGHT, ALIBI, SEGMENTS,
-      SHARED, PRECISION, True)
+        origin, S, edges[part], edges[part + 1], KV_HEADS, DIM, BLOCK_K, SCALE * LOG2E, LEFT, RIGHT,
+        ALIBI, SEGMENTS, SHARED, PRECISION, part != 1)
 
   empty = total == 0
   out = acc / tl.where(empty, 1.0, total)[:, None]
@@ -294,17 +286,12 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, dout_ptr, offset_ptr, slop
 
   dq = tl.zeros([BLOCK_Q, DIM], tl.float32)
   k_segments = k_segment_ptr + tl.cast(batch, tl.int64) * S
-  if LEFT is not None and not SEGMENTS:
+  edges = (lo, mid, end, hi)
+  for part in tl.static_range(2 if SEGMENTS else 1 if LEFT is None else 0, 3):
     dq = _dq_blocks(dq, q, dout, lse2, delta, k_ptr + kv_start, v_ptr + kv_start, k_segments,
-                    slope, p, q_segment, origin, S, lo, mid, KV_HEADS, DIM, BLOCK_K,
-                    SCALE * LOG2E, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, True)
-  if not SEGMENTS:
-    dq = _dq_blocks(dq, q, dout, lse2, delta, k_ptr + kv_start, v_ptr + kv_start, k_segments,
-                    slope, p, q_segment, origin, S, mid, end, KV_HEADS, DIM, BLOCK_K,
-                    SCALE * LOG2E, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, False)
-  dq = _dq_blocks(dq, q, dout, lse2, delta, k_ptr + kv_start, v_ptr + kv_start, k_segments,
-                  slope, p, q_segment, origin, S, end, hi, KV_HEADS, DIM, BLOCK_K,
-                  SCALE * LOG2E, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, True)
+                    slope, p, q_segment, origin, S, edges[part], edges[part + 1], KV_HEADS, DIM,
+                    BLOCK_K, SCALE * LOG2E, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION,
+                    part != 1)
   tl.store(dq_ptr + q_start + tile, (dq * SCALE).to(dq_ptr.dtype.element_ty),
            mask=inside[:, None])
 
@@ -424,27 +411,17 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, offset_ptr, s
   dv = tl.zeros([BLOCK_K, DIM], tl.float32)
   slopes = slope_ptr + batch * HEADS + head * GROUP
   segments = q_segment_ptr + tl.cast(batch, tl.int64) * T
-  if RIGHT is not None and not SEGMENTS:
+  starts, ends = (lo, mid, end), (tl.minimum(mid, hi), end, hi)
+  for part in tl.static_range(2 if SEGMENTS else 1 if RIGHT is None else 0, 3):
     dk, dv = _dkv_blocks(dk, dv, k, v, q_ptr + q_start, dout_ptr + q_start, lse2_ptr + stat_start,
                          delta_ptr + stat_start, slopes, segments, j, k_segment, offset, T, n,
-                         lo, tl.minimum(mid, hi), split, GROUP, HEADS, DIM, BLOCK_Q, BLOCK_K,
+                         starts[part], ends[part], split, GROUP, HEADS, DIM, BLOCK_Q, BLOCK_K,
                          SCALE, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, SPLITS, DK, DV,
-                         True)
-  if not SEGMENTS:
-    dk, dv = _dkv_blocks(dk, dv, k, v, q_ptr + q_start, dout_ptr + q_start, lse2_ptr + stat_start,
-                         delta_ptr + stat_start, slopes, segments, j, k_segment, offset, T, n,
-                         mid, end, split, GROUP, HEADS, DIM, BLOCK_Q, BLOCK_K,
-                         SCALE, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, SPLITS, DK, DV,
-                         False)
-  dk, dv = _dkv_blocks(dk, dv, k, v, q_ptr + q_start, dout_ptr + q_start, lse2_ptr + stat_start,
-                       delta_ptr + stat_start, slopes, segments, j, k_segment, offset, T, n,
-                       end, hi, split, GROUP, HEADS, DIM, BLOCK_Q, BLOCK_K,
-                       SCALE, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, SPLITS, DK, DV,
-                         True)
+                         part != 1)
 
-  part = tl.cast(split, tl.int64) * (num_groups // KV_HEADS) * S * (KV_HEADS * DIM)
+  start = tl.cast(split, tl.int64) * (num_groups // KV_HEADS) * S * (KV_HEADS * DIM)
   if DV:
-    tl.store(dv_ptr + part + kv_start + tile, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + start + kv_start + tile, dv.to(dv_ptr.dtype.element_ty), mask=inside)
   if DK and not (SHARED and DV):
-    tl.store(dk_ptr + part + kv_start + tile, (dk * SCALE).to(dk_ptr.dtype.element_ty),
+    tl.store(dk_ptr + start + kv_start + tile, (dk * SCALE).to(dk_ptr.dtype.element_ty),
              mask=inside)

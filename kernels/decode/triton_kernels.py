@@ -118,14 +118,12 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slope_ptr, leng
   top = tl.full([ROWS], float("-inf"), tl.float32)
   total = tl.zeros([ROWS], tl.float32)
   position = tl.cast(b, tl.int64) * S * KV_HEADS + head
-  acc, top, total = _blocks(  # mutant: origin
-      acc, top, total, q, k_ptr + position * DIM, v_ptr + position * DIM, k_scale_ptr + position,
-      v_scale_ptr + position, slope, p, length - 1, end, lo, mid, KV_HEADS, DIM, BLOCK,
-      SCALE * LOG2E, ALIBI, INT8, SHARED, PRECISION, False)
-  acc, top, total = _blocks(  # mutant: origin
-      acc, top, total, q, k_ptr + position * DIM, v_ptr + position * DIM, k_scale_ptr + position,
-      v_scale_ptr + position, slope, p, length - 1, end, mid, end, KV_HEADS, DIM, BLOCK,
-      SCALE * LOG2E, ALIBI, INT8, SHARED, PRECISION, True)
+  edges = (lo, mid, end)
+  for part in tl.static_range(2):
+    acc, top, total = _blocks(  # mutant: origin
+        acc, top, total, q, k_ptr + position * DIM, v_ptr + position * DIM, k_scale_ptr + position,
+        v_scale_ptr + position, slope, p, length - 1, end, edges[part], edges[part + 1], KV_HEADS,
+        DIM, BLOCK, SCALE * LOG2E, ALIBI, INT8, SHARED, PRECISION, part == 1)
 
   empty = total == 0
   out = acc / tl.where(empty, 1.0, total)[:, None]  # mutant: empty rows
