@@ -135,15 +135,7 @@ def load(peer: str, arrays: Mapping[str, Any], heads: int | None = None, *,
   if xpos_scale_base is not None and layout.xpos_scale_base is None:
     raise ValueError(f"{peer} does not have xPos; got xpos_scale_base = {xpos_scale_base}")
   arrays = _unwrapped(layout, arrays)
-  depth = 0
-  while _name(layout.fused, depth) in arrays:
-    depth += 1
-  absent = [name for name in (_name(layout.fused, 0), _name(layout.gain, 0)) if name not in arrays]
-  if absent:
-    fits = [name for name, other in PEERS.items()
-            if _name(other.fused, 0) in arrays and _name(other.gain, 0) in arrays]
-    raise ValueError(f"these are not the parameters of {peer}: there is no {absent[0]!r}"
-                     + (f"; their names are those of {' and '.join(fits)}" if fits else ""))
+  depth = _depth(layout, peer, arrays)
   offset = np.float32(_gain_offset(layout, peer, arrays, depth, gain_offset))
   left = {name: np.asarray(array) for name, array in arrays.items()}
   not_finite: list[str] = []
@@ -227,6 +219,20 @@ def load(peer: str, arrays: Mapping[str, Any], heads: int | None = None, *,
       "palm": {"embedding": jnp.asarray(embedding), "norm": jnp.asarray(final_gain)},
       "palm/layers/parallel_block": stacked,
   }
+
+
+def _depth(layout, peer, arrays):
+  """The number of layers; raises ValueError where the names are another peer's."""
+  depth = 0
+  while _name(layout.fused, depth) in arrays:
+    depth += 1
+  absent = [name for name in (_name(layout.fused, 0), _name(layout.gain, 0)) if name not in arrays]
+  if absent:
+    fits = [name for name, other in PEERS.items()
+            if _name(other.fused, 0) in arrays and _name(other.gain, 0) in arrays]
+    raise ValueError(f"these are not the parameters of {peer}: there is no {absent[0]!r}"
+                     + (f"; their names are those of {' and '.join(fits)}" if fits else ""))
+  return depth
 
 
 def dump(peer: str, config: PaLMConfig, params: Mapping[str, Any], *, prefix: str | None = None,
