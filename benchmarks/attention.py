@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from palm_haiku import kernels
+from palm_haiku.kernels import attention
 from palm_haiku.kernels.core import dispatch
 
 from . import measure, peers, results
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None, deadline: float | None = None) -> int:
 
 
 def _all_names():
-  return ("xla", *dispatch.KERNELS["flash_attention"], *peers.PEERS)
+  return ("xla", *attention.OP.backends, *peers.PEERS)
 
 
 def _fits(name, platform):

@@ -10,7 +10,7 @@ import numpy as np
 
 from palm_haiku import kernels
 from palm_haiku.kernels import norms, rotary
-from palm_haiku.kernels.core import dispatch
+from palm_haiku.kernels.core import dispatch, op
 from palm_haiku.kernels.parallel_block import fused, steps, xla
 
 from . import measure, peers, results
@@ -192,7 +192,8 @@ def _forward(name, step, shape, architecture, backward):
 def _options(name, norm, x, weights):
   if name == "auto":
     raise peers.Absent("chosen for whole layers")
-  return fused.Options(dispatch.kernel_module(fused.OP, name), dispatch.target().chip, norm, 1e-5)
+  route = op.Route(name, fused.OP.backends[name](), dispatch.target().chip)
+  return fused.Options(route, norm, 1e-5)
 
 
 def _layer(name, shape, options, x, weights):

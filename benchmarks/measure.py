@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from palm_haiku.kernels.core import chips, dispatch
+from palm_haiku.kernels.explain import OPS
 
 from . import results, table
 from .peers import Absent
@@ -192,7 +193,7 @@ def own(op: str) -> list[str]:
   """This project's backends of an op that this machine could run."""
   platform = {"mosaic_gpu": "gpu", "triton": "gpu", "mosaic_tpu": "tpu"}
   here = dispatch.target().platform
-  return [name for name in dispatch.KERNELS.get(op, ()) if platform[name] == here]
+  return [name for name in (OPS[op].backends if op in OPS else ()) if platform[name] == here]
 
 
 def peak_tflops() -> float | None:

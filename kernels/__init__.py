@@ -2,9 +2,10 @@
 
 from .alibi import alibi_slopes
 from .attention import flash_attention
-from .core.dispatch import IMPLEMENTATIONS, Implementation, explain
+from .core.dispatch import IMPLEMENTATIONS, Implementation
 from .cross_entropy import linear_cross_entropy
 from .decode import decode_attention
+from .explain import explain
 from .interpreters import interpret
 from .parallel_block import parallel_attention_ffn
 from .tune import load_tuning, tune

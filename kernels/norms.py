@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from .core.compat import promoting
 
 
-@promoting
+@promoting()
 def normalize(x: jax.Array, gain: jax.Array, bias: jax.Array | None = None, *, kind: str,
               eps: float):
   """LayerNorm ("layer") or RMSNorm ("rms") over the last axis, with a bias if one is given.
@@ -21,7 +21,7 @@ def normalize(x: jax.Array, gain: jax.Array, bias: jax.Array | None = None, *, k
   return (wide if bias is None else wide + bias).astype(x.dtype)
 
 
-@promoting
+@promoting()
 def l2_normalize(x: jax.Array, scale: jax.Array):
   """x divided by its l2 norm over the last axis, times a scale per channel (QK-norm)."""
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -9,7 +9,7 @@ import numpy as np
 from .core.compat import promoting
 
 
-@promoting
+@promoting()
 def rotate(x: jax.Array, positions: jax.Array, *, theta: float = 10_000.0,
            xpos_scale_base: int | None = None, xpos_sign: int = 1):
   """Rotary positions, the two halves of the channels paired (arXiv:2104.09864).
@@ -33,7 +33,7 @@ def rotate(x: jax.Array, positions: jax.Array, *, theta: float = 10_000.0,
   return rotate_by(x, (cos, sin))
 
 
-@promoting
+@promoting()
 def rotation_at(positions: jax.Array, half: int, theta: float = 10_000.0, dtype: Any = jnp.float32):
   """Cosines and sines that positions [...] rotate channels by, two arrays [..., half]."""
   frequency = jnp.asarray(theta ** (-np.arange(half) / half), dtype)
@@ -41,7 +41,7 @@ def rotation_at(positions: jax.Array, half: int, theta: float = 10_000.0, dtype:
   return jnp.cos(angle), jnp.sin(angle)
 
 
-@promoting
+@promoting()
 def rotate_by(x: jax.Array, rotation: tuple[jax.Array, jax.Array]):
   """x [..., heads, dim_head] rotated by a pair of cosines and sines, each [..., dim_head / 2]."""
   cos, sin = (a[..., None, :] for a in rotation)

@@ -4,7 +4,7 @@ import pathlib
 import re
 
 from palm_haiku import kernels
-from palm_haiku.kernels.core import dispatch
+from palm_haiku.kernels.explain import OPS
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,12 +24,12 @@ def test_the_usage_example_runs():
 
 def test_the_support_table_is_true():
   rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\w+) \| (\w+) \| (\w+) \|$", README, re.MULTILINE)
-  assert {row[0] for row in rows} >= set(dispatch.KERNELS)
+  assert {row[0] for row in rows} >= set(OPS)
   for op, xla, *others in rows:
     assert (xla == "works") == hasattr(kernels, op)
     works = {name for name, state in zip(("mosaic_gpu", "mosaic_tpu", "triton"), others)
              if state == "works"}
-    assert works == set(dispatch.KERNELS.get(op, ()))
+    assert works == set(OPS[op].backends if op in OPS else ())
 
 
 def test_files_that_it_names_exist():

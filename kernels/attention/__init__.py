@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from ..core import compat, dispatch, guards, integers, platforms
+from ..core import compat, integers, op
 from ..core.compat import Array
-from . import fused, xla
+from ..core.dispatch import Implementation
+from .fused import OP, Options
 from .xla import BLOCK_Q
 
 
@@ -27,7 +27,7 @@ def flash_attention(
     segment_ids: Array | tuple[Array, Array] | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     query_offset: int | Array = 0,
-    implementation: dispatch.Implementation = "auto",
+    implementation: Implementation = "auto",
 ) -> jax.Array:
   """softmax(scale * q k^T + slope * (kv_pos - q_pos)) v, with no [T, S] array in memory.
 
@@ -79,60 +79,18 @@ def flash_attention(
   key = key.reshape(batch, num_keys, kv_heads, dim_head)
   values = None if shared else value.reshape(batch, num_keys, kv_heads, dim_head)
   scale = default_scale(dim_head) if scale is None else scale
-  on = dispatch.target(query, key, values)
-  name = dispatch.choose(
-      "flash_attention", implementation, query, key, values, on=on,
-      needs="a scale that is known when it is compiled; multiply query by it, or "
-      "pass implementation='xla'"
-      if isinstance(scale, jax.core.Tracer) else None).implementation
-  if not isinstance(scale, jax.Array):
-    scale = float(scale)
-  elif name != "xla" and compat.is_known(scale):
-    scale = float(jax.device_get(scale))
+  route = op.choose(
+      OP, implementation, query, key, values, needs=op.untraced(scale, "query"))
+  static_scale, scale = op.scalar(route, scale)
   offset = _near(query_offset, num_queries, num_keys, window)
-  if name == "xla" and isinstance(num_queries, int) and num_queries <= BLOCK_Q:
+  if (route.implementation == "xla" and isinstance(num_queries, int) and num_queries <= BLOCK_Q
+      and isinstance(offset, int) and not compat.under_jit()):
     # It leaves out no keys, and one program is enough for a loop that decodes.
-    offset = np.int32(offset) if isinstance(offset, int) and not compat.under_jit() else offset
-  dynamic = dict(segment_ids=segment_ids, alibi_slopes=alibi_slopes, query_offset=offset,
-                 scale=scale)
-  static = {name: dynamic.pop(name) for name in ("query_offset", "scale")
-            if isinstance(dynamic[name], int | float)}
-  out = _attention(query, key, values, dynamic, static=tuple(static.items()), is_causal=is_causal,
-                   window=window, name=name, auto=implementation == "auto",
-                   undecided=implementation == "auto" and dispatch.undecided(query, key, values),
-                   chip=dispatch.chip_for(name, on))
+    offset = np.int32(offset)
+  static_offset, offset = (offset, None) if isinstance(offset, int) else (None, offset)
+  out = op.run(OP, route, Options(is_causal, window, static_offset, static_scale),
+               query, key, values, segment_ids, alibi_slopes, offset, scale)
   return out.reshape(*lead, num_queries, heads, dim_head)
-
-
-@compat.compiled_once
-def _attention(query, key, value, dynamic, *, static, is_causal, window, name, chip, auto,
-               undecided):
-  static = dict(static, is_causal=is_causal, window=window)
-  if name == "xla" and undecided:
-    return platforms.by_platform(_plain, [(("tpu",), _on_any_tpu)], (query, key, value, dynamic),
-                                 tuple(static.items()), dispatch.ANY_TPU_MESH)
-  if name == "xla":
-    return xla.attention_over_mesh(query, key, value, **dynamic, **static)
-  if not undecided:
-    query = guards.only_on(query, "flash_attention", name)
-  return fused.attention(
-      query, key, value, chip=chip, backend=dispatch.kernel_module("flash_attention", name),
-      auto=auto, platforms=guards.platforms(name) if undecided else (), **dynamic, **static)
-
-
-def _plain(query, key, value, dynamic, static):
-  return xla.attention_over_mesh(query, key, value, **dynamic, **dict(static))
-
-
-@compat.promoting
-def _on_any_tpu(query, key, value, dynamic, static):
-  name = dispatch.choose("flash_attention", "auto", query, key, value,
-                        on=dispatch.ANY_TPU).implementation
-  if name == "xla" or "scale" in dynamic:
-    return _plain(query, key, value, dynamic, static)
-  return fused.attention(query, key, value, chip=None, auto=True, platforms=(),
-                         backend=dispatch.kernel_module("flash_attention", name),
-                         **dynamic, **dict(static))
 
 
 def default_scale(dim_head: int) -> float | jax.Array:

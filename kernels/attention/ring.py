@@ -58,9 +58,9 @@ class Ring:
     if not self.zigzag:
       return attend
 
-    def around(query, key, value, segment_ids, slopes, offset):
+    def around(query, key, value, segment_ids, *others):
       moved = jax.tree.map(self._swap, (query, key, value, segment_ids))
-      return self._swap(attend(*moved, slopes, offset))
+      return self._swap(attend(*moved, *others))
 
     return around
 

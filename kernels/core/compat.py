@@ -1,8 +1,7 @@
 """What the supported releases of jax and jax-triton, and settings of theirs, do differently."""
 
-import functools
+import contextlib
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,28 +21,25 @@ def interpreting() -> bool:
   return config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
-def in_32_bits(function: Callable):
-  """The function, traced as if `jax_enable_x64` were off, and no promotion strict.
+@contextlib.contextmanager
+def in_32_bits():
+  """A context in which programs are traced as if `jax_enable_x64` were off; or `@in_32_bits()`.
 
-  Kernels are written for indices of 32 bits; with 64 they would not compile.
+  Kernels are written for indices of 32 bits; with 64 they would not compile. Promotion is that of
+  `promoting`.
   """
-  @functools.wraps(function)
-  def narrow(*args, **kwargs):
-    with jax.enable_x64(False):
-      return promoting(function)(*args, **kwargs)
-  return narrow
+  with jax.enable_x64(False), promoting():
+    yield
 
 
-def promoting(function: Callable):
-  """The function, traced with JAX's default promotion of ranks and dtypes.
+@contextlib.contextmanager
+def promoting():
+  """A context of JAX's default promotion of ranks and dtypes; or a decorator, `@promoting()`.
 
   The strict settings are for the caller's code to find its mistakes by.
   """
-  @functools.wraps(function)
-  def lenient(*args, **kwargs):
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-      return function(*args, **kwargs)
-  return lenient
+  with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    yield
 
 
 def under_jit() -> bool:
@@ -51,29 +47,16 @@ def under_jit() -> bool:
   return core.unsafe_am_i_under_a_jit()
 
 
-def compiled_once(function: Callable):
-  """The function of arrays and of hashable keywords, which `jit` compiles where nothing else does.
+def on_device(arrays: Any) -> Any:
+  """The tree with its numpy arrays on the device.
 
-  Called operation by operation, loops and derivatives in it would be compiled at every call, for
-  each has a function of its own.
+  Explicitly, for implicit transfers may be disallowed. Beside arrays of several processes they stay
+  as they are.
   """
-  function = promoting(function)
-  keywords = [name for name, parameter in inspect.signature(function).parameters.items()
-              if parameter.kind == parameter.KEYWORD_ONLY]
-  compiled = jax.jit(function, static_argnames=keywords)
-
-  @functools.wraps(function)
-  def call(*arrays, **static):
-    if under_jit():
-      return function(*arrays, **static)
-    leaves = jax.tree.leaves(arrays)
-    if all(x.is_fully_addressable for x in leaves if is_known(x)):
-      # Explicitly, for implicit transfers may be disallowed.
-      arrays = jax.tree.map(
-          lambda x: jax.device_put(x) if isinstance(x, np.ndarray | np.generic) else x, arrays)
-    return compiled(*arrays, **static)
-
-  return call
+  if not all(x.is_fully_addressable for x in jax.tree.leaves(arrays) if is_known(x)):
+    return arrays
+  return jax.tree.map(
+      lambda x: jax.device_put(x) if isinstance(x, np.ndarray | np.generic) else x, arrays)
 
 
 def is_known(x: Any) -> bool:

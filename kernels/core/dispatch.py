@@ -1,8 +1,6 @@
 """Which implementation of an op runs where, and why."""
 
-import importlib
-import types
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.core
@@ -10,18 +8,11 @@ import jax.core
 from ..triton import call as triton_call
 from . import chips, compat, partition
 
+if TYPE_CHECKING:
+  from .op import Op
+
 Implementation = Literal["auto", "xla", "pallas", "mosaic_gpu", "mosaic_tpu", "triton"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
-
-_EVERY = ("mosaic_gpu", "mosaic_tpu", "triton")
-
-# The backends that an op has kernels for; "xla" is the fallback of every one.
-KERNELS = {
-    "flash_attention": _EVERY,
-    "parallel_attention_ffn": _EVERY,  # of its products; attention is another op
-    "linear_cross_entropy": _EVERY,
-    "decode_attention": _EVERY,
-}
 
 
 class Choice(NamedTuple):
@@ -84,42 +75,12 @@ def undecided(*operands: compat.Array | None) -> bool:
           and placed.value is None and partition.current(*arrays).abstract_device is None)
 
 
-def kernel_module(op: str, implementation: str) -> types.ModuleType:
-  """The module of an op's backend; imported when first needed."""
-  return _module(op, implementation)
-
-
-def explain(op: str, *shapes, implementation: str = "auto", chip: str | None = None) -> Choice:
-  """The implementation that an op would run, and why.
-
-    kernels.explain("flash_attention", (4, 2048, 16, 128), (4, 2048, 1, 128), chip="a100")
+def choose(op: "Op", implementation: str, *arrays: Any, on: Target,
+           needs: str | None = None) -> Choice:
+  """An implementation of an op, and why.
 
   Args:
-    op: the name of a public op, such as "flash_attention".
-    *shapes: arrays, `jax.ShapeDtypeStruct`s, or shapes (of bfloat16): query, key and value of
-      attention, the value None where it is the key, left out where it is like the key; x and params
-      of the block; x and embedding of the loss; query and both caches when decoding. They are those
-      of all devices; under a mesh, what counts is a device's part of them. Without any, the reason
-      says what the answer depends on.
-    implementation: what the caller would pass to the op.
-    chip: "a100", "rtx4090", "h100", "h200", "b200", "v4", "v5e", "v5p", "v6e", "tpu7x" or "cpu";
-      for another GPU its compute capability, such as "sm_86" for an RTX 3090; None for where the
-      arrays are, or else the default device.
-
-  Raises:
-    ValueError: an unknown op, implementation or chip, or a backend asked for by name that cannot
-      run; the message says which requirement failed.
-  """
-  if op not in KERNELS:
-    raise ValueError(f"no op is called {op!r}; there are {', '.join(sorted(KERNELS))}")
-  on = target(*jax.tree.leaves(shapes)) if chip is None else _named(chip)
-  return choose(op, implementation, *_types(op, shapes), on=on)
-
-
-def choose(op: str, implementation: str, *arrays, on: Target, needs: str | None = None) -> Choice:
-  """`explain`, of an op that exists.
-
-  Args:
+    implementation: what the caller of the op passed.
     arrays: all of them, or their types; or none.
     on: from `target`.
     needs: a requirement of every kernel that what else is asked for does not meet, in words.
@@ -135,74 +96,48 @@ def choose(op: str, implementation: str, *arrays, on: Target, needs: str | None 
   if symbolic:
     needs = needs or f"dimensions that are known when it is compiled; got {symbolic[0]}"
   elif arrays:
-    arrays = _module(op, "fused").on_one_device(*arrays)
+    arrays = op.on_one_device(*arrays)
 
   if implementation == "auto":
-    if fitting not in KERNELS[op]:
+    if fitting is None or fitting not in op.backends:
       lacks = on.platform == "gpu" and triton_call.unfit(on.chip)
-      return Choice("xla", f"{op} has no fused kernel for {on.chip or on.platform}"
+      return Choice("xla", f"{op.name} has no fused kernel for {on.chip or on.platform}"
                     + (f": triton needs {lacks}" if lacks else ""))
     problem = needs or _unasked(op, on.chip)
     if arrays and not problem:
-      problem = (kernel_module(op, fitting).unsupported(*arrays, chip=on.chip)
+      problem = (op.backends[fitting]().unsupported(*arrays, chip=on.chip)
                  or _unasked(op, on.chip, arrays[0]))
     if problem:
       return Choice("xla", f"{fitting} needs {problem}")
     reason = f"the fused kernel for {on.chip}"
     if family := chips.FAMILIES.get(on.chip or ""):
       reason += f", with the block sizes of {family.like}"
-    if op == "flash_attention":
+    if op.name == "flash_attention":
       reason += " (xla where alibi_slopes are differentiated)"
     return Choice(fitting, reason if arrays else (
-        f"{reason}, if shapes and dtypes fit it, with {_module(op, 'configs').NEEDS}; else xla"))
+        f"{reason}, if shapes and dtypes fit it, with {op.configs.NEEDS}; else xla"))
 
   name, reason = implementation, "asked for by name"
   if implementation == "pallas":
     if fitting not in ("mosaic_gpu", "mosaic_tpu"):
-      raise ValueError(f"{op}: no Pallas kernel is for {on.chip or on.platform}; pass "
+      raise ValueError(f"{op.name}: no Pallas kernel is for {on.chip or on.platform}; pass "
                        "implementation='auto', or name a backend")
     name, reason = fitting, f"the Pallas kernel for {on.chip or on.platform}"
-  if name not in KERNELS[op]:
+  if name not in op.backends:
     raise ValueError(
-        f"{op} has no {name} kernel; it runs on {', '.join(('xla', *KERNELS[op]))} (or auto)")
+        f"{op.name} has no {name} kernel; it runs on {', '.join(('xla', *op.backends))} (or auto)")
   if arrays:
-    problem = needs or kernel_module(op, name).unsupported(*arrays, chip=chip_for(name, on))
+    problem = needs or op.backends[name]().unsupported(*arrays, chip=chip_for(name, on))
     if problem:
-      raise ValueError(f"{op}: {name} needs {problem}")
+      raise ValueError(f"{op.name}: {name} needs {problem}")
   return Choice(name, reason)
 
 
-def _unasked(op: str, chip: str | None, array=None) -> str | None:
+def _unasked(op: "Op", chip: str | None, array=None) -> str | None:
   """What keeps `auto` from a kernel that could run; see `unasked` of an op's configs."""
   if chip not in chips.ALL:
     return f"a chip of known block sizes; got {chip or 'one of no known name'}"
-  return _module(op, "configs").unasked(chip, array)
-
-
-def _named(chip: str) -> Target:
-  platforms = {"cpu": "cpu"} | dict.fromkeys(chips.GPUS, "gpu") | dict.fromkeys(chips.TPUS, "tpu")
-  if chip not in platforms:
-    raise ValueError(f"chip must be one of {', '.join(platforms)}; got {chip!r}")
-  return Target(platforms[chip], None if chip == "cpu" else chip)
-
-
-def _types(op: str, shapes) -> tuple:
-  """The arrays of an op, or their types."""
-  ranks = {"parallel_attention_ffn": (2, None), "linear_cross_entropy": (1, 2)}.get(op, (3, 3, 3))
-  if len(shapes) == 2 and len(ranks) == 3:
-    shapes = *shapes, shapes[1]
-  is_shape = lambda x: isinstance(x, tuple | list)
-  shapes = tuple(jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x, jax.numpy.bfloat16) if is_shape(x) else x, given,
-      is_leaf=is_shape) for given in shapes)
-  if shapes and (len(shapes) != len(ranks) or any(
-      given is not None and rank is not None and len(getattr(given, "shape", ())) < rank
-      for given, rank in zip(shapes, ranks))):
-    raise ValueError(
-        f"explain needs the {len(ranks)} arrays of {op} or their shapes; got "
-        f"{jax.tree.map(lambda x: getattr(x, 'shape', x), shapes)}")
-  _check_heads(op, *shapes[:2])
-  return shapes
+  return op.configs.unasked(chip, array)
 
 
 def _check_heads(op: str, *arrays):
@@ -224,12 +159,6 @@ def chip_for(implementation: str, on: Target) -> str | None:
   """
   own = "tpu" if implementation == "mosaic_tpu" else "gpu"
   return on.chip if on.platform == own else None
-
-
-def _module(op, name):
-  folder = {"flash_attention": "attention", "parallel_attention_ffn": "parallel_block",
-            "linear_cross_entropy": "cross_entropy", "decode_attention": "decode"}[op]
-  return importlib.import_module(f"..{folder}.{name}", __package__)
 
 
 def _fitting(on: Target) -> str | None:

@@ -15,7 +15,7 @@ def folding_vmap(function: Callable):
   Every array of `tokens`, and every result, has one row for each token. Where one of the others
   is mapped, the calls are made one after the other.
   """
-  mapped = jax.custom_batching.custom_vmap(in_32_bits(function))
+  mapped = jax.custom_batching.custom_vmap(in_32_bits()(function))
 
   @mapped.def_vmap
   def fold(size, batched, tokens, others):

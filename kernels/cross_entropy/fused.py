@@ -1,27 +1,10 @@
-"""What the cross-entropy kernels of all backends have in common: derivative, blocks, `vmap`.
+"""The loss around the kernels of all backends: their functions, derivative, blocks, `vmap`.
 
-A backend module has three functions:
-
-  unsupported(x, embedding, *, chip) -> the first requirement that is not met, or None
-  forward(x, embedding, targets, *, scale, num_valid, chip) -> (top, total, logit)
-  logit_gradient(x, rows, targets, top, spread, peak, *, first, scale, num_valid, chip) -> g
-
-with x [N, D]; embedding [V, D] in the dtype of x (only `unsupported` is shown the caller's, which
-may be another); targets int32[N], one outside [0, num_valid) has no logit here; scale > 0;
-num_valid an int or int32[], rows of the embedding from there on are padding; all else float32[N]:
-
-  top   = max(x @ embedding.T), over the valid rows; any number <= -1e30 where there is none
-  total = sum(exp(scale * (x @ embedding.T - top))), 0 where there is none
-  logit = scale * x @ embedding[target], 0 where there is no target
-
-`logit_gradient` makes one block of columns of the gradient of x @ embedding.T, those of
-rows = embedding[first : first + R], in the dtype of x:
-
-  g [N, R] = exp(scale * (x @ rows.T - top)) * spread + onehot(targets - first) * peak
-
-and 0 in columns from num_valid - first on; first is an int or int32[], R and N are any numbers.
-Both must subtract before they scale: log_z = scale * top + log(total) is rounded to 2^-24 of a
-large logit, and exp would make that a relative error of every g.
+Backends are given x [N, D]; embedding [V, D] in the dtype of x (only `unsupported` is shown the
+caller's, which may be another); targets int32[N], one outside [0, num_valid) has no logit here;
+scale > 0; num_valid an int or int32[], rows of the embedding from there on are padding; all else
+float32[N]. Both functions must subtract before they scale: log_z = scale * top + log(total) is
+rounded to 2^-24 of a large logit, and exp would make that a relative error of every g.
 
 The backward pass here walks over such blocks of the vocabulary. A block of the embedding's
 gradient, g.T @ x, is complete when it is made; g @ rows is added to the gradient of x in float32.
@@ -30,25 +13,23 @@ and nothing of the size [N, V] exists: g has at most `BLOCK_BYTES`. How its roun
 the gradients: docs/loss.md.
 """
 
-import dataclasses
 import functools
 import math
-import types
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
-from ..core import partition
+from ..core import op, partition
 from ..core.compat import promoting
 from ..core.constants import LOWEST
 from ..core.guards import not_differentiable
-from ..core.platforms import here_or
 from ..core.vmap import folding_vmap
-from . import xla
+from . import configs, xla
 
-OP = "linear_cross_entropy"
 BLOCK_BYTES = 2**28  # of g
 # Rows of the embedding in a block. How much of its peak XLA's product for dx and the one for the
 # embedding's gradient reach, in % (static, 16,384 tokens, dim 4096): on a v6e 91.9 and 93.6 with
@@ -58,6 +39,46 @@ BLOCK_BYTES = 2**28  # of g
 MOST_ROWS = 7168
 LEAST_ROWS = 2048  # where there would be fewer, the tokens are divided as well
 WHOLE_TILES = 1024
+
+
+class Backend(op.Backend, Protocol):
+  """What the loss asks of a backend."""
+
+  def forward(self, x: jax.Array, embedding: jax.Array, targets: jax.Array, *, scale: float,
+              num_valid: int | jax.Array, chip: str | None) -> tuple[jax.Array, ...]:
+    """(top, total, logit):
+
+      top   = max(x @ embedding.T), over the valid rows; any number <= -1e30 where there is none
+      total = sum(exp(scale * (x @ embedding.T - top))), 0 where there is none
+      logit = scale * x @ embedding[target], 0 where there is no target
+    """
+    ...
+
+  def logit_gradient(self, x: jax.Array, rows: jax.Array, targets: jax.Array, top: jax.Array,
+                     spread: jax.Array, peak: jax.Array, *, first: int | jax.Array, scale: float,
+                     num_valid: int | jax.Array, chip: str | None) -> jax.Array:
+    """A block of columns of the gradient of x @ embedding.T, in the dtype of x.
+
+    Those of rows = embedding[first : first + R], for any R and N, 0 from num_valid - first on:
+
+      g [N, R] = exp(scale * (x @ rows.T - top)) * spread + onehot(targets - first) * peak
+    """
+    ...
+
+
+def _mosaic_gpu() -> Backend:
+  from . import mosaic_gpu
+  return mosaic_gpu
+
+
+def _mosaic_tpu() -> Backend:
+  from . import mosaic_tpu
+  return mosaic_tpu
+
+
+def _triton() -> Backend:
+  from . import triton
+  return triton
 
 
 def divided(x, mesh) -> tuple[tuple[str, ...], tuple[str, ...], int]:
@@ -92,25 +113,86 @@ def on_one_device(x, embedding):
           jax.ShapeDtypeStruct((rows, dim), embedding.dtype))
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """What is known when a program is compiled."""
+class Loss(NamedTuple):
+  """What is known of a loss when a program is compiled; None where it is an array."""
 
-  backend: types.ModuleType
-  chip: str | None
+  scale: float | None
+  z_loss: float | None
+
+
+def _loss(route, options, x, embedding, targets, weights, scale, z_loss):
+  """(loss, log Z) of each token, by kernels or plain JAX."""
+  vocabulary = embedding.shape[0]
+  if weights is not None:
+    weights = weights.astype(jnp.promote_types(x.dtype, jnp.float32))
+    outside = (targets < 0) | (targets >= vocabulary)
+    targets = jnp.where((weights == 0) & outside, 0, targets)
+    # 0 * NaN is NaN, in the loss and in the gradient of all that the token meets.
+    square = jnp.square(jax.lax.stop_gradient(x).astype(weights.dtype)).sum(-1)
+    x = jnp.where(((weights == 0) & ~jnp.isfinite(square))[..., None], 0, x)
+  # [sequences, T, D]: either may be divided over mesh axes of its own, so they stay apart.
+  rows = x.shape[-2] if x.ndim > 2 else 1
+  log_z, logit = _over_mesh(route, options.scale, x.reshape(-1, rows, x.shape[-1]), embedding,
+                            targets.reshape(-1, rows), scale)
+  log_z, logit = log_z.reshape(targets.shape), logit.reshape(targets.shape)
+  logit = jnp.where((targets >= 0) & (targets < vocabulary), logit, jnp.nan)
+  z_loss = options.z_loss if z_loss is None else z_loss
+  loss = log_z - logit + z_loss * jnp.square(log_z)
+  return (loss if weights is None else weights * loss), log_z
+
+
+OP = op.Op(
+    "linear_cross_entropy",
+    dict(mosaic_gpu=_mosaic_gpu, mosaic_tpu=_mosaic_tpu, triton=_triton), configs,
+    ranks=(1, 2), on_one_device=on_one_device, plain=_loss, fused=_loss)
+
+
+def _over_mesh(route, static_scale, x, embedding, targets, scale):
+  """`xla.statistics` or its kernels: tokens over the data axes, the vocabulary over the model's."""
+  local = xla.statistics if route.implementation == "xla" else functools.partial(statistics, route)
+  vocabulary, mesh = embedding.shape[0], partition.current(x, embedding)
+  sequences, positions, shards = divided(x, mesh)
+  tokens = P(sequences or None, positions or None)
+  axis = partition.HEAD_AXIS if shards > 1 else None
+  rows = -(-vocabulary // shards)
+  if shards > 1:
+    embedding = jnp.pad(embedding, ((0, rows * shards - vocabulary), (0, 0)))
+
+  def flat(x, embedding, targets, scale, num_valid):
+    results = local(x.reshape(-1, x.shape[-1]), embedding, targets.reshape(-1),
+                    scale=static_scale if scale is None else scale, num_valid=num_valid)
+    return jax.tree.map(lambda y: y.reshape(targets.shape), results)
+
+  def shard(*arrays):
+    x, embedding, targets, scale = partition.varying(arrays)
+    if axis is None:
+      return flat(x, embedding, targets, scale, vocabulary)
+    first = jax.lax.axis_index(axis) * rows
+    log_z, logit = flat(x, embedding, targets - first, scale,
+                        jnp.clip(vocabulary - first, 0, rows))
+    top = jax.lax.pmax(jax.lax.stop_gradient(log_z), axis)
+    total, logit = jax.lax.psum((jnp.exp(log_z - top), logit), axis)
+    return top + jnp.log(total), logit
+
+  return op.over_mesh(mesh, shard, (P(*tokens, None), P(axis, None), tokens, P()), (tokens, tokens),
+                      x, embedding, targets, scale)
+
+
+class Options(NamedTuple):
+  """What is known of the logits when a program is compiled."""
+
   scale: float
   num_valid: int | None  # None where it is an array
-  platforms: tuple[str, ...] = ()  # that have the kernels; empty if the program is for them alone
-
-  def keywords(self, num_valid):
-    """The keyword arguments of a backend's functions."""
-    return dict(scale=self.scale, chip=self.chip, num_valid=self.valid(num_valid))
 
   def valid(self, num_valid):
     return num_valid if self.num_valid is None else self.num_valid
 
+  def keywords(self, route, num_valid):
+    """The keyword arguments of a backend's functions."""
+    return dict(scale=self.scale, chip=route.chip, num_valid=self.valid(num_valid))
 
-def statistics(x, embedding, targets, *, scale, num_valid, backend, chip, platforms=()):
+
+def statistics(route, x, embedding, targets, *, scale, num_valid):
   """`xla.logits_statistics` by one backend's kernels; arguments and results as there.
 
   It has a gradient for x and the embedding, and no other derivative. Its results are named
@@ -119,24 +201,20 @@ def statistics(x, embedding, targets, *, scale, num_valid, backend, chip, platfo
   if scale <= 0:  # the kernels take the largest product, so the sign goes to x
     x, scale = np.sign(scale).astype(x.dtype) * x, abs(scale) or 1.0
   static = isinstance(num_valid, int)
-  options = Options(backend, chip, float(scale), num_valid if static else None, platforms)
-  x, embedding, targets, num_valid = partition.varying_together(
-      x, embedding, targets, None if static else num_valid)
-  return _statistics(options, x, embedding, targets, num_valid)
+  options = Options(float(scale), num_valid if static else None)
+  return _statistics(route, options, *partition.varying(
+      (x, embedding, targets, None if static else num_valid)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _statistics(options, x, embedding, targets, num_valid):
-  return _forward(options, x, embedding, targets, num_valid)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _statistics(route, options, x, embedding, targets, num_valid):
+  return _forward(route, options, x, embedding, targets, num_valid)[0]
 
 
-def _forward(options, x, embedding, targets, num_valid):
+def _forward(route, options, x, embedding, targets, num_valid):
   # Only a second derivative differentiates this.
-  x, embedding = not_differentiable(x, OP), not_differentiable(embedding, OP)
-  parts = functools.partial(_parts, options)
-  if options.platforms:
-    parts = here_or(functools.partial(_plain_parts, options), parts, options.platforms)
-  top, total, logit = parts(x, embedding, targets, num_valid)
+  x, embedding = (not_differentiable(a, OP.name) for a in (x, embedding))
+  top, total, logit = _parts(route, options, x, embedding, targets, num_valid)
   # Named here, where they are residuals: a policy that keeps them does not rerun the kernel.
   top, total = checkpoint_name(top, "loss_log_z"), checkpoint_name(total, "loss_log_z")
   logit = checkpoint_name(logit, "loss_logit")
@@ -144,7 +222,6 @@ def _forward(options, x, embedding, targets, num_valid):
   return (log_z, logit), (x, embedding, targets, num_valid, top, total)
 
 
-@promoting
 def _plain_parts(options, x, embedding, targets, num_valid):
   log_z, logit = xla.statistics(
       x, embedding, targets, scale=options.scale, num_valid=options.valid(num_valid))
@@ -152,21 +229,23 @@ def _plain_parts(options, x, embedding, targets, num_valid):
   return jnp.where(some, log_z / options.scale, 0), some.astype(jnp.float32), logit
 
 
-@promoting
-def _parts(options, x, embedding, targets, num_valid):
+@promoting()
+def _parts(route, options, x, embedding, targets, num_valid):
   """The backend's (top, total, logit) of all rows of the embedding."""
-  kernel = folding_vmap(lambda tokens, others: options.backend.forward(
-      tokens[0], others[0], tokens[1], **options.keywords(others[1])))
+  if route.undecided:
+    return route.by_platform(_plain_parts, _parts, options, x, embedding, targets, num_valid)
+  kernel = folding_vmap(lambda tokens, others: route.backend.forward(
+      tokens[0], others[0], tokens[1], **options.keywords(route, others[1])))
   if embedding.dtype == x.dtype:
     return kernel((x, targets), (embedding, num_valid))
   # Cast block by block, for a copy of the whole embedding may be the largest array of all.
   valid = options.valid(num_valid)
 
   def one_block(first, size, carry):
-    in_block = dataclasses.replace(options, num_valid=None)
+    in_block = options._replace(num_valid=None)
     rows = _slice(embedding, first, size, x.dtype)
-    kernel = folding_vmap(lambda tokens, others: options.backend.forward(
-        tokens[0], others[0], tokens[1] - others[2], **in_block.keywords(others[1])))
+    kernel = folding_vmap(lambda tokens, others: route.backend.forward(
+        tokens[0], others[0], tokens[1] - others[2], **in_block.keywords(route, others[1])))
     top, total, logit = kernel((x, targets), (rows, jnp.clip(valid - first, 0, size), first))
     return *merged(*map(jnp.stack, zip(carry[:2], (top, total))), options.scale), carry[2] + logit
 
@@ -175,26 +254,23 @@ def _parts(options, x, embedding, targets, num_valid):
   return _over_blocks(embedding.shape[0], _rows(x), one_block, start)
 
 
-def _backward(options, residuals, cotangents):
-  x, embedding, targets, num_valid, top, total = residuals
-  dlog_z, dlogit = (not_differentiable(a, OP) for a in cotangents)
-  arrays = x, embedding, targets, num_valid, top, total, dlog_z, dlogit
-  gradients = functools.partial(_gradients, options)
-  if options.platforms:
-    gradients = here_or(functools.partial(_plain_gradients, options), gradients, options.platforms)
-  return (*gradients(*arrays), None, None)
+def _backward(route, options, residuals, cotangents):
+  cotangents = (not_differentiable(a, OP.name) for a in cotangents)
+  return (*_gradients(route, options, *residuals, *cotangents), None, None)
 
 
-@promoting
 def _plain_gradients(options, x, embedding, targets, num_valid, top, total, *cotangents):
   statistics = lambda x, embedding: xla.statistics(
       x, embedding, targets, scale=options.scale, num_valid=options.valid(num_valid))
   return jax.vjp(statistics, x, embedding)[1](cotangents)
 
 
-@promoting
-def _gradients(options, x, embedding, targets, num_valid, top, total, dlog_z, dlogit):
+@promoting()
+def _gradients(route, options, *arrays):
   """The cotangents of x and the embedding, by the backend's kernel and XLA's products."""
+  if route.undecided:
+    return route.by_platform(_plain_gradients, _gradients, options, *arrays)
+  x, embedding, targets, num_valid, top, total, dlog_z, dlogit = arrays
   spread = jnp.where(total == 0, 0, options.scale * dlog_z)
   has_target = (targets >= 0) & (targets < options.valid(num_valid))
   peak = jnp.where(has_target, options.scale * dlogit, 0)
@@ -204,8 +280,8 @@ def _gradients(options, x, embedding, targets, num_valid, top, total, dlog_z, dl
   num_tokens = x.shape[0]
   share = spread / jnp.where(total == 0, 1, total)
   tokens = jax.tree.map(jnp.asarray, (x, targets, top, share, peak))
-  kernel = folding_vmap(lambda tokens, others: options.backend.logit_gradient(
-      tokens[0], others[0], *tokens[1:], first=others[2], **options.keywords(others[1])))
+  kernel = folding_vmap(lambda tokens, others: route.backend.logit_gradient(
+      tokens[0], others[0], *tokens[1:], first=others[2], **options.keywords(route, others[1])))
   dot = functools.partial(
       jax.lax.dot_general, preferred_element_type=jnp.float32,
       precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)
@@ -273,7 +349,7 @@ def merged(top, total, scale):
   return largest, (total * jnp.exp(scale * (top - largest))).sum(0)
 
 
-_statistics.defvjp(promoting(_forward), promoting(_backward))
+_statistics.defvjp(promoting()(_forward), promoting()(_backward))
 
 
 def _slice(embedding, first, size, dtype):

@@ -1,18 +1,18 @@
 """Attention of the last few positions of each sequence to a key/value cache."""
 
-import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from ..attention import default_scale, window_of
-from ..core import compat, dispatch, guards, integers, partition, platforms
+from ..core import guards, integers, op
 from ..core.compat import Array
-from . import fused, xla
+from ..core.dispatch import Implementation
+from .fused import OP, Options
 
 
 def decode_attention(
@@ -26,7 +26,7 @@ def decode_attention(
     local_window_size: int | tuple[int, int] | None = None,
     key_scales: jax.Array | None = None,
     value_scales: jax.Array | None = None,
-    implementation: dispatch.Implementation = "auto",
+    implementation: Implementation = "auto",
 ) -> jax.Array:
   """softmax(scale * q k^T + slope * (kv_pos - q_pos)) v over what is filled of a cache.
 
@@ -65,75 +65,28 @@ def decode_attention(
   shared = value_cache is key_cache
   _check(query, key_cache, value_cache, lengths, alibi_slopes, key_scales, value_scales)
   lead, (num_queries, heads, dim_head) = query.shape[:-3], query.shape[-3:]
-  flat = lambda x: None if x is None else x.reshape(math.prod(lead), *x.shape[len(lead):])
-  arrays = {name: flat(x) for name, x in dict(
-      query=query, key=key_cache, value=None if shared else value_cache,
-      key_scales=key_scales, value_scales=None if shared else value_scales).items()}
+  flat: Any = lambda x: None if x is None else x.reshape(math.prod(lead), *x.shape[len(lead):])
+  query, key, value, key_scales, value_scales = map(flat, (
+      query, key_cache, None if shared else value_cache,
+      key_scales, None if shared else value_scales))
   # A length that is beyond 32 bits is beyond the cache as well.
-  arrays["lengths"] = integers.clamped(lengths, -2**31, 2**31 - 1).reshape(math.prod(lead))
+  lengths = integers.clamped(lengths, -2**31, 2**31 - 1).reshape(math.prod(lead))
   if alibi_slopes is not None and not isinstance(alibi_slopes, jax.Array):
     alibi_slopes = np.asarray(alibi_slopes)
 
   scale = default_scale(dim_head) if scale is None else scale
   window = window_of(local_window_size)
-  needs = None
-  if isinstance(scale, jax.core.Tracer):
-    needs = ("a scale that is known when it is compiled; multiply query by it, or pass "
-             "implementation='xla'")
-  elif window is not None:
-    needs = "local_window_size=None; got a window, which implementation='xla' has"
-  on = dispatch.target(query, key_cache, value_cache)
-  name = dispatch.choose(
-      fused.OP, implementation, arrays["query"], arrays["key"], arrays["value"], on=on,
-      needs=needs).implementation
-  traced_scale = scale if name == "xla" and isinstance(scale, jax.Array) else None
-  out = _decode(
-      arrays, alibi_slopes, traced_scale, name=name, chip=dispatch.chip_for(name, on),
-      undecided=implementation == "auto" and dispatch.undecided(query, key_cache, value_cache),
-      left=None if window is None else window[0],
-      scale=None if traced_scale is not None else float(
-          jax.device_get(scale) if compat.is_known(scale) else scale))
+  needs = op.untraced(scale, "query")
+  if window is not None:
+    needs = needs or "local_window_size=None; got a window, which implementation='xla' has"
+  route = op.choose(OP, implementation, query, key, value, needs=needs)
+  static_scale, scale = op.scalar(route, scale)
+  query, key, value, *others = jax.tree.map(
+      lambda x: guards.no_derivative(x, OP.name) if isinstance(x, jax.Array) else x,
+      (query, key, value, key_scales, value_scales, alibi_slopes, scale))
+  out = op.run(OP, route, Options(static_scale, None if window is None else window[0]),
+               query, key, value, lengths, *others)
   return out.reshape(*lead, num_queries, heads, dim_head)
-
-
-@compat.compiled_once
-def _decode(arrays, slopes, traced_scale, *, scale, left, name, chip, undecided):
-  undifferentiated = lambda tree: jax.tree.map(
-      lambda x: guards.no_derivative(jnp.asarray(x), fused.OP), tree)
-  arrays = undifferentiated({name: x for name, x in arrays.items() if name != "lengths"}) | {
-      "lengths": jnp.asarray(arrays["lengths"])}
-  slopes = undifferentiated(slopes)
-  if name == "xla" and undecided and traced_scale is None and left is None:
-    return platforms.by_platform(
-        _plain, [(("tpu",), _on_any_tpu)], (arrays, slopes), scale, dispatch.ANY_TPU_MESH)
-  if name == "xla":
-    traced_scale = undifferentiated(traced_scale)
-    return partition.partitioned(
-        lambda query, arrays, slopes, traced_scale: xla.attend(
-            query, **arrays, alibi_slopes=slopes, left=left,
-            scale=scale if traced_scale is None else traced_scale),
-        arrays.pop("query"), arrays, slopes, traced_scale)
-  kernel = functools.partial(fused.attention, scale=scale, chip=chip,
-                             backend=dispatch.kernel_module(fused.OP, name))
-  if undecided:
-    plain = functools.partial(_plain, scale=scale)
-    return platforms.here_or(plain, kernel, guards.platforms(name))(arrays, slopes)
-  arrays["query"] = guards.only_on(arrays["query"], fused.OP, name)
-  return kernel(arrays, slopes)
-
-
-def _plain(arrays, slopes, scale):
-  return xla.attend(**arrays, alibi_slopes=slopes, scale=scale)
-
-
-@compat.promoting
-def _on_any_tpu(arrays, slopes, scale):
-  name = dispatch.choose(fused.OP, "auto", arrays["query"], arrays["key"], arrays["value"],
-                        on=dispatch.ANY_TPU).implementation
-  if name == "xla":
-    return _plain(arrays, slopes, scale)
-  return fused.attention(arrays, slopes, scale=scale, chip=None,
-                         backend=dispatch.kernel_module(fused.OP, name))
 
 
 def _check(query, key, value, lengths, slopes, key_scales, value_scales):

@@ -1,70 +1,100 @@
-"""What the decode kernels of all backends have in common: mesh, `vmap`, lengths.
+"""Decoding around the kernels of all backends: their functions, division over a mesh, `vmap`.
 
-A backend module has two functions:
-
-  unsupported(query, key, value, *, chip) -> the first requirement that is not met, or None
-  forward(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value_scales, chip)
-      -> out
-
-with arguments and result as `xla.attend` has them, float32 slopes, and lengths in [0, S].
+Arguments and result are those of `xla.attend`, with float32 slopes and lengths in [0, S].
 """
 
-import functools
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from ..core import heads as division, partition
-from ..core.heads import on_one_device as on_one_device
+from ..core import heads as division, op, partition
 from ..core.vmap import folding_vmap
-from .xla import nan_outside
-
-OP = "decode_attention"
+from . import configs, xla
 
 
-def attention(arrays, alibi_slopes, *, scale, backend, chip):
-  """Attention by one backend's kernel: batch over the data axes, heads over the model axis.
+class Backend(op.Backend, Protocol):
+  """What decoding asks of a backend."""
 
-  Args:
-    arrays: the array arguments of `xla.attend` by name, without the slopes.
-  """
-  slopes = None if alibi_slopes is None else jnp.asarray(alibi_slopes, jnp.float32)
-  local = functools.partial(_one_device, functools.partial(
-      backend.forward, scale=scale, chip=chip))
-  query, key = arrays["query"], arrays["key"]
-  mesh = partition.current(query, key)
-  free = partition.to_take_over(mesh)
-  if not free:
-    return local(arrays, slopes)
+  def forward(self, query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: jax.Array,
+              *, alibi_slopes: jax.Array | None, scale: float, key_scales: jax.Array | None,
+              value_scales: jax.Array | None, chip: str | None) -> jax.Array:
+    """The attention of the queries, [B, T, heads, dim_head]."""
+    ...
+
+
+def _mosaic_gpu() -> Backend:
+  from . import mosaic_gpu
+  return mosaic_gpu
+
+
+def _mosaic_tpu() -> Backend:
+  from . import mosaic_tpu
+  return mosaic_tpu
+
+
+def _triton() -> Backend:
+  from . import triton
+  return triton
+
+
+class Options(NamedTuple):
+  """What is known when a program is compiled."""
+
+  scale: float | None  # None where it is an array
+  left: int | None  # positions before its own that a query sees; None for all
+
+
+def _plain(route, options, query, *others):
+  def attend(query, key, value, lengths, key_scales, value_scales, slopes, scale):
+    return xla.attend(query, key, value, lengths, key_scales=key_scales, value_scales=value_scales,
+                      alibi_slopes=slopes, scale=options.scale if scale is None else scale,
+                      left=options.left)
+
+  return partition.partitioned(attend, query, *others)
+
+
+def _fused(route, options, query, *others):
+  """Attention by the kernel, on one device."""
+  if route.undecided:
+    return route.by_platform(
+        lambda *arguments: _plain(None, *arguments), _fused, options, query, *others)
+
+  def attend(tokens, slopes):
+    query, key, value, lengths, key_scales, value_scales = tokens
+    max_len = key.shape[1]
+    out = route.backend.forward(
+        query, key, value, jnp.clip(lengths, 0, max_len), alibi_slopes=slopes, scale=options.scale,
+        key_scales=key_scales, value_scales=value_scales, chip=route.chip)
+    return xla.nan_outside(out, lengths, max_len)
+
+  *tokens, slopes, _ = query, *others
+  return folding_vmap(attend)(
+      tuple(tokens), None if slopes is None else slopes.astype(jnp.float32))
+
+
+def _divided(route, options, mesh, query, key, *_):
+  """Batch over the data axes, heads over the model axis."""
   batch, heads = division.sequences_and_heads(query, key, mesh)
   kv_heads = division.divided(key.shape[2], heads, mesh)
+  axes = lambda *axes: P(*(axis or None for axis in axes))
+  cache, scales = axes(batch, (), kv_heads, ()), axes(batch, (), kv_heads)
+  rows = axes(batch, (), heads, ())
+  in_specs = rows, cache, cache, axes(batch), scales, scales, axes(heads), P()
 
-  def on_device(arrays, slopes):
+  def attend(query, key, value, lengths, key_scales, value_scales, *others):
     if heads and not kv_heads:
-      arrays = {name: division.own(x, 2, heads, mesh)
-                if name.startswith(("key", "value")) and x is not None else x
-                for name, x in arrays.items()}
-    return local(arrays, slopes)
+      key, value, key_scales, value_scales = (
+          x if x is None else division.own(x, 2, heads, mesh)
+          for x in (key, value, key_scales, value_scales))
+    return _fused(route, options, query, key, value, lengths, key_scales, value_scales, *others)
 
-  batch, heads, cache_heads = batch or None, heads or None, kv_heads or None
-  specs = dict(query=P(batch, None, heads, None), lengths=P(batch))
-  for name in ("key", "value"):
-    specs[name] = P(batch, None, cache_heads, None)
-    specs[f"{name}_scales"] = P(batch, None, cache_heads)
-  specs = {name: None if x is None else specs[name] for name, x in arrays.items()}
-  specs = specs, None if slopes is None else P(heads)
-  arrays = jax.tree.map(lambda x, spec: partition.reshard(x, spec, mesh), (arrays, slopes), specs)
-  return jax.shard_map(on_device, mesh=mesh, axis_names=free, in_specs=specs,
-                       out_specs=specs[0]["query"])(*arrays)
+  return attend, in_specs, rows
 
 
-def _one_device(forward, arrays, slopes):
-  *values, slopes = partition.varying_together(*arrays.values(), slopes)
-
-  def attend(arrays, slopes):
-    lengths, max_len = arrays["lengths"], arrays["key"].shape[1]
-    out = forward(**arrays | dict(lengths=jnp.clip(lengths, 0, max_len)), alibi_slopes=slopes)
-    return nan_outside(out, lengths, max_len)
-
-  return folding_vmap(attend)(dict(zip(arrays, values)), slopes)
+OP = op.Op(
+    "decode_attention",
+    dict(mosaic_gpu=_mosaic_gpu, mosaic_tpu=_mosaic_tpu, triton=_triton), configs,
+    ranks=(3, 3, 3), on_one_device=division.on_one_device, plain=_plain, fused=_fused,
+    divide=_divided)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import attention
-from ..core import compat, dispatch, guards, integers
+from ..core import compat, dispatch, integers, op
 from ..core.compat import Array
-from . import fused, steps, xla
+from . import steps
+from .fused import OP, Layer
 
 
 def parallel_attention_ffn(
@@ -29,7 +30,7 @@ def parallel_attention_ffn(
     query_offset: int | Array = 0,
     kv_cache: tuple[jax.Array, ...] | None = None,
     implementation: dispatch.Implementation = "auto",
-):
+) -> Any:
   """x + attention(norm(x)) + feed_forward(norm(x)), the parallel block of PaLM.
 
   Args:
@@ -71,8 +72,7 @@ def parallel_attention_ffn(
   References:
     PaLM (arXiv:2204.02311, section 2); GPT-J for the parallel form.
   """
-  on = dispatch.target(x, *params.values())
-  dispatch.choose(fused.OP, implementation, on=on)
+  dispatch.choose(OP, implementation, on=dispatch.target(x, *params.values()))
   _check(x, params, norm, rotary, rope_theta, xpos_scale_base)
   if kv_cache is not None:
     _check_cache(x, params, rotary, kv_cache, query_offset)
@@ -87,7 +87,7 @@ def parallel_attention_ffn(
   attention.check(of_heads(length, heads), key, key, alibi_slopes=alibi_slopes,
                   segment_ids=segment_ids, local_window_size=local_window_size,
                   query_offset=0 if np.ndim(query_offset) else query_offset)
-  name = dispatch.choose(fused.OP, implementation, x, params, on=on).implementation
+  route = op.choose(OP, implementation, x, params)
   ids = None if segment_ids is None else integers.same_ids(*attention.pair(segment_ids))
   if alibi_slopes is not None and not isinstance(alibi_slopes, jax.Array):
     alibi_slopes = np.asarray(alibi_slopes)
@@ -95,31 +95,10 @@ def parallel_attention_ffn(
   if (isinstance(offset, int) and integers.exceeds(attention.BLOCK_Q + 1, length)
       and not compat.under_jit()):
     offset = np.int32(offset)  # so that a loop that decodes compiles one program
-  dynamic: dict[str, Any] = dict(alibi_slopes=alibi_slopes, segment_ids=ids)
-  static: dict[str, Any] = dict(
-      norm=norm, norm_eps=float(norm_eps), rotary=rotary, rope_theta=float(rope_theta),
-      xpos_scale_base=xpos_scale_base, is_causal=is_causal,
-      local_window_size=attention.window_of(local_window_size),
-      implementation=implementation)
-  (static if isinstance(offset, int) else dynamic)["query_offset"] = offset
-  undecided = implementation == "auto" and dispatch.undecided(x, *params.values())
-  return _block(x, dict(params), kv_cache, dynamic, static=tuple(static.items()), name=name,
-                chip=dispatch.chip_for(name, on), undecided=undecided,
-                on=None if undecided else on)  # nor is it decided of the attention in it
-
-
-@compat.compiled_once
-def _block(x, params, kv_cache, dynamic, *, static, name, chip, undecided, on):
-  options = dynamic | dict(static, kv_cache=kv_cache)
-  x, params = jax.tree.map(jnp.asarray, (x, params))
-  with dispatch.placed(on):
-    if name == "xla":
-      return xla.parallel_attention_ffn(x, params, **options)
-    x = guards.reverse_only(x if undecided else guards.only_on(x, fused.OP, name), fused.OP)
-    params = {weight: guards.reverse_only(array, fused.OP) for weight, array in params.items()}
-    return fused.parallel_attention_ffn(
-        x, params, backend=dispatch.kernel_module(fused.OP, name), chip=chip,
-        platforms=guards.platforms(name) if undecided else (), **options)
+  static_offset, offset = (offset, None) if isinstance(offset, int) else (None, offset)
+  layer = Layer(norm, float(norm_eps), rotary, float(rope_theta), xpos_scale_base, is_causal,
+                attention.window_of(local_window_size), static_offset, implementation)
+  return op.run(OP, route, layer, x, dict(params), kv_cache, alibi_slopes, ids, offset)
 
 
 def _offset(offset):

@@ -1,19 +1,11 @@
-"""What the block's kernels of all backends have in common: derivative, choice, mesh, `vmap`.
+"""The block around the kernels of all backends: their functions, derivative, mesh, `vmap`.
 
 A layer is three steps: everything that is computed from norm(x), attention, and the sum of what
-comes of both branches with x. Attention is `flash_attention`; a backend module here makes the
-matrix products of the other two and of their backward pass, on M tokens:
+comes of both branches with x. Attention is `flash_attention`; a backend here makes the matrix
+products of the other two and of their backward pass, on M tokens.
 
-  unsupported(x, params, *, chip) -> the first requirement that is not met, or None
-  in_projection(x, params, rotation, *, norm, eps, keep, chip)
-      -> (query [M, H, Dh], key [M, K Dh], value [M, K Dh], act, gate, up [M, F])
-  out_projection(x, attended, act, attn_out, ff_out, *, chip)
-      -> x + attended @ attn_out + act @ ff_out
-  swiglu_gradient(dy, gate, up, ff_out, *, chip) -> (dgate, dup, act)
-  input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip) -> the gradient of norm(x)
-
-with x [M, D], all arrays in its dtype but the gain of the norm; params as the op's, but key and
-value [D, K Dh], of K heads side by side, and F a multiple of the module's HIDDEN; `value` None
+All arrays are in the dtype of x [M, D] but the gain of the norm; params as the op's, but key and
+value [D, K Dh], of K heads side by side, and F a multiple of the backend's HIDDEN; `value` None
 where they have none; act = silu(gate) * up; gate and up None without `keep`; rotation None or the
 cosines and sines of positions, float32[M, Dh / 2], that query and key are rotated by; x of
 `out_projection` None where nothing is to be added. Each result is rounded once, from a sum in
@@ -27,7 +19,8 @@ pass as an argument. The gradients of weights are XLA's products.
 import dataclasses
 import functools
 import math
-import types
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -35,14 +28,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from .. import norms, rotary as rotations
-from ..core import heads, partition
+from ..core import guards, heads, op, partition
 from ..core.compat import promoting
-from ..core.guards import not_differentiable
 from ..core.platforms import here_or
 from ..core.vmap import folding_vmap
-from . import steps
+from . import configs, steps, xla
 
-OP = "parallel_attention_ffn"
 # The dimension of each weight that heads or columns of the feed-forward part make up.
 _COLUMNS = {"query": 1, "gate": 1, "up": 1, "attn_out": 0, "ff_out": 0}
 _KEYS = ("key", "value")
@@ -50,21 +41,73 @@ _OUT = ("attn_out", "ff_out")
 _HIDDEN = {"gate": 1, "up": 1, "ff_out": 0}  # The dimension that is of the hidden width.
 
 
+class Backend(op.Backend, Protocol):
+  """What the block asks of a backend."""
+
+  @property
+  def HIDDEN(self) -> int: ...  # noqa: N802  (of which F is a multiple)
+
+  def in_projection(self, x: jax.Array, params: Mapping[str, jax.Array],
+                    rotation: tuple[jax.Array, jax.Array] | None, *, norm: str, eps: float,
+                    keep: bool, chip: str | None) -> tuple[jax.Array | None, ...]:
+    """(query [M, H, Dh], key [M, K Dh], value [M, K Dh], act, gate, up [M, F])."""
+    ...
+
+  def out_projection(self, x: jax.Array | None, attended: jax.Array, act: jax.Array,
+                     attn_out: jax.Array, ff_out: jax.Array, *, chip: str | None) -> Any:
+    """x + attended @ attn_out + act @ ff_out."""
+    ...
+
+  def swiglu_gradient(self, dy: jax.Array, gate: jax.Array, up: jax.Array, ff_out: jax.Array, *,
+                      chip: str | None) -> Any:
+    """(dgate, dup, act)."""
+    ...
+
+  def input_gradient(self, dquery: jax.Array, dkey: jax.Array, dvalue: jax.Array | None,
+                     dgate: jax.Array, dup: jax.Array, params: Mapping[str, jax.Array], *,
+                     chip: str | None) -> Any:
+    """The gradient of norm(x)."""
+    ...
+
+
+def _mosaic_gpu() -> Backend:
+  from . import mosaic_gpu
+  return mosaic_gpu
+
+
+def _mosaic_tpu() -> Backend:
+  from . import mosaic_tpu
+  return mosaic_tpu
+
+
+def _triton() -> Backend:
+  from . import triton
+  return triton
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
   """What is known when a program is compiled."""
 
-  backend: types.ModuleType
-  chip: str | None
+  route: op.Route
   norm: str
   eps: float
-  platforms: tuple[str, ...] = ()  # that have the kernels; empty if the program is for them alone
+
+  @property
+  def backend(self) -> "Backend":
+    return self.route.backend
+
+  @property
+  def chip(self) -> str | None:
+    return self.route.chip
 
   def run(self, plain, kernel, *arrays):
     """The backend's kernel of (tokens, others), plain JAX where a platform has none."""
     kernel = folding_vmap(kernel)
-    run = here_or(promoting(plain), kernel, self.platforms) if self.platforms else kernel
-    return run(*arrays)
+    if self.route.undecided:
+      kernel = here_or(
+          promoting()(plain), kernel, guards.platforms(self.route.implementation))
+    return kernel(*arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +186,39 @@ def on_one_device(x, params):
           {name: share(name, weight) for name, weight in params.items()})
 
 
-def parallel_attention_ffn(x, params, *, backend, chip, platforms, norm, norm_eps, rotary,
-                           rope_theta, xpos_scale_base, query_offset, **attention_options):
+class Layer(NamedTuple):
+  """What is known of a layer when a program is compiled; see the op of the same name."""
+
+  norm: str
+  norm_eps: float
+  rotary: bool
+  rope_theta: float
+  xpos_scale_base: int | None
+  is_causal: bool
+  local_window_size: tuple[int, int] | None
+  query_offset: int | None  # None where it is an array
+  implementation: str
+
+  def positions(self):
+    """The keyword arguments of `steps.positioned`."""
+    return dict(norm_eps=self.norm_eps, rotary=self.rotary, rope_theta=self.rope_theta,
+                xpos_scale_base=self.xpos_scale_base)
+
+  def attention(self, kv_cache, alibi_slopes, segment_ids, query_offset):
+    """The keyword arguments of `steps.attention`."""
+    return dict(
+        rotary=self.rotary, kv_cache=kv_cache, alibi_slopes=alibi_slopes, segment_ids=segment_ids,
+        query_offset=self.query_offset if query_offset is None else query_offset,
+        is_causal=self.is_causal, local_window_size=self.local_window_size,
+        implementation=self.implementation)
+
+
+def _plain(route, layer, x, params, *others):
+  return xla.parallel_attention_ffn(
+      x, params, norm=layer.norm, **layer.positions() | layer.attention(*others))
+
+
+def parallel_attention_ffn(route, layer, x, params, *others):
   """See the op of the same name; it has a gradient and no other derivative.
 
   What the first step makes is named "block_query", "block_key", "block_value", "block_act",
@@ -155,11 +229,12 @@ def parallel_attention_ffn(x, params, *, backend, chip, platforms, norm, norm_ep
   without_batch = lambda a: a.reshape(*lead, *a.shape[1:])
   stream = with_batch(x)
   by = division(stream, params, mesh)
-  options = Options(backend, chip, norm, norm_eps, platforms)
-  positions = jnp.asarray(query_offset)[..., None] + jnp.arange(x.shape[-2])
+  options = Options(route, layer.norm, layer.norm_eps)
+  attention = layer.attention(*others)
+  positions = jnp.asarray(attention["query_offset"])[..., None] + jnp.arange(x.shape[-2])
   # In the kernel, unless something comes between or keys are needed as they were before.
-  rotated = (rotary and "value" in params and "key_scale" not in params
-             and xpos_scale_base is None)
+  rotated = (layer.rotary and "value" in params and "key_scale" not in params
+             and layer.xpos_scale_base is None)
 
   weights = {name: w if name == "norm" else w.astype(x.dtype) for name, w in params.items()
              if not name.endswith("_scale")}
@@ -176,9 +251,9 @@ def parallel_attention_ffn(x, params, *, backend, chip, platforms, norm, norm_ep
     return weight.reshape(len(weight), -1)
 
   def from_stream(x, positions, weights):
-    x, positions, weights = _varying_together(x, positions, weights)
+    x, positions, weights = partition.varying((x, positions, weights))
     dim_head = weights["query"].shape[2]
-    rotation = (rotations.rotation_at(positions.reshape(-1), dim_head // 2, rope_theta)
+    rotation = (rotations.rotation_at(positions.reshape(-1), dim_head // 2, layer.rope_theta)
                 if rotated else None)
     weights |= {name: side_by_side(weights[name]) for name in _KEYS if name in weights}
     made = project_in(options, x.reshape(-1, x.shape[-1]), weights, rotation)
@@ -191,32 +266,28 @@ def parallel_attention_ffn(x, params, *, backend, chip, platforms, norm, norm_ep
     rows = lambda a: a.reshape(-1, *a.shape[2:])
     attended, hidden = jax.tree.map(rows, (attended, hidden))
     if not by.columns:
-      arrays = _varying_together(rows(x), attended, hidden, weights)
+      arrays = partition.varying((rows(x), attended, hidden, weights))
       return project_out(options, *arrays).reshape(x.shape)
-    share = project_out(options, None, *_varying_together(attended, hidden, weights))
+    share = project_out(options, None, *partition.varying((attended, hidden, weights)))
     return x + jax.lax.psum(share.reshape(x.shape), by.columns)
 
-  made = _over(
-      mesh, from_stream,
-      (stream, jnp.broadcast_to(positions, (*lead, x.shape[-2])).reshape(stream.shape[:2]),
-       weights),
-      (by.rows(), by.rows(), {name: by.weight(name) for name in weights}),
+  made = op.over_mesh(
+      mesh, from_stream, (by.rows(), by.rows(), {name: by.weight(name) for name in weights}),
       {name: by.rows(of_columns=True) for name in ("query", "key", "value", "act", "gate", "up")
-       if name != "value" or name in weights})
+       if name != "value" or name in weights},
+      stream, jnp.broadcast_to(positions, (*lead, x.shape[-2])).reshape(stream.shape[:2]), weights)
   made = {name: checkpoint_name(out, f"block_{name}") for name, out in made.items()}
   query, key = without_batch(made.pop("query")), without_batch(made.pop("key"))
   value = without_batch(made.pop("value")) if "value" in made else key
   if not rotated:
     query, key = steps.positioned(
-        query, key, _with_repeated_scales(params, key), positions, norm_eps=norm_eps,
-        rotary=rotary, rope_theta=rope_theta, xpos_scale_base=xpos_scale_base)
-  attended, cache = steps.attend(query, key, value, params, rotary=rotary,
-                               query_offset=query_offset, **attention_options)
-  y = _over(
-      mesh, to_stream, (stream, with_batch(attended), made, weights_out),
+        query, key, _with_repeated_scales(params, key), positions, **layer.positions())
+  attend, cache = steps.attention(query, key, value, params, **attention)
+  y = op.over_mesh(
+      mesh, to_stream,
       (by.rows(), by.rows(of_columns=True), {name: by.rows(of_columns=True) for name in made},
        {name: by.weight(name) for name in weights_out}),
-      by.rows())
+      by.rows(), stream, with_batch(attend()), made, weights_out)
   y = without_batch(y)
   return y if cache is None else (y, cache)
 
@@ -234,20 +305,11 @@ def _with_repeated_scales(params, key):
   return params | dict(key_scale=jnp.repeat(scale, key.shape[-2] // len(scale), axis=0))
 
 
-def _over(mesh, f, arrays, in_specs, out_specs):
-  """f on each device's share of the arrays."""
-  free = partition.to_take_over(mesh)
-  if not free:
-    return f(*arrays)
-  arrays = jax.tree.map(
-      lambda array, spec: partition.reshard(array, spec, mesh), arrays, in_specs)
-  return jax.shard_map(f, mesh=mesh, axis_names=free, in_specs=in_specs, out_specs=out_specs)(
-      *arrays)
-
-
-def _varying_together(*arrays):
-  leaves, tree = jax.tree.flatten(arrays)
-  return tree.unflatten(partition.varying_together(*leaves))
+OP = op.Op(
+    "parallel_attention_ffn",  # of its products; attention is another op
+    dict(mosaic_gpu=_mosaic_gpu, mosaic_tpu=_mosaic_tpu, triton=_triton), configs,
+    ranks=(2, None), on_one_device=on_one_device, plain=_plain, fused=parallel_attention_ffn,
+    for_any_tpu=False)
 
 
 @jax.custom_vjp
@@ -395,8 +457,8 @@ def _weight_gradient(x, dy):
 
 
 def _not_differentiable(arrays):
-  return jax.tree.map(lambda x: not_differentiable(x, OP), arrays)
+  return jax.tree.map(lambda x: guards.not_differentiable(x, OP.name), arrays)
 
 
-project_in.defvjp(promoting(_project_in_forward), promoting(_project_in_backward))
-project_out.defvjp(promoting(_project_out_forward), promoting(_project_out_backward))
+project_in.defvjp(promoting()(_project_in_forward), promoting()(_project_in_backward))
+project_out.defvjp(promoting()(_project_out_forward), promoting()(_project_out_backward))

@@ -1,5 +1,6 @@
 """Steps of the parallel block that no kernel has: positions, attention, the activation."""
 
+import functools
 import math
 
 import jax
@@ -53,15 +54,16 @@ def activate(gate, up):
   return jax.nn.gelu(up, approximate=False) if gate is None else jax.nn.silu(gate) * up
 
 
-def attend(query, key, value, params, *, rotary, query_offset, kv_cache, **options):
-  """The layer's attention, to its keys and values or to the cache.
+def attention(query, key, value, params, *, rotary, query_offset, kv_cache, **options):
+  """The layer's attention, to its keys and values or to the cache, as a function to call.
 
   Args:
     query: [..., T, H, Dh].
     key, value: [..., T, K, Dh]; K may be several times the heads that params have, each repeated.
 
   Returns:
-    What the queries attended to, [..., T, H, Dh], and the cache with the new rows, or None.
+    A function of no arguments, of which the result is [..., T, H, Dh], and the cache with the new
+    rows, or None.
   """
   if kv_cache is not None:
     grouped = params["key"].ndim == 3
@@ -82,11 +84,11 @@ def attend(query, key, value, params, *, rotary, query_offset, kv_cache, **optio
   if values_are_keys(params, rotary):
     value = key  # One object, so that a kernel can read it once.
   if jnp.ndim(query_offset):
-    attended = decode_attention(
-        query, key, value, query_offset + query.shape[-3],
+    attend = functools.partial(
+        decode_attention, query, key, value, query_offset + query.shape[-3],
         **{name: options[name] for name in ("alibi_slopes", "local_window_size", "implementation")})
   else:
     # Without a cache, keys begin where the queries do; only distances count.
-    attended = flash_attention(
-        query, key, value, query_offset=0 if kv_cache is None else query_offset, **options)
-  return attended, kv_cache
+    attend = functools.partial(flash_attention, query, key, value,
+                               query_offset=0 if kv_cache is None else query_offset, **options)
+  return attend, kv_cache

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ..norms import normalize
-from .steps import activate, attend, positioned, project
+from .steps import activate, attention, positioned, project
 
 
 def in_projection(x: jax.Array, params: Mapping[str, jax.Array], positions: jax.Array | None, *,
@@ -55,7 +55,7 @@ def parallel_attention_ffn(x, params, *, norm, norm_eps, rotary, rope_theta, xpo
   query, key, value, gate, up = (
       None if array is None else checkpoint_name(array, f"block_{name}")
       for name, array in zip(("query", "key", "value", "gate", "up"), projected))
-  attended, kv_cache = attend(query, key, value, params, rotary=rotary, query_offset=query_offset,
-                              kv_cache=kv_cache, **attention_options)
-  y = jax.checkpoint(out_projection, prevent_cse=False)(x, attended, gate, up, params)
+  attend, kv_cache = attention(query, key, value, params, rotary=rotary, query_offset=query_offset,
+                               kv_cache=kv_cache, **attention_options)
+  y = jax.checkpoint(out_projection, prevent_cse=False)(x, attend(), gate, up, params)
   return y if kv_cache is None else (y, kv_cache)

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from palm_haiku.kernels import alibi_slopes, flash_attention
-from palm_haiku.kernels.core import dispatch
+from palm_haiku.kernels import alibi_slopes, attention, flash_attention
 from palm_haiku.kernels.triton import call as triton_call
 from tests.kernels.attention import contract
 
@@ -73,8 +72,7 @@ class PlainBackend(types.ModuleType):
 @pytest.fixture
 def plain(monkeypatch):
   module = PlainBackend()
-  monkeypatch.setitem(dispatch.KERNELS, "flash_attention", ("mosaic_gpu",))
-  monkeypatch.setattr(dispatch, "kernel_module", lambda op, name: module)
+  monkeypatch.setitem(attention.OP.backends, "mosaic_gpu", lambda: module)
   monkeypatch.setattr("palm_haiku.kernels.core.guards._PLATFORMS", {"mosaic_gpu": ("cpu",)})
   return module
 

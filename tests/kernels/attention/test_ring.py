@@ -18,7 +18,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from palm_haiku.kernels import alibi_slopes, flash_attention, interpret
 from palm_haiku.kernels.aot import targets
 from palm_haiku.kernels.attention import ring, xla
-from palm_haiku.kernels.core import dispatch, guards, partition
+from palm_haiku.kernels.attention.fused import OP
+from palm_haiku.kernels.core import guards, partition
 from tests.kernels.attention import contract
 from tests.kernels.attention.contract import Case
 from tests.kernels.attention.test_fused import PlainBackend, fused, loss, qkv
@@ -31,10 +32,9 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 @pytest.fixture(scope="module", autouse=True)
 def plain():
   """A backend in plain JAX, under the name of one of the kernels'."""
-  module, others = PlainBackend(), dispatch.kernel_module
+  module = PlainBackend()
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(dispatch, "kernel_module",
-                  lambda op, name: module if name == "mosaic_gpu" else others(op, name))
+    patch.setitem(OP.backends, "mosaic_gpu", lambda: module)
     patch.setitem(guards._PLATFORMS, "mosaic_gpu", ("cpu",))
     patch.setattr(ring, "UNROLLED", 2)  # a loop compiles sooner
     yield module

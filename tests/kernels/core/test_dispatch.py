@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from palm_haiku import kernels
+from palm_haiku.kernels import attention, cross_entropy
 from palm_haiku.kernels.triton import call as triton_call
 
 
@@ -23,7 +24,8 @@ def test_what_cannot_run_is_refused(op, implementation, message):
 
 
 def test_a_kernel_that_an_op_does_not_have(monkeypatch):
-  monkeypatch.setitem(kernels.core.dispatch.KERNELS, "linear_cross_entropy", ("triton",))
+  for name in ("mosaic_gpu", "mosaic_tpu"):
+    monkeypatch.delitem(cross_entropy.OP.backends, name)
   with pytest.raises(ValueError, match="linear_cross_entropy has no mosaic_gpu kernel; it runs on "
                      "xla, triton"):
     kernels.explain("linear_cross_entropy", implementation="mosaic_gpu")
@@ -124,7 +126,7 @@ def test_what_counts_under_a_mesh_is_what_a_device_has():
     # three devices share.
     for kv_heads, share in ((1, 1), (4, 1), (24, 2), (16, 4)):
       some = jax.ShapeDtypeStruct((2048, 2048, kv_heads, 256), "bfloat16")
-      on_one_device = kernels.attention.fused.on_one_device(query, some, None)
+      on_one_device = attention.OP.on_one_device(query, some, None)
       assert [x.shape for x in on_one_device[:2]] == [(4, 2048, 4, 256), (4, 2048, share, 256)]
 
 

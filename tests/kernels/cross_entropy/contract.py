@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
+from palm_haiku.kernels.core import op
 from palm_haiku.kernels.cross_entropy import fused, xla
 from tests.kernels import contract as bound
 
@@ -152,7 +153,7 @@ def run(backend, case: Case, arrays: dict, *, of=("log_z", "g"), **keywords) -> 
 def run_differentiated(backend, case: Case, arrays: dict, chip=None) -> dict:
   """{"log_z", "logit", "dx", "dembedding"}: the kernels within `fused`'s derivative."""
   def f(x, embedding):
-    return fused.statistics(x, embedding, arrays["targets"], backend=backend, chip=chip,
+    return fused.statistics(op.Route("", backend, chip), x, embedding, arrays["targets"],
                             scale=case.scale, num_valid=arrays.get("num_valid", case.valid))
 
   (log_z, logit), pull = jax.vjp(f, arrays["x"], arrays["embedding"])

@@ -12,7 +12,6 @@ from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from palm_haiku.kernels import linear_cross_entropy
-from palm_haiku.kernels.core import dispatch
 from palm_haiku.kernels.cross_entropy import fused
 from tests.kernels.cross_entropy import contract
 
@@ -47,8 +46,7 @@ class PlainBackend(types.ModuleType):
 @pytest.fixture
 def plain(monkeypatch):
   module = PlainBackend()
-  monkeypatch.setitem(dispatch.KERNELS, "linear_cross_entropy", ("mosaic_gpu",))
-  monkeypatch.setattr(dispatch, "kernel_module", lambda op, name: module)
+  monkeypatch.setitem(fused.OP.backends, "mosaic_gpu", lambda: module)
   monkeypatch.setattr("palm_haiku.kernels.core.guards._PLATFORMS", {"mosaic_gpu": ("cpu",)})
   return module
 

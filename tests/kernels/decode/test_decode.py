@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from palm_haiku.kernels import alibi_slopes, decode_attention, flash_attention
-from palm_haiku.kernels.core import dispatch
+from palm_haiku.kernels import alibi_slopes, decode, decode_attention, flash_attention
 from palm_haiku.kernels.decode import xla
 from tests.kernels.decode import contract
 
@@ -36,8 +35,7 @@ def plain(monkeypatch):
     return xla.attend(query, key, value, lengths, **options)
 
   module.forward = forward
-  monkeypatch.setitem(dispatch.KERNELS, "decode_attention", ("mosaic_gpu",))
-  monkeypatch.setattr(dispatch, "kernel_module", lambda op, name: module)
+  monkeypatch.setitem(decode.OP.backends, "mosaic_gpu", lambda: module)
   monkeypatch.setattr("palm_haiku.kernels.core.guards._PLATFORMS", {"mosaic_gpu": ("cpu",)})
   return module
 

@@ -14,7 +14,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from palm_haiku import PaLMConfig
 from palm_haiku.kernels import norms, parallel_attention_ffn, rotary
-from palm_haiku.kernels.core import dispatch
 from palm_haiku.kernels.parallel_block import fused, steps
 from tests.kernels.parallel_block import contract
 from tests.kernels.parallel_block.test_parallel_block import LITE, options_of, random_params
@@ -69,13 +68,12 @@ class PlainBackend(types.ModuleType):
 
 @pytest.fixture
 def plain(monkeypatch):
-  module, find = PlainBackend(), dispatch.kernel_module
-  monkeypatch.setattr(dispatch, "kernel_module", lambda op, name: (
-      module if op == fused.OP else find(op, name)))
+  module = PlainBackend()
+  monkeypatch.setitem(fused.OP.backends, "mosaic_gpu", lambda: module)
   monkeypatch.setattr("palm_haiku.kernels.core.guards._PLATFORMS", {"mosaic_gpu": ("cpu",)})
   # A kernel for the products alone.
-  attend = steps.attend
-  monkeypatch.setattr(steps, "attend", lambda *arrays, **options: attend(
+  attention = steps.attention
+  monkeypatch.setattr(steps, "attention", lambda *arrays, **options: attention(
       *arrays, **options | dict(implementation="xla")))
   return module
 

@@ -1,0 +1,159 @@
+"""The one pipeline, from an op's arguments to a backend's kernel.
+
+  check -> choose -> guard -> shard_map -> vmap -> 32 bits -> derivative
+
+An op checks its arguments, `choose`s a route and `run`s it with what is known when a program is
+compiled (a hashable tuple) and the arrays. `run` compiles, guards and divides; the rest is in the
+op's function of one device's arrays, whose derivative calls the backend.
+"""
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.core
+import jax.numpy as jnp
+
+from . import compat, dispatch, guards, partition, platforms
+
+
+class Backend(Protocol):
+  """A module of kernels; an op's own protocol adds the functions that it calls."""
+
+  def unsupported(self, *arrays: Any, **options: Any) -> str | None:
+    """The first requirement that shapes, dtypes or the `chip` fail, in words, or None."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+  """How one call runs; equal for calls that compile to the same."""
+
+  implementation: str
+  backend: Any  # a `Backend`; None for plain JAX
+  chip: str | None  # that kernels are compiled for
+  on: dispatch.Target | None = None  # None where nothing says on what it will run
+  auto: bool = False  # nobody asked for a kernel by its name: plain JAX does what it can't
+  undecided: bool = False  # each platform of a program has its own implementation
+
+  def by_platform(self, plain: Callable, kernel: Callable, options: Any, *arrays: Any) -> Any:
+    """kernel(route, options, *arrays) on platforms that have it, plain(options, *arrays) on others;
+    of a route that is `undecided`."""
+    kernel = functools.partial(kernel, dataclasses.replace(self, undecided=False), options)
+    plain = compat.promoting()(functools.partial(plain, options))
+    return platforms.here_or(plain, kernel, guards.platforms(self.implementation))(*arrays)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Op:
+  """What the pipeline must know of an op; `plain` and `fused` are its functions of a route, of what
+  is known when it is compiled, and of arrays, the first of which `Backend.unsupported` looks at."""
+
+  name: str
+  backends: Mapping[str, Callable[[], Backend]]  # each imports its own when it is first needed
+  configs: types.ModuleType  # `unasked` and `NEEDS`, for `auto`
+  ranks: tuple[int | None, ...]  # of the first arrays, at least; None for a tree of weights
+  on_one_device: Callable  # of the first arrays or their types, to those of a device's part
+  plain: Callable
+  fused: Callable
+  # (function, in_specs, out_specs) of `over_mesh`; None for an op that calls that itself.
+  divide: Callable | None = None
+  for_any_tpu: bool = True  # exported programs have its kernels for TPUs
+
+
+def choose(op: Op, implementation: str, *arrays: Any, needs: str | None = None) -> Route:
+  """The route of a call with these first arrays; see `dispatch.choose`."""
+  leaves = jax.tree.leaves(arrays)
+  on = dispatch.target(*leaves)
+  name = dispatch.choose(op, implementation, *arrays, on=on, needs=needs).implementation
+  auto = implementation == "auto"
+  undecided = auto and not needs and dispatch.undecided(*leaves)
+  backend = None if name == "xla" else op.backends[name]()
+  return Route(name, backend, dispatch.chip_for(name, on), None if undecided else on, auto,
+               undecided)
+
+
+def untraced(scale: Any, operand: str) -> str | None:
+  """The requirement of kernels that a scale fails, for `choose`, or None."""
+  if isinstance(scale, jax.core.Tracer):
+    return (f"a scale that is known when it is compiled; multiply {operand} by it, or "
+            "pass implementation='xla'")
+  return None
+
+
+def scalar(route: Route, value: Any) -> tuple[float | None, Any]:
+  """A number that kernels are compiled for, or an array for plain JAX; the other is None."""
+  if not isinstance(value, jax.Array):
+    return float(value), None
+  if route.implementation == "xla":
+    return None, value
+  return float(jax.device_get(value)), None
+
+
+def run(op: Op, route: Route, options: Any, *arrays: Any) -> Any:
+  """The op on this route; outside of `jit` as a program of its own, compiled once."""
+  if not compat.under_jit() and not jax.config.jax_disable_jit:
+    return _program(op)(route, options, *compat.on_device(arrays))
+  with compat.promoting(), dispatch.placed(route.on):
+    arrays = jax.tree.map(jnp.asarray, arrays)
+    if route.implementation == "xla":
+      if route.undecided and op.for_any_tpu:
+        return platforms.by_platform(_plain, [(("tpu",), _on_any_tpu)], arrays,
+                                     (op, route, options), dispatch.ANY_TPU_MESH)
+      return op.plain(route, options, *arrays)
+    arrays = _guarded(op, route, arrays)
+    if op.divide is None:
+      return op.fused(route, options, *arrays)
+    mesh = partition.current(*arrays[:2])
+    if partition.to_take_over(mesh):
+      f, in_specs, out_specs = op.divide(route, options, mesh, *arrays)
+      return over_mesh(mesh, lambda *arrays: f(*partition.varying(arrays)), in_specs, out_specs,
+                       *arrays)
+    return op.fused(route, options, *partition.varying(arrays))
+
+
+@functools.cache
+def _program(op):
+  def program(*arguments):
+    return run(op, *arguments)
+
+  program.__name__ = op.name
+  return jax.jit(program, static_argnums=(0, 1))
+
+
+def _plain(*arguments):
+  *arrays, (op, route, options) = arguments
+  return op.plain(route, options, *arrays)
+
+
+def _on_any_tpu(*arguments):
+  """What a program that is exported for TPUs has in place of plain JAX."""
+  *arrays, (op, _, options) = arguments
+  on = dispatch.ANY_TPU
+  name = dispatch.choose(op, "auto", *arrays[:len(op.ranks)], on=on).implementation
+  backend = None if name == "xla" else op.backends[name]()
+  return run(op, Route(name, backend, None, on, auto=True), options, *arrays)
+
+
+def _guarded(op, route, arrays):
+  """The arrays; derivatives that kernels lack and platforms that have none of them raise."""
+  first, *others = arrays
+  if not route.undecided:
+    first = guards.only_on(first, op.name, route.implementation)
+  arrays, rest = (first, *others)[:len(op.ranks)], others[len(op.ranks) - 1:]
+  return *jax.tree.map(lambda x: guards.reverse_only(x, op.name), arrays), *rest
+
+
+def over_mesh(mesh: jax.sharding.AbstractMesh, f: Callable, in_specs: tuple, out_specs: Any,
+              *arrays: Any) -> Any:
+  """f of each device's part of the arrays, in `shard_map` unless all axes are manual already."""
+  free = partition.to_take_over(mesh)
+  if not free:
+    return f(*arrays)
+  in_specs = tuple(None if x is None else spec for x, spec in zip(arrays, in_specs))
+  arrays = jax.tree.map(lambda x, spec: partition.reshard(x, spec, mesh), arrays, in_specs)
+  return jax.shard_map(f, mesh=mesh, axis_names=free, in_specs=in_specs, out_specs=out_specs)(
+      *arrays)
