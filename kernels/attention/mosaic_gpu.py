@@ -4,7 +4,7 @@ How it works, and what it costs: docs/attention.md.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +34,39 @@ def unsupported(query: jax.Array | jax.ShapeDtypeStruct, key: jax.Array | jax.Sh
   return None
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slopes_ref,
-                    out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem,
-                    q_ready, k_ready, v_ready, k_free, v_free, turn, *,
-                    config, group, kv_heads, num_keys, scale, is_causal, window, masked_head,
-                    masked_tail):
+class _Operands(NamedTuple):
+  """Arrays in global memory."""
+
+  query: Any  # [B, rows, kv_heads, dim], packed
+  key: Any  # [B, S, kv_heads, dim]
+  value: Any  # likewise; None where it is the key
+  bounds: Any  # int32[1 or B, tiles, 5], of `mosaic_gpu_mask`
+  query_segments: Any  # int32[B, rows] or None
+  key_segments: Any  # int32[B, S] or None
+  slopes: Any  # float32[kv_heads, ...] of `heads.row_slopes`, or None
+
+
+class _Scratch(NamedTuple):
+  """Shared memory and barriers: a tile of queries stays, those of keys and values pass through."""
+
+  k_free: Any
+  k_ready: Any
+  k_smem: Any  # [stages, block, dim]
+  lse_smem: Any  # float32[ROWS]
+  q_ready: Any
+  q_smem: Any  # [ROWS, dim]; at the end it holds the result
+  turn: Any
+  v_free: Any
+  v_ready: Any
+  v_smem: Any  # None where the value is the key
+
+
+def _forward_kernel(operands, out_ref, lse_ref, scratch, *, config, group, kv_heads, num_keys,
+                    scale, is_causal, window, masked_head, masked_tail):
+  """128 rows of one key/value head: a warpgroup has 64 of them."""
+  q_ref, k_ref, v_ref, bounds_ref, q_seg_ref, k_seg_ref, slopes_ref = operands
+  (k_free, k_ready, k_smem, lse_smem, q_ready, q_smem, turn, v_free, v_ready,
+   v_smem) = scratch
   dim = k_ref.shape[3]
   block, stages = config.block_kv, config.stages
   wg, index, heads = lax.axis_index("wg"), lax.axis_index("block"), k_ref.shape[0] * kv_heads
@@ -167,8 +195,9 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, *,
   left, right = masking.reach(is_causal, window)
   packed, key, value = packing.pad_rows(packing.pack(query, kv_heads), key, value)
   num_tiles = bounds.shape[1]
-  operands = [packed, key, value, bounds, q_segments, k_segments,
-              None if alibi_slopes is None else packing.row_slopes(alibi_slopes, kv_heads)]
+  operands = _Operands(
+      packed, key, value, bounds, q_segments, k_segments,
+      None if alibi_slopes is None else packing.row_slopes(alibi_slopes, kv_heads))
   smem = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=tiles.TRANSFORMS)
   out, lse = plgpu.kernel(
       functools.partial(
@@ -185,7 +214,7 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, *,
       kernel_name="flash_attention_forward",
       interpret=mode.mosaic_gpu(),
       compiler_params=tiles.COMPILER_PARAMS,
-      scratch_types=dict(  # pyright: ignore[reportArgumentType]
+      scratch_types=[_Scratch(
           q_smem=smem((ROWS, dim)),
           k_smem=smem((stages, block, dim)),
           v_smem=None if value is None else smem((stages, block, dim)),
@@ -196,8 +225,8 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, *,
           k_free=plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE),
           v_free=plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE),
           turn=plgpu.Barrier(num_arrivals=COMPUTE),
-      ),
-  )(*operands)
+      )],
+  )(operands)
   # Inside shard_map what JAX knows of a kernel's results is their shapes.
   out, lse = partition.varying_together(out, lse, *operands)[:2]
   return (packing.unpack(out, query.shape, kv_heads),

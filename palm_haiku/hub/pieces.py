@@ -25,7 +25,7 @@ def from_sentencepiece(name: str, serialized: bytes) -> HubTokenizer:
   tokenizers = library("tokenizers")
   from sentencepiece import sentencepiece_model_pb2 as protos
 
-  proto = protos.ModelProto.FromString(serialized)
+  proto = protos.ModelProto.FromString(serialized)  # pyright: ignore[reportAttributeAccessIssue]
   if proto.trainer_spec.treat_whitespace_as_suffix:
     raise HubError(f"{name} is a SentencePiece model with spaces behind words, which a "
                    "tokenizer.json cannot express")
@@ -99,7 +99,8 @@ def _normalizer(proto, symbols):
 def _decoder(proto):
   from tokenizers import decoders
 
+  [unknown] = _pieces(proto, "UNKNOWN")
   return decoders.Sequence([
-      decoders.Replace(*_pieces(proto, "UNKNOWN"), proto.trainer_spec.unk_surface),
+      decoders.Replace(unknown, proto.trainer_spec.unk_surface),
       decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
       *([decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else [])])

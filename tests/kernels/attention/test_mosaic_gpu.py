@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from palm_haiku.kernels import alibi_slopes, flash_attention, interpret, interpreters
-from palm_haiku.kernels.attention import mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_mask
+from palm_haiku.kernels.attention import mosaic_gpu, mosaic_gpu_dkv, mosaic_gpu_mask
 from palm_haiku.kernels.hopper import heads, tiles
 from tests import mutants
 from tests.kernels.attention import contract
@@ -225,7 +225,7 @@ def test_a_mask_off_by_one_in_the_backward_is_noticed():
 @pytest.mark.full
 def test_dk_without_waiting_for_the_weights_is_noticed():
   arrays, good = run(Case(dim_head=256), gradients=False)
-  with mutants.planted(mosaic_gpu_backward, Mistake("wait for the weights", *DROPPED)):
+  with mutants.planted(mosaic_gpu_dkv, Mistake("wait for the weights", *DROPPED)):
     with pytest.raises((interpreters.Race, jax.errors.JaxRuntimeError)):
       _backward_of(arrays, good)
 
