@@ -17,7 +17,7 @@ LONG = {
     "kernels/parallel_block/mosaic_tpu.py:in_projection"}
 WIDE = {
     "palm_haiku/generate.py:generate", "palm_haiku/generate.py:_generate",
-    "kernels/attention/fused.py:attention", "kernels/attention/mosaic_gpu_backward.py:backward",
+    "kernels/attention/fused.py:backward", "kernels/attention/mosaic_gpu_backward.py:backward",
     "kernels/attention/mosaic_tpu_backward.py:backward", "kernels/attention/triton.py:backward",
     "kernels/parallel_block/__init__.py:parallel_attention_ffn"}
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
