@@ -19,6 +19,7 @@ from palm_haiku.cache import Cache, Int8Rows
 from palm_haiku.config import PaLMConfig
 from palm_haiku.int8 import Int8, product, quantize
 from palm_haiku.kernels.core import partition
+from palm_haiku.kernels.core.compat import promoting
 from palm_haiku.kernels.norms import normalize
 from palm_haiku.kernels.parallel_block.steps import activate, positioned
 from palm_haiku.model import palm_params
@@ -41,6 +42,7 @@ class Weights(NamedTuple):
   layers: tuple[Layer, ...]
 
 
+@promoting
 def prepare(params: Mapping[str, chex.ArrayTree], config: PaLMConfig,
             dtype: DTypeLike = jnp.float32, weights: str | None = None,
             prefix: str | None = None) -> Weights:

@@ -15,6 +15,7 @@ from palm_haiku import decoder, speculative
 from palm_haiku.cache import empty_cache
 from palm_haiku.config import PaLMConfig
 from palm_haiku.kernels import Implementation
+from palm_haiku.kernels.core.compat import promoting
 from palm_haiku.model import palm_params
 from palm_haiku.sampling import log_probabilities, sample
 
@@ -134,6 +135,7 @@ def _count(name: str, value) -> int:
 @functools.partial(jax.jit, static_argnames=(
     "configs", "length", "top_k", "eod", "dtype", "weights", "cache_dtype", "prefix",
     "draft_length", "implementation", "on_token"))
+@promoting
 def _generate(params, prompt, lengths, key, temperature, top_p, *, configs, length, top_k, eod,
               dtype, weights, cache_dtype, prefix, draft_length, implementation, on_token):
   lead, start = prompt.shape[:-1], prompt.shape[-1]

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from palm_haiku import lora, sharding
+from palm_haiku.kernels.core.compat import promoting
 from palm_haiku.loss import mean_loss
 from palm_haiku.recipe import TrainConfig
 
@@ -110,8 +111,8 @@ def program(config: TrainConfig, mesh: Mesh | None = None) -> Program:
   Call its functions under `sharding.in_context(mesh)`. Parameters are made where they will lie:
   no host or device ever holds all of them.
   """
-  begin, advance = functools.partial(init, config), functools.partial(train_step, config)
-  score = functools.partial(eval_step, config)
+  begin, advance, score = (functools.partial(promoting(f), config)
+                           for f in (init, train_step, eval_step))
   state = jax.eval_shape(begin)
   if mesh is None:
     return Program(jax.jit(begin), jax.jit(advance, donate_argnums=0), jax.jit(score), state, None)
