@@ -42,7 +42,7 @@ class Weights(NamedTuple):
   layers: tuple[Layer, ...]
 
 
-@promoting
+@promoting()
 def prepare(params: Mapping[str, chex.ArrayTree], config: PaLMConfig,
             dtype: DTypeLike = jnp.float32, weights: str | None = None,
             prefix: str | None = None) -> Weights:

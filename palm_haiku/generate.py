@@ -135,7 +135,7 @@ def _count(name: str, value) -> int:
 @functools.partial(jax.jit, static_argnames=(
     "configs", "length", "top_k", "eod", "dtype", "weights", "cache_dtype", "prefix",
     "draft_length", "implementation", "on_token"))
-@promoting
+@promoting()
 def _generate(params, prompt, lengths, key, temperature, top_p, *, configs, length, top_k, eod,
               dtype, weights, cache_dtype, prefix, draft_length, implementation, on_token):
   lead, start = prompt.shape[:-1], prompt.shape[-1]

@@ -111,7 +111,7 @@ def program(config: TrainConfig, mesh: Mesh | None = None) -> Program:
   Call its functions under `sharding.in_context(mesh)`. Parameters are made where they will lie:
   no host or device ever holds all of them.
   """
-  begin, advance, score = (functools.partial(promoting(f), config)
+  begin, advance, score = (functools.partial(promoting()(f), config)
                            for f in (init, train_step, eval_step))
   state = jax.eval_shape(begin)
   if mesh is None:

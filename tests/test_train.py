@@ -305,3 +305,13 @@ def test_a_full_disk_loses_nothing(config, whole, tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint.Checkpoints, "save", before)
   assert "resuming from step 7" in run(config, tmp_path, resume=True)[1]
   assert losses(tmp_path) == losses(whole)
+
+
+def test_a_training_step_under_strict_promotion():
+  config = TrainConfig(model=PaLMConfig(11, 4, 1, 1, 4), batch_size=2, seq_len=4)
+  with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+    program = train_step.program(config)
+    state = jax.eval_shape(program.init)
+    batch = {"tokens": np.zeros((2, 5), np.int32), "weights": np.ones((2, 4), np.float32)}
+    jax.eval_shape(program.step, state, {"tokens": batch["tokens"]})
+    jax.eval_shape(program.evaluate, state.params, batch)
