@@ -1,11 +1,11 @@
 """Linear cross-entropy for Hopper in Pallas Mosaic GPU.
 
-Two kernels around one main loop, a matrix product of tokens and embedding whose tiles never leave
-the chip. How it works, and what it costs: docs/loss.md.
+Two epilogues of one product of tokens and embedding, whose tiles never leave the chip. How it
+works, and what it costs: docs/loss.md.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..core import chips, partition, tile_order
 from ..core.constants import LOG2E
-from ..hopper import softmax, tiles
+from ..hopper import product, softmax, tiles
 from ..hopper.product import CHUNK, STORE
 from ..hopper.tiles import (
   COMPUTE,
@@ -51,14 +51,16 @@ def _place(index, tokens, splits):
   return group * tile_order.TOGETHER + lax.rem(index, size), lax.div(index, size)
 
 
-def _main_loop(x_ref, rows_ref, bounds_ref, x_smem, rows_smem, ready, free, *, walk, compute):
+def _walk_over(x_ref, rows_ref, bounds_ref, scratch, compute, *, walk):
   """The tiles x @ rows.T of this block of the grid: 128 tokens by `walk` blocks of rows.
 
   compute(row0, split, blocks) is what a compute warpgroup does with its 64 tokens from row0 on;
   blocks(step, carry) gives each tile of logits to step(logits, column0, carry, masked). Only in
   masked tiles may there be columns past the valid ones.
   """
-  stages, columns, depth = x_smem.shape[0], rows_smem.shape[1], x_ref.shape[1] // CHUNK
+  ring = product.Ring(scratch.x, scratch.rows, None, scratch.ready, scratch.free, together=False,
+                      down=1, across=walk)
+  columns, depth = ring.b.shape[1], x_ref.shape[1] // CHUNK
   wg = lax.axis_index("wg")
   tile, split = _place(
       lax.axis_index("block"), pl.cdiv(x_ref.shape[0], ROWS),
@@ -73,36 +75,18 @@ def _main_loop(x_ref, rows_ref, bounds_ref, x_smem, rows_smem, ready, free, *, w
 
     def copies(i, slot):
       block, chunk = lo + lax.div(i, depth), pl.ds(lax.rem(i, depth) * CHUNK, CHUNK)
-      return [(x_ref.at[pl.ds(tile * ROWS, ROWS), chunk], x_smem.at[slot]),
-              (rows_ref.at[pl.ds(block * columns, columns), chunk], rows_smem.at[slot])]
+      return [(x_ref.at[pl.ds(tile * ROWS, ROWS), chunk], ring.a.at[slot]),
+              (rows_ref.at[pl.ds(block * columns, columns), chunk], ring.b.at[slot])]
 
-    tiles.feed((hi - lo) * depth, [(stages, copies, ready, free)])
+    tiles.feed((hi - lo) * depth, [(ring.stages, copies, ring.ready, ring.free)])
 
   @pl.when(wg < COMPUTE)
   def multiply():
     plgpu.set_max_registers(tiles.COMPUTE_REGISTERS, action="increase")
-    tokens = pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
-
-    def logits_of(block, acc):
-      first = (block - lo) * depth
-
-      def chunk(k, _):
-        slot = lax.rem(first + k, stages)
-        plgpu.barrier_wait(ready.at[slot])  # mutant: ready
-        plgpu.wgmma(acc, x_smem.at[slot, tokens], rows_smem.at[slot].T)
-        plgpu.wgmma_wait(1)  # all but this one are done, so that the slot before it is free
-
-        @pl.when(k > 0)
-        def _():
-          plgpu.barrier_arrive(free.at[lax.rem(first + k + (stages - 1), stages)])
-
-      lax.fori_loop(0, depth, chunk, None)
-      return acc[...]
 
     def one_block(block, carry, step, masked):
-      logits = pl.run_scoped(  # mutant: accumulator
-          functools.partial(logits_of, block), plgpu.ACC((WARPGROUP_ROWS, columns), jnp.float32))
-      plgpu.barrier_arrive(free.at[lax.rem((block - lo + 1) * depth - 1, stages)])
+      logits, = product.accumulate(
+          ring, (block - lo) * depth, depth, lambda slot: [ring.b.at[slot].T])
       return step(logits, block * columns, carry, masked)
 
     def blocks(step, carry):
@@ -111,7 +95,7 @@ def _main_loop(x_ref, rows_ref, bounds_ref, x_smem, rows_smem, ready, free, *, w
             start, stop, functools.partial(one_block, step=step, masked=masked), carry)
       return carry
 
-    compute(tile * ROWS + wg * WARPGROUP_ROWS, split, blocks)  # mutant: accumulator
+    compute(tile * ROWS + wg * WARPGROUP_ROWS, split, blocks)
 
 
 def _before(end, column0, shape):
@@ -130,8 +114,18 @@ def _picked(logits, target, found):
   return found
 
 
-def _forward_kernel(x_ref, rows_ref, bounds_ref, targets_ref, parts_ref, x_smem, rows_smem,
-                    parts_smem, ready, free, *, walk, scale):
+class _Scratch(NamedTuple):
+  """Shared memory and barriers."""
+
+  free: Any
+  out: Any  # results on their way out
+  ready: Any
+  rows: Any  # [stages, columns, 64]
+  x: Any  # [stages, ROWS, 64]
+
+
+def _forward_kernel(x_ref, rows_ref, bounds_ref, targets_ref, parts_ref, scratch, *, walk, scale):
+  """The maximum, the sum and the target's logit of 128 tokens over `walk` blocks of rows."""
   def compute(row0, split, blocks):
     ends = jnp.broadcast_to(bounds_ref[0], (WARPGROUP_ROWS,))
     target = plgpu.load(
@@ -147,18 +141,20 @@ def _forward_kernel(x_ref, rows_ref, bounds_ref, targets_ref, parts_ref, x_smem,
 
     top, total, found = blocks(step, (*softmax.start(), tiles.zeros(tiles.QUAD)))
     for i, part in enumerate((top, total.sum(axis=1), found.sum(axis=1))):
-      slot = parts_smem.at[i, pl.ds(lax.axis_index("wg") * WARPGROUP_ROWS, WARPGROUP_ROWS)]
+      slot = scratch.out.at[i, pl.ds(lax.axis_index("wg") * WARPGROUP_ROWS, WARPGROUP_ROWS)]
       slot[...] = part
       plgpu.commit_smem()  # mutant: written
       plgpu.copy_smem_to_gmem(slot, parts_ref.at[i, split, pl.ds(row0, WARPGROUP_ROWS)])
     plgpu.wait_smem_to_gmem(0)
 
-  _main_loop(x_ref, rows_ref, bounds_ref, x_smem, rows_smem, ready, free, walk=walk,
-             compute=compute)
+  _walk_over(x_ref, rows_ref, bounds_ref, scratch, compute, walk=walk)
 
 
-def _gradient_kernel(x_ref, rows_ref, bounds_ref, targets_ref, table_ref, g_ref, x_smem, rows_smem,
-                     g_smem, ready, free, *, walk, scale):
+def _gradient_kernel(x_ref, rows_ref, bounds_ref, targets_ref, table_ref, g_ref, scratch, *, walk,
+                     scale):
+  """The gradient of the logits of 128 tokens by `walk` blocks of rows."""
+  g_smem = scratch.out
+
   def compute(row0, split, blocks):
     del split
     own, here = g_smem.at[lax.axis_index("wg")], pl.ds(row0, WARPGROUP_ROWS)
@@ -187,12 +183,11 @@ def _gradient_kernel(x_ref, rows_ref, bounds_ref, targets_ref, table_ref, g_ref,
     blocks(step, None)
     plgpu.wait_smem_to_gmem(0)
 
-  _main_loop(x_ref, rows_ref, bounds_ref, x_smem, rows_smem, ready, free, walk=walk,
-             compute=compute)
+  _walk_over(x_ref, rows_ref, bounds_ref, scratch, compute, walk=walk)
 
 
-def _launch(kernel, name, x, rows, operands, out_type, scratch, *, walk, config):
-  """Runs a kernel over all tiles; `scratch` is its own, between the slots and their barriers."""
+def _launch(kernel, name, x, rows, operands, out_type, out, *, walk, config):
+  """Runs a kernel over all tiles; `out` is the shared memory that its results leave by."""
   tokens, blocks = pl.cdiv(x.shape[0], ROWS), pl.cdiv(rows.shape[0], config.columns)
   smem = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=tiles.TRANSFORMS)
   result = plgpu.kernel(
@@ -205,13 +200,13 @@ def _launch(kernel, name, x, rows, operands, out_type, scratch, *, walk, config)
       kernel_name=name,
       interpret=mode.mosaic_gpu(),
       compiler_params=tiles.COMPILER_PARAMS,
-      scratch_types=dict(
-          x_smem=smem((config.stages, ROWS, CHUNK)),
-          rows_smem=smem((config.stages, config.columns, CHUNK)),
-          **scratch,
-          ready=plgpu.Barrier(num_barriers=config.stages, num_arrivals=2),
+      scratch_types=[_Scratch(
           free=plgpu.Barrier(num_barriers=config.stages, num_arrivals=COMPUTE),
-      ),
+          out=out,
+          ready=plgpu.Barrier(num_barriers=config.stages, num_arrivals=2),
+          rows=smem((config.stages, config.columns, CHUNK)),
+          x=smem((config.stages, ROWS, CHUNK)),
+      )],
   )(x, rows, *operands)
   # Inside shard_map what JAX knows of a kernel's results is their shapes.
   return partition.varying_together(result, x, rows, *operands)[0]
@@ -235,7 +230,7 @@ def forward(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, scale: fl
       [jnp.stack([valid, pl.cdiv(valid, config.columns)]), pad_rows(targets, ROWS)],
       jax.ShapeDtypeStruct((3, pl.cdiv(pl.cdiv(rows.shape[0], config.columns), walk),
                             pl.cdiv(x.shape[0], ROWS) * ROWS), jnp.float32),
-      dict(parts_smem=plgpu.SMEM((3, ROWS), jnp.float32)), walk=walk, config=config)
+      plgpu.SMEM((3, ROWS), jnp.float32), walk=walk, config=config)
   top, total, found = parts[:, :, :x.shape[0]]
   return *merged(top, total, scale), scale * found.sum(0)
 
@@ -254,8 +249,7 @@ def logit_gradient(x: jax.Array, rows: jax.Array, targets: jax.Array, top: jax.A
       functools.partial(_gradient_kernel, scale=scale), "cross_entropy_gradient", x, rows,
       [bounds, pad_rows(targets - first, ROWS), pad_rows(table, ROWS).T],
       jax.ShapeDtypeStruct((x.shape[0], pl.cdiv(shape[1], STORE) * STORE), x.dtype),
-      dict(g_smem=plgpu.SMEM(
-          (COMPUTE, min(2, config.columns // STORE), WARPGROUP_ROWS, STORE), x.dtype,
-          transforms=tiles.TRANSFORMS)),
+      plgpu.SMEM((COMPUTE, min(2, config.columns // STORE), WARPGROUP_ROWS, STORE), x.dtype,
+                 transforms=tiles.TRANSFORMS),
       walk=_walk(x, rows, config, chip), config=config)
   return g[:shape[0], :shape[1]]
