@@ -7,8 +7,8 @@ operand of the key and value gradients and the stationary one of the query gradi
 Blocks of keys follow each other in a loop around the kernel, and the query gradient is its carry.
 """
 
-
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,39 @@ from ..core.vmap import folding_batch
 from ..interpreters import mode
 from ..tpu.product import ahead, clear, dot
 from . import configs, mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
+
+
+class _Specs(NamedTuple):
+  """Which parts of arrays a step of the grid has: core, batch and key/value head, block of rows."""
+
+  row: Callable  # of an array with a number for each row, by its index from that of the head
+  rows: pl.BlockSpec
+  all_rows: pl.BlockSpec  # blocks that see none of the keys too
+  keys: pl.BlockSpec
+  sofar: pl.BlockSpec  # the query gradient of the blocks of keys before
+  sums: pl.BlockSpec  # of the gradients of the keys
+
+
+def _specs(plan, ranges, dim):
+  def rows_at(s, b, i, scalars):
+    # A block of rows that sees none of these keys repeats another's index: it is not fetched,
+    # and of several blocks of keys its query gradient is left as it was.
+    row = ranges.batch(b) * 2
+    return plan.dealt(s, jnp.clip(i, scalars[3][row], scalars[3][row + 1]))
+
+  block = (None, plan.block_rows, dim)
+  rows = lambda s, b, i, *r: (b, rows_at(s, b, i, r), 0)
+  stays = dict(pipeline_mode=pl.Buffered(1))  # for all blocks of rows
+  return _Specs(
+      row=lambda index: pl.BlockSpec(
+          (None, 1, plan.block_rows), lambda s, b, i, *r: (index(b), 0, rows_at(s, b, i, r))),
+      rows=pl.BlockSpec(block, rows),
+      all_rows=pl.BlockSpec(block, lambda s, b, i, *r: (b, plan.dealt(s, i), 0)),
+      keys=pl.BlockSpec(
+          (None, plan.major, dim), lambda s, b, i, *r: (b, r[2][0], 0), **stays),
+      sofar=pl.BlockSpec(block, rows, **stays),
+      sums=pl.BlockSpec(
+          (None, None, plan.major, dim), lambda s, b, i, *r: (s, b, 0, 0), **stays))
 
 
 @folding_batch
@@ -64,28 +97,14 @@ def backward(query: jax.Array, key: jax.Array, value: jax.Array | None, out: jax
   lse = layout.pack_vector(lse, kv_heads, plan.num_rows, jnp.inf)
   delta = layout.pack_vector(delta, kv_heads, plan.num_rows, 0)
 
-  # Grid: core, batch and key/value head, block of rows.
-  at = plan.dealt
-
-  def rows_at(s, b, i, scalars):
-    # A block of rows that sees none of these keys repeats another's index: it is not fetched,
-    # and of several blocks of keys its query gradient is left as it was.
-    row = ranges.batch(b) * 2
-    return at(s, jnp.clip(i, scalars[3][row], scalars[3][row + 1]))
-
-  row_spec = lambda index: pl.BlockSpec(
-      (None, 1, plan.block_rows), lambda s, b, i, *r: (index(b), 0, rows_at(s, b, i, r)))
-  rows_spec = pl.BlockSpec(
-      (None, plan.block_rows, dim), lambda s, b, i, *r: (b, rows_at(s, b, i, r), 0))
-  once = pl.Buffered(1)  # these stay for all blocks of rows
-  keys_spec = pl.BlockSpec((None, plan.major, dim), lambda s, b, i, *r: (b, r[2][0], 0),
-                           pipeline_mode=once)
-  operands = dict(query=(q, rows_spec), dout=(do, rows_spec), lse=(lse, row_spec(lambda b: b)),
-                  delta=(delta, row_spec(lambda b: b)), key=(k, keys_spec))
+  specs = _specs(plan, ranges, dim)
+  operands = dict(
+      query=(q, specs.rows), dout=(do, specs.rows), lse=(lse, specs.row(lambda b: b)),
+      delta=(delta, specs.row(lambda b: b)), key=(k, specs.keys))
   if v is not None:
-    operands["value"] = (v, keys_spec)
+    operands["value"] = (v, specs.keys)
   operands |= layout.row_operands(
-      plan, kv_heads, length, alibi_slopes, segment_ids, query_offset, row_spec,
+      plan, kv_heads, length, alibi_slopes, segment_ids, query_offset, specs.row,
       pl.BlockSpec((None, 1, plan.major), lambda s, b, i, *r: (b // kv_heads, 0, r[2][0])))
 
   # One block of keys gives the query gradient as it is returned; several add to it in turn, in
@@ -95,18 +114,12 @@ def backward(query: jax.Array, key: jax.Array, value: jax.Array | None, out: jax
   arrays = (query, key, value, dout)
   outputs = dict(dquery=(
       partition.out_shape(q.shape, jnp.float32 if several else query.dtype, *arrays),
-      rows_spec if several else pl.BlockSpec(
-          (None, plan.block_rows, dim), lambda s, b, i, *r: (b, at(s, i), 0))))
-  carry = {}
-  if several:
-    carry["sofar"] = pl.BlockSpec(
-        (None, plan.block_rows, dim), lambda s, b, i, *r: (b, rows_at(s, b, i, r), 0),
-        pipeline_mode=once)
+      specs.rows if several else specs.all_rows))
+  carry = dict(sofar=specs.sofar) if several else {}
   for name in gradients:
     outputs[name] = (
         partition.out_shape((plan.cores, batch * kv_heads, plan.major, dim), jnp.float32, *arrays),
-        pl.BlockSpec((None, None, plan.major, dim), lambda s, b, i, *r: (s, b, 0, 0),
-                     pipeline_mode=once))
+        specs.sums)
   scratch = dict(accum=pltpu.VMEM((dim, plan.block_rows), jnp.float32))
   if alibi_slopes is not None:
     scratch["bias"] = layout.bias_scratch(plan, edges)
