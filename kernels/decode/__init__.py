@@ -75,18 +75,21 @@ def decode_attention(
     alibi_slopes = np.asarray(alibi_slopes)
 
   scale = default_scale(dim_head) if scale is None else scale
-  window = window_of(local_window_size)
-  needs = op.untraced(scale, "query")
-  if window is not None:
-    needs = needs or "local_window_size=None; got a window, which implementation='xla' has"
-  route = op.choose(OP, implementation, query, key, value, needs=needs)
+  left = _left(window_of(local_window_size), key_cache.shape[-3])
+  route = op.choose(OP, implementation, query, key, value, needs=op.untraced(scale, "query"))
   static_scale, scale = op.scalar(route, scale)
   query, key, value, *others = jax.tree.map(
       lambda x: guards.no_derivative(x, OP.name) if isinstance(x, jax.Array) else x,
       (query, key, value, key_scales, value_scales, alibi_slopes, scale))
-  out = op.run(OP, route, Options(static_scale, None if window is None else window[0]),
-               query, key, value, lengths, *others)
+  out = op.run(OP, route, Options(static_scale, left), query, key, value, lengths, *others)
   return out.reshape(*lead, num_queries, heads, dim_head)
+
+
+def _left(window, max_len) -> int | None:
+  """How far before its own position a query sees; None where that is all of the cache."""
+  if window is None or isinstance(max_len, int) and window[0] >= max_len - 1:
+    return None
+  return window[0]
 
 
 def _check(query, key, value, lengths, slopes, key_scales, value_scales):

@@ -18,8 +18,9 @@ class Backend(op.Backend, Protocol):
   """What decoding asks of a backend."""
 
   def forward(self, query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: jax.Array,
-              *, alibi_slopes: jax.Array | None, scale: float, key_scales: jax.Array | None,
-              value_scales: jax.Array | None, chip: str | None) -> jax.Array:
+              *, alibi_slopes: jax.Array | None, scale: float, left: int | None,
+              key_scales: jax.Array | None, value_scales: jax.Array | None, chip: str | None
+              ) -> jax.Array:
     """The attention of the queries, [B, T, heads, dim_head]."""
     ...
 
@@ -66,7 +67,7 @@ def _fused(route, options, query, *others):
     max_len = key.shape[1]
     out = route.backend.forward(
         query, key, value, jnp.clip(lengths, 0, max_len), alibi_slopes=slopes, scale=options.scale,
-        key_scales=key_scales, value_scales=value_scales, chip=route.chip)
+        left=options.left, key_scales=key_scales, value_scales=value_scales, chip=route.chip)
     return xla.nan_outside(out, lengths, max_len)
 
   *tokens, slopes, _ = query, *others

@@ -18,6 +18,7 @@ from ..hopper import heads as packing, softmax, tiles
 from ..hopper.tiles import COL, ROW, TILE, across, down
 from ..interpreters import mode
 from . import configs, mosaic_gpu_merge, splits
+from .xla import first_seen
 
 ROWS = tiles.WARPGROUP_ROWS  # M of one wgmma: (query, head of the group) pairs of a program
 BLOCK = 64  # positions of a tile
@@ -49,7 +50,7 @@ def _transforms(dtype, dim):
 
 def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_ref, slopes_ref,
             out_ref, lse_ref, q_smem, k_smem, v_smem, k_scale_smem, v_scale_smem, k_wide, v_wide,
-            q_ready, ready, *, kv_heads, tiles_of_rows, group, num_queries, scale):
+            q_ready, ready, *, kv_heads, tiles_of_rows, group, num_queries, scale, left):
   """One slot of the table, one key/value head, 64 rows: one warpgroup, which copies for itself."""
   index, stages = lax.axis_index("block"), k_smem.shape[0]
   slot, index = lax.div(index, kv_heads * tiles_of_rows), lax.rem(index, kv_heads * tiles_of_rows)
@@ -59,22 +60,27 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
   streams = [(k_ref, k_smem), (v_ref, v_smem)]
   scale_streams = [(k_scale_ref, k_scale_smem), (v_scale_ref, v_scale_smem)]
 
-  def copy(i):
-    """Fetches block i. A piece behind the slot's end is taken from behind the cache: zeros."""
-    at, start = lax.rem(i, stages), lo + i * BLOCK
-    for ref, smem in streams:
-      if ref is not None:
-        for piece in range(0, BLOCK, PIECE):
-          first = jnp.where(start + piece < end, start + piece, ref.shape[1])  # mutant: pieces
-          plgpu.copy_gmem_to_smem(
-              ref.at[b, pl.ds(first, PIECE), kv], smem.at[at, pl.ds(piece, PIECE)], ready.at[at])
-    for ref, smem in scale_streams:
-      if ref is not None:
-        plgpu.copy_gmem_to_smem(ref.at[b, kv, pl.ds(start, BLOCK)], smem.at[at], ready.at[at])
-
   @pl.when(b >= 0)
   def attend():
     steps = pl.cdiv(end - lo, BLOCK)
+    begin = None if left is None else first_seen(lengths_ref[b], num_queries, left)
+
+    def copy(i):
+      """Fetches block i. Pieces that hold nothing to be seen come from behind the cache: zeros."""
+      at, start = lax.rem(i, stages), lo + i * BLOCK
+      for ref, smem in streams:
+        if ref is not None:
+          for piece in range(0, BLOCK, PIECE):
+            seen = start + piece < end
+            if begin is not None:
+              seen &= start + piece + PIECE > begin  # mutant: pieces before a window
+            first = jnp.where(seen, start + piece, ref.shape[1])  # mutant: pieces
+            plgpu.copy_gmem_to_smem(
+                ref.at[b, pl.ds(first, PIECE), kv], smem.at[at, pl.ds(piece, PIECE)], ready.at[at])
+      for ref, smem in scale_streams:
+        if ref is not None:
+          plgpu.copy_gmem_to_smem(ref.at[b, kv, pl.ds(start, BLOCK)], smem.at[at], ready.at[at])
+
     rows = packing.rows_at(q_ref, b, kv, kv_heads, row0, ROWS)  # mutant: rows
     plgpu.copy_gmem_to_smem(q_ref.at[rows], q_smem, q_ready)
     lax.fori_loop(0, jnp.minimum(steps, stages), lambda i, _: copy(i), None)
@@ -99,14 +105,16 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
       plgpu.commit_smem()
       return wide
 
-    def step(i, carry, masked):
+    def step(i, carry, masked, edge=False):
       acc, top, total = carry
       at = lax.rem(i, stages)
       plgpu.barrier_wait(ready.at[at])  # mutant: wait for a tile
-      left = end - (lo + i * BLOCK)
+      filled = end - (lo + i * BLOCK)
+      empty = begin - (lo + i * BLOCK) if edge else 0
       if masked and k_wide is None:
         values = k_smem if v_ref is None else v_smem
-        pl.when(left < BLOCK)(lambda: tiles.clear_rows(values.at[at], left))
+        pl.when((filled < BLOCK) | (empty > 0) if edge else filled < BLOCK)(
+            lambda: tiles.clear_rows(values.at[at], filled, empty))
       k_tile = operand(k_smem, k_wide, at)
 
       def scores_of(acc_ref):
@@ -123,7 +131,8 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
       if slope is not None:
         scores += across(slope * (LOG2E / factor), shape) * down(fixed, shape)
       if masked:
-        scores = softmax.mask_scores(scores, (None, hi), lo + i * BLOCK, None)
+        low = position - left if edge else None  # mutant: window
+        scores = softmax.mask_scores(scores, (low, hi), lo + i * BLOCK, None)
 
       weights, decay, new_top, total = softmax.update(
           scores, top, total, factor=factor, slope=slope, lane=lane)
@@ -132,7 +141,9 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
         if v_scale_ref is not None:  # mutant: values' scales
           k_scale = plgpu.load(v_scale_smem.at[at], layout=COL, optimized=False)
         if masked:
-          k_scale = jnp.where(fixed + lane < left.astype(jnp.float32), k_scale, 0.0)
+          k_scale = jnp.where(fixed + lane < filled.astype(jnp.float32), k_scale, 0.0)
+          if edge:
+            k_scale = jnp.where(fixed + lane >= empty.astype(jnp.float32), k_scale, 0.0)
         weights *= down(k_scale, shape)  # mutant: value scales
       weights = weights.astype(q_smem.dtype)
       acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))
@@ -149,8 +160,14 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
     # mutant: plain end
     plain = jnp.minimum(end, jnp.maximum(length - num_queries + 1, 0)) - lo
     plain = lax.div(jnp.maximum(plain, 0), BLOCK)
+    seen = 0
+    if left is not None:  # Up to where the last query sees nothing of a tile's beginning.
+      seen = pl.cdiv(jnp.maximum(length - 1 - left - lo, 0), BLOCK)  # mutant: window's edge
+      seen = jnp.minimum(seen, steps)
+      plain = jnp.maximum(plain, seen)
+      carry = lax.fori_loop(0, seen, functools.partial(step, masked=True, edge=True), carry)
     # mutant: plain tiles
-    carry = lax.fori_loop(0, plain, functools.partial(step, masked=False), carry)
+    carry = lax.fori_loop(seen, plain, functools.partial(step, masked=False), carry)
     acc, top, total = lax.fori_loop(plain, steps, functools.partial(step, masked=True), carry)
 
     if slope is not None:  # out of the last tile's frame, into one for all parts of a row
@@ -170,8 +187,9 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
 
 
 def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: jax.Array, *,
-            alibi_slopes: jax.Array | None, scale: float, key_scales: jax.Array | None,
-            value_scales: jax.Array | None, chip: str | None, config: Any = None):
+            alibi_slopes: jax.Array | None, scale: float, left: int | None = None,
+            key_scales: jax.Array | None, value_scales: jax.Array | None, chip: str | None,
+            config: Any = None):
   """Attention to what is filled of a cache; arguments and result as in `xla.attend`."""
   dim, kv_heads = query.shape[3], key.shape[2]
   config = config or configs.mosaic_gpu(chip, dim, key.dtype.itemsize)
@@ -181,7 +199,8 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: 
   tiles_of_rows = pl.cdiv(num_rows, ROWS)
   rows = jax.ShapeDtypeStruct((len(lengths), num_rows, kv_heads, dim), query.dtype)
   programs = config.programs * chips.hopper(chip).multiprocessors
-  limits = splits.limits(rows, key, BLOCK, programs // tiles_of_rows)
+  limits = splits.limits(rows, key, BLOCK, programs // tiles_of_rows,
+                         None if left is None else query.shape[1] + left)
   table, starts = splits.split(lengths, limits)
 
   array = jax.ShapeDtypeStruct
@@ -195,7 +214,7 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: 
                        jnp.float32)]
   kernel = functools.partial(
       _kernel, kv_heads=kv_heads, tiles_of_rows=tiles_of_rows,
-      group=query.shape[2] // kv_heads, num_queries=query.shape[1], scale=scale)
+      group=query.shape[2] // kv_heads, num_queries=query.shape[1], scale=scale, left=left)
   if not limits.parts:
     with_lse = kernel
     kernel = lambda *refs, **scratch: with_lse(*refs, None, **scratch)

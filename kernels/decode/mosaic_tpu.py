@@ -49,14 +49,15 @@ def unsupported(query: jax.Array | jax.ShapeDtypeStruct, key: jax.Array | jax.Sh
 
 
 def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: jax.Array, *,
-            alibi_slopes: jax.Array | None, scale: float, key_scales: jax.Array | None,
-            value_scales: jax.Array | None, chip: str | None, config: Any = None):
+            alibi_slopes: jax.Array | None, scale: float, left: int | None = None,
+            key_scales: jax.Array | None, value_scales: jax.Array | None, chip: str | None,
+            config: Any = None):
   """Attention to the cache; the contract of every backend, in `fused`.
 
   Args:
     config: to use instead of that for the chip.
   """
-  plan = fit(query, key, value, chip, config)
+  plan = fit(query, key, value, chip, config, left)
   batch, (rows, dim, max_len) = query.shape[0], (plan.rows, plan.dim, plan.max_len)
   grouped = batch, plan.num_queries, plan.kv_heads, plan.group, dim
   cache = lambda x: x.swapaxes(1, 2).reshape(plan.sequences, max_len, dim)
@@ -95,7 +96,8 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: 
   ranges, common = deal(plan, lengths)
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
   out_shape = [partition.out_shape(*x, query, key, value, lengths) for x in outputs.values()]
-  pairs = plan.sequences * rows * max_len  # at most: only the device knows the lengths
+  # At most: only the device knows the lengths.
+  pairs = plan.sequences * rows * min(max_len, plan.span or max_len)
   out, *pieces = pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -131,16 +133,22 @@ def _kernel(refs, plan, streams, scale):
   _, log, _ = powers(refs["result"].dtype)
   own = first[0] + (core > 0).astype(jnp.int32)  # the first sequence that is this core's alone
 
+  def length(i):
+    i = jnp.minimum(i, plan.sequences - 1)
+    return refs["lengths"][jax.lax.div(i, plan.kv_heads) if plan.kv_heads > 1 else i]
+
   def left(i, n):
     """Filled positions from block n of sequence i on."""
-    i = jnp.minimum(i, plan.sequences - 1)
-    i = jax.lax.div(i, plan.kv_heads) if plan.kv_heads > 1 else i
-    return refs["lengths"][i] - n * plan.size
+    return length(i) - plan.begin(length(i))[0] - n * plan.size
+
+  def copy(at, slot, filled, act):
+    begin = plan.begin(length(at[0]))[0] + at[1] * plan.size
+    copy_block(refs, plan, streams, at[0], begin, slot, filled, act)
 
   def fetch(t, at):
     @pl.when(before_end(*at))
     def _():
-      copy_block(refs, plan, streams, *at, jax.lax.rem(t, plan.slots), left(*at), "start")
+      copy(at, jax.lax.rem(t, plan.slots), left(*at), "start")
     return following(*at, left(*at), plan.size)
 
   def written(i):
@@ -175,13 +183,17 @@ def _kernel(refs, plan, streams, scale):
     ahead = fetch(t + plan.slots - 1, ahead)
     slot, next_slot = jax.lax.rem(t + plan.slots, plan.slots), jax.lax.rem(t + 1, plan.slots)
     more, filled = before_end(*then), left(*then)
-    pl.when(more)(lambda: copy_block(refs, plan, streams, *then, next_slot, filled, "wait"))
+    pl.when(more)(lambda: copy(then, next_slot, filled, "wait"))
 
     fresh = (t == 0) | (now[1] == 0)
     needed = jnp.maximum(jnp.where(t < 0, 0, left(*now)), jnp.where(more, filled, 0))
     part = functools.reduce(
         lambda smaller, n: jnp.where(needed <= n, n, smaller), reversed(plan.parts))
     pl.when((t >= 0) & (left(*now) < part))(lambda: clear_behind(refs, slot, left(*now), part))
+    if plan.span is not None:
+      _, unseen = plan.begin(length(now[0]))
+      pl.when((t >= 0) & (now[1] == 0) & (unseen > 0))(
+          lambda: clear_before(refs, slot, unseen))
     for n in plan.parts:
       pl.when(part == n)(functools.partial(
           step, refs, plan, scale, n, slot, fresh, next_slot, then[0], filled))
@@ -210,9 +222,10 @@ def following(i, n, left, size):
   return jnp.where(last, i + 1, i), jnp.where(last, 0, n + 1)
 
 
-def copy_block(refs, plan, streams, i, n, slot, left, act):
-  """Starts the copies of block n of sequence i, `left` positions of it, or waits for them."""
-  begin = pl.multiple_of(n * plan.size, LANES)
+def copy_block(refs, plan, streams, i, begin, slot, left, act):
+  """Starts the copies of sequence i's block from `begin` on, `left` positions of it, or waits for
+  them."""
+  begin = pl.multiple_of(begin, LANES)
   left = jnp.clip(left, 1, plan.size)
   upto = lambda grain: pl.multiple_of(pl.cdiv(left, grain) * grain, grain)
   rest = plan.max_len % GRANULE  # where a cache does not end with a granule
@@ -238,18 +251,26 @@ def copy_block(refs, plan, streams, i, n, slot, left, act):
 
 def clear_behind(refs, slot, filled, end):
   """Zeros for the values of positions [filled, end): the weights are 0, and 0 * NaN is not."""
+  jax.lax.fori_loop(
+      jax.lax.div(filled, LANES), jax.lax.div(end, LANES),
+      lambda i, _: keep_where(refs, slot, i, lambda position: position < filled), None)
+
+
+def clear_before(refs, slot, unseen):
+  """The same for positions [0, unseen), fewer than LANES."""
+  keep_where(refs, slot, 0, lambda position: position >= unseen)
+
+
+def keep_where(refs, slot, i, kept):
+  """Zeros for other values of positions [i * LANES, (i + 1) * LANES)."""
   values = "value" if "value_block" in refs else "key"
   scaled = f"{values}_scales_block" in refs  # int8 is no NaN, but its scale may be
   block = refs[f"{values}_scales_block" if scaled else f"{values}_block"]
-
-  def clear(i, _):
-    begin = pl.multiple_of(i * LANES, LANES)
-    at = (slot, slice(None), pl.ds(begin, LANES)) if scaled else (slot, pl.ds(begin, LANES))
-    old = block[at].astype(jnp.float32)
-    position = begin + jax.lax.broadcasted_iota(jnp.int32, old.shape, int(scaled))
-    block[at] = jnp.where(position < filled, old, 0).astype(block.dtype)
-
-  jax.lax.fori_loop(jax.lax.div(filled, LANES), jax.lax.div(end, LANES), clear, None)
+  begin = pl.multiple_of(i * LANES, LANES)
+  at = (slot, slice(None), pl.ds(begin, LANES)) if scaled else (slot, pl.ds(begin, LANES))
+  old = block[at].astype(jnp.float32)
+  position = begin + jax.lax.broadcasted_iota(jnp.int32, old.shape, int(scaled))
+  block[at] = jnp.where(kept(position), old, 0).astype(block.dtype)
 
 
 def step(refs, plan, scale, part, slot, fresh, next_slot, sequence, left):
@@ -300,6 +321,8 @@ def step(refs, plan, scale, part, slot, fresh, next_slot, sequence, left):
       if "slopes" in refs:
         x += slopes * distance.astype(jnp.float32)
       x = hide(x, jnp.broadcast_to(distance, tile))
+      if plan.span is not None:
+        x = hide_before(x, jnp.broadcast_to(distance, tile), plan.span - plan.num_queries)
       refs["scores"][:, at] = x
       peak = jnp.maximum(peak, x)
     weights = jnp.concatenate(weights, axis=1).astype(dtype)  # Packed one by one, it takes longer.
@@ -320,3 +343,8 @@ def carried(fresh, state, first):
 def hide(scores, distance):
   """Scores without those of later positions."""
   return jnp.where(distance <= 0, scores, -jnp.inf)
+
+
+def hide_before(scores, distance, left):
+  """Scores without those of positions before the window."""
+  return jnp.where(distance >= -left, scores, -jnp.inf)

@@ -26,6 +26,7 @@ class Plan(NamedTuple):
   query_size: int  # bytes of a number, and of one of the cache
   cache_size: int
   caches: int  # one where the values are the keys
+  span: int | None = None  # last positions of a sequence that its queries see; None for all
 
   rows = property(lambda self: self.num_queries * self.group)
 
@@ -37,6 +38,14 @@ class Plan(NamedTuple):
       parts.insert(0, parts[0] // 2)
     return parts
 
+  def begin(self, length):
+    """Where the blocks of a sequence begin, and how many positions there no query sees."""
+    if self.span is None:
+      return 0, 0
+    first = jnp.maximum(length - self.span, 0)
+    unseen = first % LANES  # mutant: before a window
+    return first - unseen, unseen
+
   @property
   def vmem_bytes(self) -> int:
     """Of scratch, and of what the compiler keeps of a step: scores twice, a few columns."""
@@ -47,20 +56,22 @@ class Plan(NamedTuple):
     return self.slots * self.size * position + rows * row + widened + 2**20
 
 
-def fit(query, key, value, chip, config=None) -> Plan:
-  """The plan for a chip, that for a v4 where it is None; `config` as for `forward`."""
+def fit(query, key, value, chip, config=None, left=None) -> Plan:
+  """The plan for a chip, that for a v4 where it is None; `config` and `left` as for `forward`."""
   batch, num_queries, heads, dim = query.shape
   max_len, kv_heads = key.shape[1:3]
+  span = None if left is None else num_queries + left
+  most = max_len if span is None else min(max_len, span + LANES - 1)
   size, slots, chunk, cores = config or configs.mosaic_tpu(chip, key.dtype.itemsize, dim)
   sequences = batch * kv_heads
   if not config:
     # Nothing is computed before the first block is there, so it should be a small part of all.
-    while size > configs.TPU_LEAST and size * 8 * cores > sequences * max_len:
+    while size > configs.TPU_LEAST and size * 8 * cores > sequences * most:
       size //= 2
   plan = Plan(
-      min(size, round_up(max_len, LANES)), slots, chunk, cores, sequences, kv_heads, num_queries,
+      min(size, round_up(most, LANES)), slots, chunk, cores, sequences, kv_heads, num_queries,
       heads // kv_heads, dim, max_len, query.dtype.itemsize, key.dtype.itemsize,
-      1 if value is None else 2)
+      1 if value is None else 2, span)
   while plan.size > LANES and plan.vmem_bytes > vmem.limit(chip):
     plan = plan._replace(size=round_up(plan.size // 2, LANES))
   return plan
@@ -75,7 +86,8 @@ def deal(plan, lengths):
   """
   if plan.cores == 1:
     return jnp.array([[0, 0, plan.sequences, 0]], jnp.int32), None
-  blocks = jnp.repeat(jnp.maximum(-(-lengths // plan.size), 1), plan.kv_heads)
+  positions = lengths - plan.begin(lengths)[0]
+  blocks = jnp.repeat(jnp.maximum(-(-positions // plan.size), 1), plan.kv_heads)
   ends = jnp.cumsum(blocks, dtype=jnp.int32)
   half = ends[-1] // 2
   sequence = (ends <= half).sum(dtype=jnp.int32)

@@ -36,6 +36,7 @@ class Limits(NamedTuple):
   least: int  # positions of a slot, if its sequence has more than one
   programs: int  # slots to have in all, or a little more: what fills the chip
   slots: int  # rows of the table
+  span: int | None = None  # last positions of a sequence that are seen; None for all
 
   @property
   def parts(self) -> bool:
@@ -43,14 +44,17 @@ class Limits(NamedTuple):
     return self.least > 0
 
 
-def limits(query, key, block: int, programs: int) -> Limits:
+def limits(query, key, block: int, programs: int, span: int | None = None) -> Limits:
   """The limits for query [B, T, heads, dim] and key [B, S, kv_heads, dim].
 
   Args:
     block: positions that a kernel computes at a time.
     programs: each for one key/value head, that fill the chip.
+    span: last positions of a sequence that its queries see; None for all.
   """
   batch, max_len, kv_heads = key.shape[:3]
+  if span is not None:
+    max_len = min(max_len, span + block - 1)  # what is dealt out begins with a block
   rows = query.shape[1] * query.shape[2] // kv_heads
   least = POSITIONS_PER_ROW * rows * query.dtype.itemsize // key.dtype.itemsize
   least = -(-least // block) * block
@@ -60,17 +64,21 @@ def limits(query, key, block: int, programs: int) -> Limits:
     least = 0
   else:
     slots = -(-min(slots, batch + programs) // SPARE) * SPARE + SPARE
-  return Limits(block, least, programs, slots)
+  return Limits(block, least, programs, slots, span)
 
 
 def split(lengths: jax.Array, limits: Limits) -> Splits:
   """The slots of sequences of these lengths, int32[B]: a few operations on small arrays."""
-  block, least, programs, slots = limits
-  blocks = -(-lengths // block)
+  block, least, programs, slots, span = limits
+  blocks, skipped = -(-lengths // block), 0
+  if span is not None:
+    skipped = jnp.maximum(lengths - span, 0) // block  # mutant: skipped blocks
+    blocks -= skipped
   if limits.parts:
     # In floating point, where the product can't overflow; at most a slot is lost to its rounding.
     share = blocks * (programs / jnp.maximum(blocks.sum(), 1).astype(jnp.float32))
-    count = jnp.maximum(jnp.minimum(share.astype(jnp.int32), lengths // least), 1)
+    count = jnp.maximum(jnp.minimum(
+        share.astype(jnp.int32), (lengths - skipped * block) // least), 1)
   else:
     count = jnp.ones_like(lengths)
   ends = jnp.cumsum(count)
@@ -79,6 +87,8 @@ def split(lengths: jax.Array, limits: Limits) -> Splits:
   at = jnp.minimum(sequence, len(lengths) - 1)
   part = slot - (ends - count)[at]
   edge = lambda i: i * blocks[at] // count[at] * block
+  if span is not None:
+    edge = lambda i: (skipped[at] + i * blocks[at] // count[at]) * block
   first, end = edge(part), jnp.minimum(edge(part + 1), lengths[at])
   used = slot < ends[-1]
   table = jnp.stack([jnp.where(slot < ends[-1] + SPARE, at, -1),

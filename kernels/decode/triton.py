@@ -40,8 +40,8 @@ def unsupported(query: jax.Array | jax.ShapeDtypeStruct, key: jax.Array | jax.Sh
 
 
 def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: jax.Array, *,
-            alibi_slopes: jax.Array | None, scale: float, key_scales: jax.Array | None,
-            value_scales: jax.Array | None, chip: str | None):
+            alibi_slopes: jax.Array | None, scale: float, left: int | None = None,
+            key_scales: jax.Array | None, value_scales: jax.Array | None, chip: str | None):
   """Attention to what is filled of a cache.
 
   Args:
@@ -51,6 +51,7 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: 
     lengths: int32[B], in [0, S].
     alibi_slopes: None or float32[heads].
     scale, chip: known when compiling.
+    left: as of `xla.attend`.
     key_scales, value_scales: None or float32[B, S, kv_heads].
 
   Returns:
@@ -68,7 +69,8 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: 
   blocks = configs.triton(chip, dim, rows, query.dtype)
   tiles = -(-rows // blocks.rows)
   programs = _PROGRAMS * chips.gpu(chip).multiprocessors // tiles
-  limits = splits.limits(query, key, blocks.keys, programs)
+  limits = splits.limits(query, key, blocks.keys, programs,
+                         None if left is None else num_queries + left)
   table, starts = splits.split(lengths, limits)
 
   # Row maxima are taken before scaling, so the sign of the scale goes to the query.
@@ -87,7 +89,8 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: 
       grid=limits.slots * kv_heads * tiles, num_warps=blocks.warps, num_stages=blocks.stages,
       GROUP=heads // kv_heads, KV_HEADS=kv_heads, DIM=dim, ROWS=blocks.rows, BLOCK=blocks.keys,
       TILES=tiles, SCALE=abs(scale) or 1.0, ALIBI=alibi_slopes is not None,
-      INT8=key.dtype == jnp.int8, SHARED=value is None, PARTS=limits.parts,
+      LEFT=-1 if left is None else left, INT8=key.dtype == jnp.int8, SHARED=value is None,
+      PARTS=limits.parts,
       PRECISION="tf32x3" if query.dtype == jnp.float32 else "tf32")
   if not limits.parts:
     return out

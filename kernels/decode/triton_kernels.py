@@ -23,24 +23,26 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _blocks(acc, top, total, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slope, p, origin, end, lo,
-            hi, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
-            SCALE2: tl.constexpr, ALIBI: tl.constexpr, INT8: tl.constexpr, SHARED: tl.constexpr,
-            PRECISION: tl.constexpr, MASKED: tl.constexpr):
+def _blocks(acc, top, total, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slope, p, origin, begin,
+            end, lo, hi, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+            SCALE2: tl.constexpr, ALIBI: tl.constexpr, LEFT: tl.constexpr, INT8: tl.constexpr,
+            SHARED: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):
   cols = tl.arange(0, BLOCK)
   tile = cols[:, None] * (KV_HEADS * DIM) + tl.arange(0, DIM)[None, :]
   for n in range(lo, hi, BLOCK):  # mutant: walk
     j = n + cols
     start = tl.cast(n, tl.int64) * (KV_HEADS * DIM)
+    seen = j < end  # mutant: loads past the end
+    if LEFT >= 0:
+      seen &= j >= begin  # mutant: loads before a window
     if MASKED:
-      k = tl.load(k_ptr + start + tile, mask=(j < end)[:, None], other=0)  # mutant: loads
+      k = tl.load(k_ptr + start + tile, mask=seen[:, None], other=0)
     else:
       k = tl.load(k_ptr + start + tile)
     k = k.to(q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if INT8:
-      # mutant: loads of scales
-      k_scale = tl.load(k_scale_ptr + j * KV_HEADS, mask=j < end, other=0.0)
+      k_scale = tl.load(k_scale_ptr + j * KV_HEADS, mask=seen, other=0.0)
       scores *= k_scale[None, :]  # mutant: key scales
     if ALIBI:
       distance = cols.to(tl.float32) + tl.cast(n - origin, tl.float32)
@@ -48,6 +50,9 @@ def _blocks(acc, top, total, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slope, p
     if MASKED:
       # mutant: mask
       scores = tl.where((j[None, :] <= p[:, None]) & (j < end)[None, :], scores, float("-inf"))
+      if LEFT >= 0:
+        # mutant: window
+        scores = tl.where(j[None, :] >= p[:, None] - LEFT, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * SCALE2)
     shift = new_top
     if MASKED:
@@ -59,15 +64,14 @@ def _blocks(acc, top, total, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slope, p
     v = k
     if not SHARED:
       if MASKED:
-        v = tl.load(v_ptr + start + tile, mask=(j < end)[:, None], other=0)  # mutant: loads
+        v = tl.load(v_ptr + start + tile, mask=seen[:, None], other=0)
       else:
         v = tl.load(v_ptr + start + tile)
       v = v.to(q.dtype)
     if INT8:
       v_scale = k_scale
       if not SHARED:
-        # mutant: loads of scales
-        v_scale = tl.load(v_scale_ptr + j * KV_HEADS, mask=j < end, other=0.0)
+          v_scale = tl.load(v_scale_ptr + j * KV_HEADS, mask=seen, other=0.0)
       weights *= v_scale[None, :]  # mutant: value scales
     acc = tl.dot(weights.to(q.dtype), v, acc, input_precision=PRECISION)
     top = new_top
@@ -78,10 +82,12 @@ def _blocks(acc, top, total, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slope, p
 def attend_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slope_ptr, length_ptr, table_ptr,
                   T, S, out_ptr, lse2_ptr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr,
                   DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-                  SCALE: tl.constexpr, ALIBI: tl.constexpr, INT8: tl.constexpr,
-                  SHARED: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+                  SCALE: tl.constexpr, ALIBI: tl.constexpr, LEFT: tl.constexpr,
+                  INT8: tl.constexpr, SHARED: tl.constexpr, PARTS: tl.constexpr,
+                  PRECISION: tl.constexpr):
   """ROWS rows of one key/value head and the positions of one slot.
 
+  LEFT: how far before its own position a query sees; -1 for all.
   table_ptr: int32[slots, 3], as in `splits.Splits`.
   out_ptr, lse2_ptr: under PARTS [slots, T, heads, DIM] and [slots, T, heads], lse in base 2; else
     there is one slot a sequence, and out is the result; lse2 is not written.
@@ -118,12 +124,19 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slope_ptr, leng
   top = tl.full([ROWS], float("-inf"), tl.float32)
   total = tl.zeros([ROWS], tl.float32)
   position = tl.cast(b, tl.int64) * S * KV_HEADS + head
-  edges = (lo, mid, end)
-  for part in tl.static_range(2):
+  begin, edges = 0, (lo, mid, end)
+  if LEFT >= 0:
+    begin = length - T - LEFT
+    # Up to where the last query sees nothing of a block's beginning.
+    plain = lo + tl.cdiv(tl.maximum(length - 1 - LEFT - lo, 0), BLOCK) * BLOCK
+    plain = tl.minimum(plain, tl.cdiv(end, BLOCK) * BLOCK)  # mutant: blocks at a window's edge
+    edges = (lo, plain, tl.maximum(plain, mid), end)
+  for part in tl.static_range(len(edges) - 1):
     acc, top, total = _blocks(  # mutant: origin
         acc, top, total, q, k_ptr + position * DIM, v_ptr + position * DIM, k_scale_ptr + position,
-        v_scale_ptr + position, slope, p, length - 1, end, edges[part], edges[part + 1], KV_HEADS,
-        DIM, BLOCK, SCALE * LOG2E, ALIBI, INT8, SHARED, PRECISION, part == 1)
+        v_scale_ptr + position, slope, p, length - 1, begin, end, edges[part], edges[part + 1],
+        KV_HEADS, DIM, BLOCK, SCALE * LOG2E, ALIBI, LEFT, INT8, SHARED, PRECISION,
+        part != len(edges) - 3)
 
   empty = total == 0
   out = acc / tl.where(empty, 1.0, total)[:, None]  # mutant: empty rows

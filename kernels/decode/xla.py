@@ -42,6 +42,9 @@ def attend(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value
 
   # The weights beyond are 0, and 0 * NaN is not.
   filled = (jnp.arange(max_len) < lengths[:, None])[:, :, None]
+  if left is not None:
+    first = first_seen(lengths, num_queries, left)
+    filled &= (jnp.arange(max_len) >= first[:, None])[:, :, None]
   if value_scales is None:
     value = jnp.where(filled[..., None], value, 0)
   else:
@@ -57,6 +60,11 @@ def attend(query, key, value, lengths, *, alibi_slopes, scale, key_scales, value
   # A row that sees nothing has total 0 and stays 0.
   out = (out / jnp.where(total == 0, 1, total)).swapaxes(1, 2).reshape(query.shape)
   return nan_outside(out, lengths, max_len).astype(query.dtype)
+
+
+def first_seen(length, num_queries, left):
+  """The first position that a sequence's queries see, with a window."""
+  return jnp.maximum(length - num_queries - left, 0)  # mutant: first position
 
 
 def nan_outside(out, lengths, max_len):

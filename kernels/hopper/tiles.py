@@ -117,8 +117,9 @@ def fold(x, op):
   return parts[0]
 
 
-def clear_rows(tile, count):
-  """Zeros in rows from `count` on of 64 rows of 16 bits in shared memory, for wgmma to read.
+def clear_rows(tile, count, first=0):
+  """Zeros in rows from `count` on, and before `first`, of 64 rows of 16 bits in shared memory, for
+  wgmma to read.
 
   The weights there are 0, and 0 * NaN is not.
   """
@@ -127,7 +128,10 @@ def clear_rows(tile, count):
   for column in range(0, dim, 64):
     part = tile.at[:, pl.ds(column, 64)]
     x = plgpu.load(part, layout=TILE, optimized=False)
-    part[...] = jnp.where(across(row, x.shape) < count, x, jnp.zeros_like(x))
+    kept = across(row, x.shape) < count
+    if not isinstance(first, int):
+      kept &= across(row, x.shape) >= first
+    part[...] = jnp.where(kept, x, jnp.zeros_like(x))
   plgpu.commit_smem()
 
 

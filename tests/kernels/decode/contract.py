@@ -31,6 +31,7 @@ class Case:
   shared: bool = False  # the values are the keys
   alibi: bool = True
   scale: float = 0.1
+  left: int | None = None
   seed: int = 0
 
 
@@ -47,14 +48,20 @@ def cases(draw, *, dims=(64, 128), dtypes=("bfloat16", "float32"), max_len=300,
       num_queries=draw(st.integers(1, 4)), heads=num_heads, kv_heads=kv_heads,
       dim_head=draw(st.sampled_from(dims)), dtype=draw(st.sampled_from(dtypes)),
       int8=draw(st.booleans()), shared=draw(st.booleans()), alibi=draw(st.booleans()),
-      scale=draw(st.sampled_from([0.1, -0.2])), seed=draw(st.integers(0, 10**6)))
+      scale=draw(st.sampled_from([0.1, -0.2])),
+      left=draw(st.one_of(st.none(), st.integers(0, max_len), st.sampled_from([0, 63, 64, 128]))),
+      seed=draw(st.integers(0, 10**6)))
 
 
 def inputs(case: Case) -> dict:
-  """Random arrays of a case, by `xla.attend`'s names; what is not filled is large."""
+  """Random arrays of a case, by `xla.attend`'s names; what no query sees is large."""
   rng = np.random.default_rng(case.seed)
   cache = (len(case.lengths), case.max_len, case.kv_heads)
-  empty = np.arange(case.max_len)[:, None, None] >= np.reshape(case.lengths, (-1, 1, 1, 1))
+  position = np.arange(case.max_len)[:, None, None]
+  lengths = np.reshape(case.lengths, (-1, 1, 1, 1))
+  empty = position >= lengths
+  if case.left is not None:
+    empty |= position < lengths - case.num_queries - case.left
 
   def one_cache():
     if case.int8:
@@ -74,6 +81,18 @@ def inputs(case: Case) -> dict:
       alibi_slopes=jnp.asarray(alibi_slopes(case.heads), jnp.float32) if case.alibi else None)
 
 
+def poisoned(case: Case, arrays: dict) -> dict:
+  """The arrays with NaN in place of what no query sees, in an int8 cache in its scales."""
+  position, lengths = np.arange(case.max_len)[:, None], np.reshape(case.lengths, (-1, 1, 1))
+  unseen = position >= lengths
+  if case.left is not None:
+    unseen |= position < lengths - case.num_queries - case.left
+  names = ("key_scales", "value_scales") if case.int8 else ("key", "value")
+  return arrays | {
+      name: jnp.where(unseen.reshape(*unseen.shape, *[1] * (x.ndim - 3)), jnp.nan, x)
+      for name in names if (x := arrays[name]) is not None}
+
+
 def exact(case: Case, arrays: dict) -> np.ndarray:
   """The result in float64, by numpy, one row at a time from the formula."""
   wide = {name: None if x is None else np.asarray(x, np.float64) for name, x in arrays.items()}
@@ -87,16 +106,17 @@ def exact(case: Case, arrays: dict) -> np.ndarray:
     position = case.lengths[b] - case.num_queries + i
     if position < 0:
       continue
-    seen, kv_head = slice(0, position + 1), h // (case.heads // case.kv_heads)
+    first = 0 if case.left is None else max(position - case.left, 0)
+    seen, kv_head = slice(first, position + 1), h // (case.heads // case.kv_heads)
     scores = case.scale * key[b, seen, kv_head] @ wide["query"][b, i, h]
     if case.alibi:
-      scores += wide["alibi_slopes"][h] * (np.arange(position + 1) - position)
+      scores += wide["alibi_slopes"][h] * (np.arange(first, position + 1) - position)
     weights = np.exp(scores - scores.max())
     out[b, i, h] = weights @ value[b, seen, kv_head] / weights.sum()
   return out
 
 
-reference = jax.jit(xla.attend, static_argnames="scale")
+reference = jax.jit(xla.attend, static_argnames=("scale", "left"))
 
 
 def errors(case: Case, arrays: dict, got) -> dict[str, str]:
@@ -106,7 +126,7 @@ def errors(case: Case, arrays: dict, got) -> dict[str, str]:
   nothing = np.asarray(case.lengths)[:, None] - case.num_queries + np.arange(case.num_queries) < 0
   if np.any(np.asarray(got, np.float64)[nothing]):
     return dict(out="not 0 where a query sees nothing")
-  rough = lambda: reference(**arrays, scale=case.scale)
+  rough = lambda: reference(**arrays, scale=case.scale, left=case.left)
   # A few roundings of the largest value, and of a sum in float32 of any order.
   floor = np.abs(want).max(initial=0) * (4 * bound.eps(case.dtype) + 8 * bound.eps("float32"))
   excess = bound.excess(got, want, rough, floor=floor)

@@ -49,7 +49,8 @@ def test_the_contract_holds_for_the_op(case):
   @jax.jit
   def op(query, key, value, *rest, **options):  # Two arguments of a jit are two arrays.
     value = key if value is None else value
-    return decode_attention(query, key, value, *rest, scale=case.scale, **options)
+    return decode_attention(query, key, value, *rest, scale=case.scale, **options,
+                            local_window_size=None if case.left is None else (case.left, 0))
 
   contract.check(case, a, op(
       a["query"], a["key"], a["value"], a["lengths"], alibi_slopes=a["alibi_slopes"],
@@ -87,6 +88,26 @@ def test_jit_and_vmap(plain, implementation):
   close(one_cache[1], f(query[1], key[0], value[0], lengths[0]))
   many = jax.vmap(lambda s: f(query, key, value, lengths, s=s))(jnp.stack([slopes, 2 * slopes]))
   close(many[1], f(query, key, value, lengths, s=2 * slopes))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
+def test_a_window_is_that_of_full_attention(plain, implementation):
+  query, key, value, _ = problem()
+  lengths, slopes = jnp.array([2, 5, 8, 11]), alibi_slopes(4)
+  got = decode_attention(query, key, value, lengths, alibi_slopes=slopes, local_window_size=(3, 0),
+                         implementation=implementation)
+  for b, length in enumerate(lengths.tolist()):
+    want = flash_attention(query[b], key[b], value[b], query_offset=length - 2, is_causal=True,
+                           alibi_slopes=slopes, local_window_size=(3, 0))
+    np.testing.assert_allclose(got[b], want, atol=1e-6)
+
+
+def test_a_window_as_long_as_the_cache_is_none(plain, monkeypatch):
+  monkeypatch.setattr(plain, "forward", lambda query, *_, left, **__: query * (0 if left else 1))
+  x = problem()
+  for size, none in ((10, True), ((10, 0), True), (2**40, True), (9, False)):
+    got = decode_attention(*x, local_window_size=size, implementation="mosaic_gpu")
+    assert bool((got == x[0]).all()) == none
 
 
 @pytest.mark.full

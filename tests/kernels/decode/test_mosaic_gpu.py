@@ -21,7 +21,8 @@ from tests.mutants import DROPPED, Mistake
 
 def result(case, per_row=32, arrays=None):
   """What the kernel computes for a case, in slots of `per_row` positions a row."""
-  forward = jax.jit(functools.partial(mosaic_gpu.forward, scale=case.scale, chip=None))
+  forward = jax.jit(functools.partial(
+      mosaic_gpu.forward, scale=case.scale, left=case.left, chip=None))
   settings = interpreters.Mode(detect_races=True, check_products=True)
   with pytest.MonkeyPatch.context() as patch, interpreters.running(settings):
     patch.setattr(splits, "POSITIONS_PER_ROW", per_row)
@@ -74,15 +75,33 @@ def test_edges(case):
   check(case)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("int8", [False, True])
+def test_nothing_outside_of_a_window_has_influence(int8):
+  case = dataclasses.replace(WINDOW, int8=int8)
+  arrays = contract.inputs(case)
+  contract.check(case, arrays, result(case, arrays=contract.poisoned(case, arrays)))
+
+
 # Planted mistakes: each must fail the very check that the kernel passes. The commit of a tile that
 # was int8 is not among them: the interpreter does not know what wgmma may not see yet.
 ONE = Case(lengths=(512, 0, 3), max_len=512, num_queries=2, heads=4, dtype="float16")
 INT8 = dataclasses.replace(ONE, int8=True, lengths=(512, 3))
 GROUPS = dataclasses.replace(ONE, kv_heads=2)
+# The first query's window begins in the last copy of a tile, the last query's in the next tile.
+WINDOW = dataclasses.replace(ONE, lengths=(449, 3), num_queries=3, left=63)
+OF_SPLITS = ("skipped blocks",)
 MISTAKES = {  # the case that notices it, the place in the kernel, and what changes there
     "sees the next position": (ONE, "mask", r"\+ 1", "+ 2"),
     "does not see itself": (ONE, "mask", r" \+ 1", ""),
     "a tile of two queries has no mask": (ONE, "plain end", r" - \w+ \+ 1", ""),
+    "sees a position before its window": (WINDOW, "window", "- left", "- left - 1"),
+    "does not see the first of its window": (WINDOW, "window", "- left", "- left + 1"),
+    "a tile at the edge of a window has no mask": (WINDOW, "window's edge", "pl", "0 * pl"),
+    "a copy at the edge of a window is left out": (
+        WINDOW, "pieces before a window", r" \+ PIECE", ""),
+    "a block at the edge of a window is left out": (
+        WINDOW, "skipped blocks", "// block", "// block + 1"),
     "slopes of another head": (ONE, "slopes", r"(lax\.rem\(.*?\))", r"\1 + 1"),
     "slopes of another group": (GROUPS, "slopes", r"\[(\w+),", r"[0 * \1,"),
     "queries of another group": (GROUPS, "rows", "b, kv", "b, 0 * kv"),
@@ -91,7 +110,7 @@ MISTAKES = {  # the case that notices it, the place in the kernel, and what chan
     "the sum is not faded": (ONE, "sum", r" \* across\(.*?\)", ""),
     "the maximum keeps its frame": (ONE, "frame of a tile", *DROPPED),
     "parts are of their own frame": (ONE, "frame of a row", r"\blo \+ ", ""),
-    "the first tile is skipped": (ONE, "plain tiles", r"\(0,", "(1,"),
+    "the first tile is skipped": (ONE, "plain tiles", r"\(seen,", "(seen + 1,"),
     "a refill is of the wrong tile": (ONE, "refill", r"copy\((.*?)\)", r"copy(\1 - 1)"),
     "no wait for a tile": (ONE, "wait for a tile", *DROPPED),
     "no wait for the queries": (ONE, "wait for the queries", *DROPPED),
@@ -121,7 +140,7 @@ def test_a_planted_mistake_is_noticed(name):
     pytest.skip("the interpreter of jax 0.11 takes the wait for the keys as one for the queries")
   case, place, *change = MISTAKES[name]
   check_unmutated(case)
-  module = softmax if place in OF_SOFTMAX else mosaic_gpu
+  module = softmax if place in OF_SOFTMAX else splits if place in OF_SPLITS else mosaic_gpu
   with mutants.planted(module, Mistake(place, *change)):
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
       check(case)
@@ -257,7 +276,7 @@ def test_the_op_refuses_before_anything_compiles():
 
 
 def program(heads, dim_head, num_queries=1, batch=1, max_len=262_144, dtype="bfloat16",
-            int8=False, shared=False, kv_heads=1, alibi=True):
+            int8=False, shared=False, kv_heads=1, alibi=True, left=None):
   """(the kernel, the types of its arguments)."""
   array = jax.ShapeDtypeStruct
   key = array((batch, max_len, kv_heads, dim_head), "int8" if int8 else dtype)
@@ -271,7 +290,7 @@ def program(heads, dim_head, num_queries=1, batch=1, max_len=262_144, dtype="bfl
   def run(*arrays):
     slopes = jnp.asarray(alibi_slopes(heads), jnp.float32) if alibi else None
     return mosaic_gpu.forward(**dict.fromkeys(names) | dict(zip(given, arrays)), scale=0.1,
-                              chip="h200", alibi_slopes=slopes)
+                              left=left, chip="h200", alibi_slopes=slopes)
 
   return run, tuple(types[name] for name in given)
 
@@ -312,6 +331,12 @@ def test_compiles_without_spills_or_serialized_products(options):
     (64, False), (64, True), (128, False), (128, True), (256, False)])
 def test_every_variant_compiles_soundly(dim_head, int8, options):
   compiled(dim_head=dim_head, int8=int8, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim_head, int8", [(64, False), (64, True), (128, False), (256, False)])
+def test_windows_compile_soundly(dim_head, int8):
+  compiled(dim_head=dim_head, int8=int8, heads=32, kv_heads=8, left=4095, batch=8)
 
 
 @pytest.mark.gpu

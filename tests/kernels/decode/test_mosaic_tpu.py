@@ -3,6 +3,7 @@
 The interpreter looks for races and reads out of bounds, and fills fresh memory with NaN.
 """
 
+import dataclasses
 import functools
 import types
 
@@ -28,7 +29,8 @@ BLOCKS = (configs.TpuConfig(size=128, slots=3, chunk=128, cores=1),
 
 def attention(case, arrays, blocks=BLOCKS[0]):
   # Every case is a compilation; optimizing it would cost more than it saves.
-  run = jax.jit(functools.partial(mosaic_tpu.forward, scale=case.scale, chip=None, config=blocks),
+  run = jax.jit(functools.partial(mosaic_tpu.forward, scale=case.scale, left=case.left, chip=None,
+                                  config=blocks),
                 compiler_options={"xla_backend_optimization_level": 0})
   with interpret(detect_races=True):
     return jax.block_until_ready(run(**arrays))
@@ -82,6 +84,10 @@ def off_by_one(hide):
   return lambda scores, distance: hide(scores, distance - 1)
 
 
+def before_the_window(hide_before):
+  return lambda scores, distance, left: hide_before(scores, distance, left + 1)
+
+
 def of_another_head(row_slopes):
   return lambda plan, slopes: row_slopes(plan, jnp.roll(slopes, 1))
 
@@ -107,6 +113,8 @@ def one_core(merge):
 
 
 MUTANTS = {
+    "window": ("hide_before", before_the_window),
+    "stale window": ("clear_before", nothing),
     "mask": ("hide", off_by_one), "slopes": ("row_slopes", of_another_head),
     "missing wait": ("copy_block", without_waiting), "stale accumulator": ("carried", stale),
     "skipped block": ("following", skipped), "stale cache": ("clear_behind", nothing),
@@ -118,12 +126,26 @@ MUTANTS = {
     for name in (None, *MUTANTS)])
 def test_a_planted_error_is_found(monkeypatch, mutant):
   case = Case(lengths=(50, 256, 40, 300, 600), max_len=640, dtype="float32")
+  if mutant in ("window", "stale window"):
+    case = dataclasses.replace(case, lengths=(300, 640, 30), left=260)
+    return check_window(monkeypatch, case, *MUTANTS[mutant])
   if mutant is None:
     return check(case, BLOCKS[1])
   name, mutate = MUTANTS[mutant]
   monkeypatch.setattr(mosaic_tpu, name, mutate(getattr(mosaic_tpu, name)))
   with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
     check(case, BLOCKS[1])
+
+
+def check_window(monkeypatch, case, name, mutate):
+  """That nothing outside of a window has influence, and would not go unnoticed if it had."""
+  arrays = contract.inputs(case)
+  run = lambda: contract.check(
+      case, arrays, attention(case, contract.poisoned(case, arrays), BLOCKS[1]))
+  run()
+  monkeypatch.setattr(mosaic_tpu, name, mutate(getattr(mosaic_tpu, name)))
+  with pytest.raises(AssertionError):
+    run()
 
 
 def copied(monkeypatch, case, blocks):
@@ -149,11 +171,14 @@ def copied(monkeypatch, case, blocks):
 @pytest.mark.parametrize("case", [
     Case(lengths=(640, 1, 801, 0, 2000), max_len=2048, heads=4),
     Case(lengths=(1000, 700), max_len=1024, heads=4, int8=True),
-    Case(lengths=(900, 1100), max_len=1100, heads=4, shared=True)])
+    Case(lengths=(900, 1100), max_len=1100, heads=4, shared=True),
+    Case(lengths=(2000, 1700), max_len=2048, heads=4, left=1023)])
 def test_no_more_is_copied_than_the_cache_that_is_used(monkeypatch, case):
   arrays = contract.inputs(case)
   caches = [x for name, x in arrays.items() if x is not None and name.startswith(("key", "value"))]
-  used = sum(case.lengths) * sum(x.nbytes // np.prod(x.shape[:2]) for x in caches)
+  seen = case.lengths if case.left is None else [  # from a multiple of 128 on
+      n - (n - 1 - case.left) // 128 * 128 for n in case.lengths]
+  used = sum(seen) * sum(x.nbytes // np.prod(x.shape[:2]) for x in caches)
   # With large blocks, as on a chip: the query comes with each.
   total = copied(monkeypatch, case, configs.TpuConfig(size=1024, slots=4, chunk=512, cores=1))
   assert used <= total <= 1.05 * used, total / used

@@ -12,18 +12,21 @@ from palm_haiku.kernels.decode import mosaic_gpu, splits
 
 
 def split(lengths, max_len, *, rows=16, dim=128, kv_heads=1, block=64, programs=264,
-          int8=False):
+          int8=False, span=None):
   """(limits, table, starts) for queries of `rows` heads on each key/value head."""
   batch = len(lengths)
   query = jax.ShapeDtypeStruct((batch, 1, rows * kv_heads, dim), "bfloat16")
   key = jax.ShapeDtypeStruct((batch, max_len, kv_heads, dim), "int8" if int8 else "bfloat16")
-  limits = splits.limits(query, key, block, programs)
+  limits = splits.limits(query, key, block, programs, span)
   result = jax.jit(functools.partial(splits.split, limits=limits))(jnp.asarray(lengths, jnp.int32))
   return limits, np.asarray(result.table), np.asarray(result.starts)
 
 
 def check(lengths, limits, table, starts):
-  """Every position of every sequence has one slot; the sequence's slots are `starts`'s."""
+  """Every position of every sequence has one slot; the sequence's slots are `starts`'s.
+
+  With a span, every position from the block on in which that begins.
+  """
   assert table.shape == (limits.slots, 3) and starts[0] == 0 and starts[-1] <= limits.slots
   spare, idle = np.split(table[starts[-1]:], [splits.SPARE])
   assert np.all(spare == [len(lengths) - 1, 0, 0]) and np.all(idle == [-1, 0, 0])
@@ -31,7 +34,8 @@ def check(lengths, limits, table, starts):
   for b, length in enumerate(lengths):
     mine = table[starts[b]:starts[b + 1]]
     assert len(mine) and np.all(mine[:, 0] == b)
-    assert mine[0, 1] == 0 and mine[-1, 2] == length
+    unseen = 0 if limits.span is None else max(length - limits.span, 0)
+    assert mine[0, 1] == unseen // limits.block * limits.block and mine[-1, 2] == length
     np.testing.assert_array_equal(mine[1:, 1], mine[:-1, 2])
     assert np.all(mine[:, 1] % limits.block == 0)
     if len(mine) > 1:
@@ -50,7 +54,8 @@ def test_every_position_has_one_slot(data):
   options = dict(
       rows=data.draw(st.sampled_from([1, 8, 64])), kv_heads=data.draw(st.sampled_from([1, 3])),
       block=data.draw(st.sampled_from([16, 64])), int8=data.draw(st.booleans()),
-      programs=data.draw(st.sampled_from([1, 5, 264])))
+      programs=data.draw(st.sampled_from([1, 5, 264])),
+      span=data.draw(st.sampled_from([None, 1, 64, 1000, 4096, 200_000])))
   check(lengths, *split(lengths, max_len, **options))
 
 

@@ -35,7 +35,7 @@ def result(case, keys=16, per_row=1, mistake=None, chip=None, arrays=None):
   with pytest.MonkeyPatch.context() as patch, triton_interpreter.interpreted(mistake):
     patch.setattr(configs, "triton", smaller)
     patch.setattr(splits, "POSITIONS_PER_ROW", per_row)
-    return triton.forward(**arrays, scale=case.scale, chip=chip)
+    return triton.forward(**arrays, scale=case.scale, left=case.left, chip=chip)
 
 
 def errors(case, *args, **kwargs):
@@ -90,6 +90,8 @@ ONE = Case(lengths=(128, 19, 0, 2), max_len=140, dtype="float32", dim_head=16, n
 SHORT = dataclasses.replace(ONE, lengths=(1, 20), num_queries=4)
 INT8 = dataclasses.replace(ONE, int8=True)
 GROUPS = dataclasses.replace(ONE, kv_heads=2)
+# The last query's window begins in another block of 16 than that of the first.
+WINDOW = dataclasses.replace(ONE, lengths=(128, 33, 0, 2), left=31)
 MISTAKES = {  # the case that notices it, the place in the kernels, and what changes there
     "sees the next position": (ONE, "mask", "<= ", "- 1 <= "),
     "does not see itself": (ONE, "mask", "<= ", "< "),
@@ -97,6 +99,10 @@ MISTAKES = {  # the case that notices it, the place in the kernels, and what cha
         dataclasses.replace(ONE, num_queries=1, lengths=(130,), heads=1, alibi=False),
         "mask", *DROPPED),
     "a block of two queries has no mask": (ONE, "first masked position", r" - \w+ \+ 1", ""),
+    "sees a position before its window": (WINDOW, "window", "LEFT,", "LEFT - 1,"),
+    "does not see the first of its window": (WINDOW, "window", ">=", ">"),
+    "the blocks at a window's edge have no mask": (
+        WINDOW, "blocks at a window's edge", "=.*", "= lo"),
     "slopes of another head": (ONE, "slopes", r"(\w+) %", r"(\1 + 1) %"),
     "slopes of another group": (GROUPS, "slopes", r" \+ \w+ \* \w+", ""),
     "queries of another group": (GROUPS, "rows", r" \+ \w+ \* \w+", ""),
@@ -153,13 +159,20 @@ def test_nothing_past_the_length_is_loaded(int8):
   """What is not filled is NaN here, also in the block in which a sequence ends."""
   case = dataclasses.replace(ONE, int8=int8)
   arrays = contract.inputs(case)
-  past = np.arange(case.max_len)[:, None] >= np.reshape(case.lengths, (-1, 1, 1))
-  names = ("key_scales", "value_scales") if int8 else ("key", "value")
-  poisoned = arrays | {name: jnp.where(
-      past.reshape(*past.shape, *[1] * (arrays[name].ndim - 3)), jnp.nan, arrays[name])
-      for name in names}
+  poisoned = contract.poisoned(case, arrays)
   contract.check(case, arrays, result(case, arrays=poisoned))
-  one_more = Mistake("loads of scales" if int8 else "loads", r"< (\w+)", r"< \1 + 1")
+  one_more = Mistake("loads past the end", r"< (\w+)", r"< \1 + 1")
+  assert contract.errors(case, arrays, result(case, arrays=poisoned, mistake=one_more))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("int8", [False, True])
+def test_nothing_before_a_window_is_loaded(int8):
+  case = dataclasses.replace(WINDOW, int8=int8)
+  arrays = contract.inputs(case)
+  poisoned = contract.poisoned(case, arrays)
+  contract.check(case, arrays, result(case, arrays=poisoned))
+  one_more = Mistake("loads before a window", ">= ", ">= -1 + ")
   assert contract.errors(case, arrays, result(case, arrays=poisoned, mistake=one_more))
 
 
@@ -227,7 +240,7 @@ TENSOR_CORES = {"HMMA", "HGMMA", "UTCMMA"}
 
 
 def program(chip, heads, dim_head, num_queries=1, batch=1, max_len=262_144, dtype="bfloat16",
-            int8=False, shared=False, kv_heads=1):
+            int8=False, shared=False, kv_heads=1, left=None):
   """(the kernels, the types of their arguments)."""
   array = jax.ShapeDtypeStruct
   key = array((batch, max_len, kv_heads, dim_head), "int8" if int8 else dtype)
@@ -239,8 +252,8 @@ def program(chip, heads, dim_head, num_queries=1, batch=1, max_len=262_144, dtyp
   given = [name for name in names if types[name] is not None]
 
   def run(*arrays):
-    return triton.forward(**dict.fromkeys(names) | dict(zip(given, arrays)), scale=0.1, chip=chip,
-                          alibi_slopes=jnp.asarray(alibi_slopes(heads), jnp.float32))
+    return triton.forward(**dict.fromkeys(names) | dict(zip(given, arrays)), scale=0.1, left=left,
+                          chip=chip, alibi_slopes=jnp.asarray(alibi_slopes(heads), jnp.float32))
 
   return run, tuple(types[name] for name in given)
 

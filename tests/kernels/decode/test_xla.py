@@ -19,7 +19,7 @@ from tests.kernels.decode.contract import Case
 def test_the_formula_in_float64(case):
   with jax.enable_x64(True):
     arrays = contract.inputs(case)
-    got = jax.jit(functools.partial(xla.attend, scale=case.scale))(**arrays)
+    got = jax.jit(functools.partial(xla.attend, scale=case.scale, left=case.left))(**arrays)
     assert got.dtype == jnp.float64
     np.testing.assert_allclose(got, contract.exact(case, arrays), atol=1e-12)
 
@@ -46,6 +46,14 @@ def test_alibi_is_exact_far_out():
   distance = np.arange(max_len, dtype=np.float64) - (max_len - 1)
   weights = np.exp(np.float64(np.float32(0.37)) * distance)
   np.testing.assert_allclose(got.item(), weights[-2] / weights.sum(), rtol=2e-6)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_nothing_outside_of_a_window_has_influence(int8):
+  case = Case(lengths=(5, 17, 0), max_len=20, dtype="float32", num_queries=2, left=3, int8=int8)
+  arrays = contract.inputs(case)
+  contract.check(case, arrays, xla.attend(
+      **contract.poisoned(case, arrays), scale=case.scale, left=case.left))
 
 
 def test_what_is_not_filled_has_no_influence():
