@@ -238,7 +238,7 @@ class PaLM(hk.Module):
     embedding = hk.get_parameter(
         "embedding", (c.num_tokens, c.dim), init=hk.initializers.RandomNormal())
     tokens = constrain(tokens, ("batch", "sequence")[-tokens.ndim:], self.rules)
-    x = jnp.asarray(embedding, self.dtype).at[tokens].get(mode="fill", fill_value=jnp.nan)
+    x: Any = jnp.asarray(embedding, self.dtype).at[tokens].get(mode="fill", fill_value=jnp.nan)
     x = self._between_layers(x)
 
     if c.global_every is not None:

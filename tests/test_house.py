@@ -16,7 +16,7 @@ LONG = {
     "palm_haiku/cli.py:_parser", "kernels/parallel_block/mosaic_tpu.py:in_projection"}
 WIDE = {
     "palm_haiku/generate.py:generate", "palm_haiku/generate.py:_generate",
-    "kernels/attention/fused.py:backward", "kernels/attention/mosaic_gpu_backward.py:backward",
+    "kernels/attention/mosaic_gpu_backward.py:backward",
     "kernels/attention/mosaic_tpu_backward.py:backward", "kernels/attention/triton.py:backward",
     "kernels/parallel_block/__init__.py:parallel_attention_ffn"}
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -71,6 +71,32 @@ def test_no_op_imports_another_ops_backend():
   # The check sees both forms of such an import.
   for text in ("from ..decode.mosaic_gpu_merge import merge", "from ..decode import triton"):
     assert foreign_backends(Path("kernels/attention/new.py"), ast.parse(text))
+
+
+def imports_by_string(tree):
+  """Lines that import a module, or take a backend of a folder, by a name that is computed."""
+  called = lambda node: node.func.attr if isinstance(node.func, ast.Attribute) else (
+      getattr(node.func, "id", ""))
+  return [node.lineno for node in ast.walk(tree)
+          if isinstance(node, ast.Call) and called(node) in ("import_module", "__import__")
+          or isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.modules"]
+
+
+def test_no_backend_is_imported_by_string():
+  # A job names the function that it compiles, for the process that does.
+  found = {str(path): lines for path, tree in sources("kernels")
+           if path.parts[1] != "aot" and (lines := imports_by_string(tree))}
+  assert not found
+  for text in ("importlib.import_module('.attention')", "import_module(name)", "__import__(name)",
+               "sys.modules[name]"):
+    assert imports_by_string(ast.parse(text))
+
+
+def test_the_pipeline_knows_no_op():
+  known = {str(path): parts for path, tree in sources("kernels") for parts in imported(path, tree)
+           if path.parts[1] == "core" and parts and parts[0] in OPS}
+  assert not known
+  assert len((ROOT / "kernels/core/op.py").read_text().splitlines()) < 250
 
 
 def device_kernel(path, function):

@@ -81,7 +81,7 @@ def flash_attention(
   scale = default_scale(dim_head) if scale is None else scale
   route = op.choose(
       OP, implementation, query, key, values, needs=op.untraced(scale, "query"))
-  static_scale, scale = op.scalar(route, scale)
+  route, static_scale, scale = op.scaled(route, scale)
   offset = _near(query_offset, num_queries, num_keys, window)
   if (route.implementation == "xla" and isinstance(num_queries, int) and num_queries <= BLOCK_Q
       and isinstance(offset, int) and not compat.under_jit()):

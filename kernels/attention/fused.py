@@ -1,13 +1,18 @@
 """Attention around the kernels of all backends: their functions, derivative, division over a mesh.
 
-query, out [B, T, heads, dim_head]; key, value [B, S, kv_heads, dim_head], value None where it is
-the key; lse float32[B, heads, T], the log of each row's sum of exponentials, -inf where the row
-sees nothing; the other arguments as `xla.attention` has them.
+  unsupported(query, key, value, *, chip) -> the first requirement that is not met, or None
+  forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_causal, scale,
+          window, chip) -> (out, lse)
+  backward(query, key, value, out, lse, dout, *, ...) -> (dquery, dkey, dvalue)
+
+with query, out [B, T, heads, dim_head]; key, value [B, S, kv_heads, dim_head], value None where
+it is the key; lse float32[B, heads, T], the log of each row's sum of exponentials, -inf where the
+row sees nothing; the other arguments as `xla.attention` has them.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,37 +25,17 @@ from ..core.guards import not_differentiable
 from . import configs, ring as rings, xla
 
 
-class Backend(op.Backend, Protocol):
-  """What attention asks of a backend."""
-
-  def forward(self, query: jax.Array, key: jax.Array, value: jax.Array | None, *,
-              segment_ids: tuple[jax.Array, jax.Array] | None, alibi_slopes: jax.Array | None,
-              query_offset: int | jax.Array, is_causal: bool, scale: float,
-              window: tuple[int, int] | None, chip: str | None) -> tuple[jax.Array, jax.Array]:
-    """(out, lse)."""
-    ...
-
-  def backward(self, query: jax.Array, key: jax.Array, value: jax.Array | None, out: jax.Array,
-               lse: jax.Array, dout: jax.Array, *,
-               segment_ids: tuple[jax.Array, jax.Array] | None, alibi_slopes: jax.Array | None,
-               query_offset: int | jax.Array, is_causal: bool, scale: float,
-               window: tuple[int, int] | None, chip: str | None
-               ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """(dquery, dkey, dvalue)."""
-    ...
-
-
-def _mosaic_gpu() -> Backend:
+def _mosaic_gpu():
   from . import mosaic_gpu
   return mosaic_gpu
 
 
-def _mosaic_tpu() -> Backend:
+def _mosaic_tpu():
   from . import mosaic_tpu
   return mosaic_tpu
 
 
-def _triton() -> Backend:
+def _triton():
   from . import triton
   return triton
 

@@ -21,7 +21,7 @@ from . import compat, dispatch, guards, partition, platforms
 
 
 class Backend(Protocol):
-  """A module of kernels; an op's own protocol adds the functions that it calls."""
+  """A module of kernels; an op's `fused.py` states the functions beside this one."""
 
   def unsupported(self, *arrays: Any, **options: Any) -> str | None:
     """The first requirement that shapes, dtypes or the `chip` fail, in words, or None."""
@@ -84,13 +84,13 @@ def untraced(scale: Any, operand: str) -> str | None:
   return None
 
 
-def scalar(route: Route, value: Any) -> tuple[float | None, Any]:
-  """A number that kernels are compiled for, or an array for plain JAX; the other is None."""
-  if not isinstance(value, jax.Array):
-    return float(value), None
+def scaled(route: Route, scale: Any) -> tuple[Route, float | None, Any]:
+  """A scale as a number that kernels are compiled for, or as an array, which is plain JAX's."""
+  if not isinstance(scale, jax.Array):
+    return route, float(scale), None
   if route.implementation == "xla":
-    return None, value
-  return float(jax.device_get(value)), None
+    return dataclasses.replace(route, undecided=False), None, scale
+  return route, float(jax.device_get(scale)), None
 
 
 def run(op: Op, route: Route, options: Any, *arrays: Any) -> Any:
@@ -109,10 +109,10 @@ def run(op: Op, route: Route, options: Any, *arrays: Any) -> Any:
       return op.fused(route, options, *arrays)
     mesh = partition.current(*arrays[:2])
     if partition.to_take_over(mesh):
-      f, in_specs, out_specs = op.divide(route, options, mesh, *arrays)
-      return over_mesh(mesh, lambda *arrays: f(*partition.varying(arrays)), in_specs, out_specs,
-                       *arrays)
-    return op.fused(route, options, *partition.varying(arrays))
+      f, *specs = op.divide(route, options, mesh, *arrays)
+      return over_mesh(
+          mesh, lambda *arrays: f(*partition.varying_together(*arrays)), *specs, *arrays)
+    return op.fused(route, options, *partition.varying_together(*arrays))
 
 
 @functools.cache

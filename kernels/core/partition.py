@@ -107,24 +107,19 @@ def out_shape(shape: tuple[int, ...], dtype, *arrays: jax.Array | None) -> jax.S
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)
 
 
-def varying(tree: Any) -> Any:
-  """The arrays of a tree, typed as varying over the same manual mesh axes.
+def varying_together(*trees: Any) -> Any:
+  """The trees, their arrays typed as varying over the same manual mesh axes.
 
   Inside `shard_map`, that is where JAX puts the sum over devices of the cotangent of an array
   that all of them share.
   """
-  axes = _varying(jax.tree.leaves(tree))
+  axes = _varying(jax.tree.leaves(trees))
 
   def cast(x):
     missing = tuple(axes - _varying((x,)))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
-  return jax.tree.map(cast, tree)
-
-
-def varying_together(*arrays: jax.Array | None) -> tuple[Any, ...]:
-  """`varying` of several arrays."""
-  return varying(arrays)
+  return jax.tree.map(cast, trees)
 
 
 def _varying(arrays) -> frozenset[str]:

@@ -52,7 +52,7 @@ def linear_cross_entropy(
   targets = targets if isinstance(targets, Array) else np.asarray(targets)
   _check(x, embedding, targets, weights)
   route = op.choose(OP, implementation, x, embedding, needs=op.untraced(scale, "x"))
-  static_scale, scale = op.scalar(route, scale)
+  route, static_scale, scale = op.scaled(route, scale)
   known, traced = (None, z_loss) if isinstance(z_loss, jax.Array) else (float(z_loss), None)
   # A target that is beyond 32 bits is outside the vocabulary as well.
   targets = integers.clamped(targets, -2**31, 2**31 - 1)

@@ -1,10 +1,25 @@
 """The loss around the kernels of all backends: their functions, derivative, blocks, `vmap`.
 
-Backends are given x [N, D]; embedding [V, D] in the dtype of x (only `unsupported` is shown the
-caller's, which may be another); targets int32[N], one outside [0, num_valid) has no logit here;
-scale > 0; num_valid an int or int32[], rows of the embedding from there on are padding; all else
-float32[N]. Both functions must subtract before they scale: log_z = scale * top + log(total) is
-rounded to 2^-24 of a large logit, and exp would make that a relative error of every g.
+  unsupported(x, embedding, *, chip) -> the first requirement that is not met, or None
+  forward(x, embedding, targets, *, scale, num_valid, chip) -> (top, total, logit)
+  logit_gradient(x, rows, targets, top, spread, peak, *, first, scale, num_valid, chip) -> g
+
+with x [N, D]; embedding [V, D] in the dtype of x (only `unsupported` is shown the caller's, which
+may be another); targets int32[N], one outside [0, num_valid) has no logit here; scale > 0;
+num_valid an int or int32[], rows of the embedding from there on are padding; all else float32[N]:
+
+  top   = max(x @ embedding.T), over the valid rows; any number <= -1e30 where there is none
+  total = sum(exp(scale * (x @ embedding.T - top))), 0 where there is none
+  logit = scale * x @ embedding[target], 0 where there is no target
+
+`logit_gradient` makes one block of columns of the gradient of x @ embedding.T, those of
+rows = embedding[first : first + R], in the dtype of x:
+
+  g [N, R] = exp(scale * (x @ rows.T - top)) * spread + onehot(targets - first) * peak
+
+and 0 in columns from num_valid - first on; first is an int or int32[], R and N are any numbers.
+Both must subtract before they scale: log_z = scale * top + log(total) is rounded to 2^-24 of a
+large logit, and exp would make that a relative error of every g.
 
 The backward pass here walks over such blocks of the vocabulary. A block of the embedding's
 gradient, g.T @ x, is complete when it is made; g @ rows is added to the gradient of x in float32.
@@ -15,7 +30,7 @@ the gradients: docs/loss.md.
 
 import functools
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,42 +56,17 @@ LEAST_ROWS = 2048  # where there would be fewer, the tokens are divided as well
 WHOLE_TILES = 1024
 
 
-class Backend(op.Backend, Protocol):
-  """What the loss asks of a backend."""
-
-  def forward(self, x: jax.Array, embedding: jax.Array, targets: jax.Array, *, scale: float,
-              num_valid: int | jax.Array, chip: str | None) -> tuple[jax.Array, ...]:
-    """(top, total, logit):
-
-      top   = max(x @ embedding.T), over the valid rows; any number <= -1e30 where there is none
-      total = sum(exp(scale * (x @ embedding.T - top))), 0 where there is none
-      logit = scale * x @ embedding[target], 0 where there is no target
-    """
-    ...
-
-  def logit_gradient(self, x: jax.Array, rows: jax.Array, targets: jax.Array, top: jax.Array,
-                     spread: jax.Array, peak: jax.Array, *, first: int | jax.Array, scale: float,
-                     num_valid: int | jax.Array, chip: str | None) -> jax.Array:
-    """A block of columns of the gradient of x @ embedding.T, in the dtype of x.
-
-    Those of rows = embedding[first : first + R], for any R and N, 0 from num_valid - first on:
-
-      g [N, R] = exp(scale * (x @ rows.T - top)) * spread + onehot(targets - first) * peak
-    """
-    ...
-
-
-def _mosaic_gpu() -> Backend:
+def _mosaic_gpu():
   from . import mosaic_gpu
   return mosaic_gpu
 
 
-def _mosaic_tpu() -> Backend:
+def _mosaic_tpu():
   from . import mosaic_tpu
   return mosaic_tpu
 
 
-def _triton() -> Backend:
+def _triton():
   from . import triton
   return triton
 
@@ -164,7 +154,7 @@ def _over_mesh(route, static_scale, x, embedding, targets, scale):
     return jax.tree.map(lambda y: y.reshape(targets.shape), results)
 
   def shard(*arrays):
-    x, embedding, targets, scale = partition.varying(arrays)
+    x, embedding, targets, scale = partition.varying_together(*arrays)
     if axis is None:
       return flat(x, embedding, targets, scale, vocabulary)
     first = jax.lax.axis_index(axis) * rows
@@ -202,8 +192,8 @@ def statistics(route, x, embedding, targets, *, scale, num_valid):
     x, scale = np.sign(scale).astype(x.dtype) * x, abs(scale) or 1.0
   static = isinstance(num_valid, int)
   options = Options(float(scale), num_valid if static else None)
-  return _statistics(route, options, *partition.varying(
-      (x, embedding, targets, None if static else num_valid)))
+  return _statistics(route, options, *partition.varying_together(
+      x, embedding, targets, None if static else num_valid))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -77,7 +77,7 @@ def decode_attention(
   scale = default_scale(dim_head) if scale is None else scale
   left = _left(window_of(local_window_size), key_cache.shape[-3])
   route = op.choose(OP, implementation, query, key, value, needs=op.untraced(scale, "query"))
-  static_scale, scale = op.scalar(route, scale)
+  route, static_scale, scale = op.scaled(route, scale)
   query, key, value, *others = jax.tree.map(
       lambda x: guards.no_derivative(x, OP.name) if isinstance(x, jax.Array) else x,
       (query, key, value, key_scales, value_scales, alibi_slopes, scale))

@@ -1,11 +1,14 @@
 """Decoding around the kernels of all backends: their functions, division over a mesh, `vmap`.
 
-Arguments and result are those of `xla.attend`, with float32 slopes and lengths in [0, S].
+  unsupported(query, key, value, *, chip) -> the first requirement that is not met, or None
+  forward(query, key, value, lengths, *, alibi_slopes, scale, left, key_scales, value_scales,
+          chip) -> out
+
+with arguments and result as `xla.attend` has them, float32 slopes, and lengths in [0, S].
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
@@ -14,28 +17,17 @@ from ..core.vmap import folding_vmap
 from . import configs, xla
 
 
-class Backend(op.Backend, Protocol):
-  """What decoding asks of a backend."""
-
-  def forward(self, query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: jax.Array,
-              *, alibi_slopes: jax.Array | None, scale: float, left: int | None,
-              key_scales: jax.Array | None, value_scales: jax.Array | None, chip: str | None
-              ) -> jax.Array:
-    """The attention of the queries, [B, T, heads, dim_head]."""
-    ...
-
-
-def _mosaic_gpu() -> Backend:
+def _mosaic_gpu():
   from . import mosaic_gpu
   return mosaic_gpu
 
 
-def _mosaic_tpu() -> Backend:
+def _mosaic_tpu():
   from . import mosaic_tpu
   return mosaic_tpu
 
 
-def _triton() -> Backend:
+def _triton():
   from . import triton
   return triton
 

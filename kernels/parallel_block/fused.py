@@ -2,9 +2,17 @@
 
 A layer is three steps: everything that is computed from norm(x), attention, and the sum of what
 comes of both branches with x. Attention is `flash_attention`; a backend here makes the matrix
-products of the other two and of their backward pass, on M tokens.
+products of the other two and of their backward pass, on M tokens:
 
-All arrays are in the dtype of x [M, D] but the gain of the norm; params as the op's, but key and
+  unsupported(x, params, *, chip) -> the first requirement that is not met, or None
+  in_projection(x, params, rotation, *, norm, eps, keep, chip)
+      -> (query [M, H, Dh], key [M, K Dh], value [M, K Dh], act, gate, up [M, F])
+  out_projection(x, attended, act, attn_out, ff_out, *, chip)
+      -> x + attended @ attn_out + act @ ff_out
+  swiglu_gradient(dy, gate, up, ff_out, *, chip) -> (dgate, dup, act)
+  input_gradient(dquery, dkey, dvalue, dgate, dup, params, *, chip) -> the gradient of norm(x)
+
+with x [M, D], all arrays in its dtype but the gain of the norm; params as the op's, but key and
 value [D, K Dh], of K heads side by side, and F a multiple of the backend's HIDDEN; `value` None
 where they have none; act = silu(gate) * up; gate and up None without `keep`; rotation None or the
 cosines and sines of positions, float32[M, Dh / 2], that query and key are rotated by; x of
@@ -19,8 +27,7 @@ pass as an argument. The gradients of weights are XLA's products.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,46 +48,17 @@ _OUT = ("attn_out", "ff_out")
 _HIDDEN = {"gate": 1, "up": 1, "ff_out": 0}  # The dimension that is of the hidden width.
 
 
-class Backend(op.Backend, Protocol):
-  """What the block asks of a backend."""
-
-  @property
-  def HIDDEN(self) -> int: ...  # noqa: N802  (of which F is a multiple)
-
-  def in_projection(self, x: jax.Array, params: Mapping[str, jax.Array],
-                    rotation: tuple[jax.Array, jax.Array] | None, *, norm: str, eps: float,
-                    keep: bool, chip: str | None) -> tuple[jax.Array | None, ...]:
-    """(query [M, H, Dh], key [M, K Dh], value [M, K Dh], act, gate, up [M, F])."""
-    ...
-
-  def out_projection(self, x: jax.Array | None, attended: jax.Array, act: jax.Array,
-                     attn_out: jax.Array, ff_out: jax.Array, *, chip: str | None) -> Any:
-    """x + attended @ attn_out + act @ ff_out."""
-    ...
-
-  def swiglu_gradient(self, dy: jax.Array, gate: jax.Array, up: jax.Array, ff_out: jax.Array, *,
-                      chip: str | None) -> Any:
-    """(dgate, dup, act)."""
-    ...
-
-  def input_gradient(self, dquery: jax.Array, dkey: jax.Array, dvalue: jax.Array | None,
-                     dgate: jax.Array, dup: jax.Array, params: Mapping[str, jax.Array], *,
-                     chip: str | None) -> Any:
-    """The gradient of norm(x)."""
-    ...
-
-
-def _mosaic_gpu() -> Backend:
+def _mosaic_gpu():
   from . import mosaic_gpu
   return mosaic_gpu
 
 
-def _mosaic_tpu() -> Backend:
+def _mosaic_tpu():
   from . import mosaic_tpu
   return mosaic_tpu
 
 
-def _triton() -> Backend:
+def _triton():
   from . import triton
   return triton
 
@@ -94,7 +72,7 @@ class Options:
   eps: float
 
   @property
-  def backend(self) -> "Backend":
+  def backend(self) -> Any:
     return self.route.backend
 
   @property
@@ -251,7 +229,7 @@ def parallel_attention_ffn(route, layer, x, params, *others):
     return weight.reshape(len(weight), -1)
 
   def from_stream(x, positions, weights):
-    x, positions, weights = partition.varying((x, positions, weights))
+    x, positions, weights = partition.varying_together(x, positions, weights)
     dim_head = weights["query"].shape[2]
     rotation = (rotations.rotation_at(positions.reshape(-1), dim_head // 2, layer.rope_theta)
                 if rotated else None)
@@ -266,9 +244,9 @@ def parallel_attention_ffn(route, layer, x, params, *others):
     rows = lambda a: a.reshape(-1, *a.shape[2:])
     attended, hidden = jax.tree.map(rows, (attended, hidden))
     if not by.columns:
-      arrays = partition.varying((rows(x), attended, hidden, weights))
+      arrays = partition.varying_together(rows(x), attended, hidden, weights)
       return project_out(options, *arrays).reshape(x.shape)
-    share = project_out(options, None, *partition.varying((attended, hidden, weights)))
+    share = project_out(options, None, *partition.varying_together(attended, hidden, weights))
     return x + jax.lax.psum(share.reshape(x.shape), by.columns)
 
   made = op.over_mesh(

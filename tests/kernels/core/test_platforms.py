@@ -79,6 +79,19 @@ def test_a_gradient_by_slopes_is_plain_jax_unless_a_kernel_was_asked_for(hopper)
   assert "alibi_slopes" in kernels.explain("flash_attention", query, query).reason
 
 
+@pytest.mark.parametrize("scale", [
+    pytest.param(0.5, marks=pytest.mark.full), jnp.float32(0.5)], ids=["number", "array"])
+def test_kernels_are_compiled_for_a_scale_that_is_a_number(scale):
+  calls = dict(
+      attention=lambda q, x: kernels.flash_attention(q, q, q, scale=scale),
+      loss=lambda q, x: kernels.linear_cross_entropy(x, x[0], jnp.arange(256)[None], scale=scale),
+      decode=lambda q, x: kernels.decode_attention(q[:, :1], q, q, jnp.array([128]), scale=scale))
+  for name, call in calls.items():
+    traced = jax.jit(call).trace(array(1, 128, 2, 64), array(1, 256, 128))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert ("tpu_custom_call" in text) == isinstance(scale, float), name
+
+
 def test_derivatives_and_maps_are_those_of_plain_jax():
   plain = lambda x, y, c: {"a": jnp.sin(x) * y + c}
   f = lambda x, y: platforms.by_platform(plain, [(("tpu",), plain)], (x, y), 3.0)["a"]
