@@ -4,7 +4,7 @@ How it works, and what it costs: docs/decode.md.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,39 +48,77 @@ def _transforms(dtype, dim):
   return (plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle))
 
 
-def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_ref, slopes_ref,
-            out_ref, lse_ref, q_smem, k_smem, v_smem, k_scale_smem, v_scale_smem, k_wide, v_wide,
-            q_ready, ready, *, kv_heads, tiles_of_rows, group, num_queries, scale, left):
+class _Operands(NamedTuple):
+  """Arrays in global memory."""
+
+  table: Any  # int32[slots, 3], of `splits`
+  lengths: Any  # int32[B]
+  query: Any  # [B, rows, kv_heads, dim], packed
+  key: Any  # [B, S, kv_heads, dim]
+  value: Any  # likewise; None where it is the key
+  key_scales: Any  # float32[B, kv_heads, S], or None
+  value_scales: Any
+  slopes: Any  # float32[kv_heads, ...] of `heads.row_slopes`, or None
+
+
+class _Scratch(NamedTuple):
+  """Shared memory and barriers."""
+
+  k_scale_smem: Any  # float32[stages, BLOCK]
+  k_smem: Any  # [stages, BLOCK, dim], in the cache's dtype
+  k_wide: Any  # [BLOCK, dim], in the query's; None unless the cache is int8
+  q_ready: Any
+  q_smem: Any  # [ROWS, dim]; at the end it holds the result
+  ready: Any
+  v_scale_smem: Any
+  v_smem: Any  # None where the value is the key; so is v_wide
+  v_wide: Any
+
+
+def _fetch(operands, scratch, at, b, kv, start, begin, end):
+  """Copies a block. Pieces with nothing to see are taken from behind the cache: zeros."""
+  ready = scratch.ready.at[at]
+  for ref, smem in ((operands.key, scratch.k_smem), (operands.value, scratch.v_smem)):
+    if ref is not None:
+      for piece in range(0, BLOCK, PIECE):
+        seen = start + piece < end
+        if begin is not None:
+          seen &= start + piece + PIECE > begin  # mutant: pieces before a window
+        first = jnp.where(seen, start + piece, ref.shape[1])  # mutant: pieces
+        plgpu.copy_gmem_to_smem(
+            ref.at[b, pl.ds(first, PIECE), kv], smem.at[at, pl.ds(piece, PIECE)], ready)
+  for ref, smem in ((operands.key_scales, scratch.k_scale_smem),
+                    (operands.value_scales, scratch.v_scale_smem)):
+    if ref is not None:
+      plgpu.copy_gmem_to_smem(ref.at[b, kv, pl.ds(start, BLOCK)], smem.at[at], ready)
+
+
+def _widened(smem, wide, at):
+  """A tile as wgmma takes it: int8 is exact in 16 bits."""
+  if wide is None:
+    return smem.at[at]
+  wide[...] = plgpu.load(smem.at[at], layout=TILE, optimized=False).astype(wide.dtype)
+  plgpu.commit_smem()
+  return wide
+
+
+def _kernel(operands, out_ref, lse_ref, scratch, *, kv_heads, tiles_of_rows, group, num_queries,
+            scale, left):
   """One slot of the table, one key/value head, 64 rows: one warpgroup, which copies for itself."""
+  table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_ref, slopes_ref = operands
+  k_scale_smem, k_smem, k_wide, q_ready, q_smem, ready, v_scale_smem, v_smem, v_wide = scratch
   index, stages = lax.axis_index("block"), k_smem.shape[0]
   slot, index = lax.div(index, kv_heads * tiles_of_rows), lax.rem(index, kv_heads * tiles_of_rows)
   kv, row0 = lax.div(index, tiles_of_rows), lax.rem(index, tiles_of_rows) * ROWS
   b, lo, end = table_ref[slot, 0], table_ref[slot, 1], table_ref[slot, 2]
   dim = k_ref.shape[3]
-  streams = [(k_ref, k_smem), (v_ref, v_smem)]
-  scale_streams = [(k_scale_ref, k_scale_smem), (v_scale_ref, v_scale_smem)]
 
   @pl.when(b >= 0)
   def attend():
     steps = pl.cdiv(end - lo, BLOCK)
     begin = None if left is None else first_seen(lengths_ref[b], num_queries, left)
-
-    def copy(i):
-      """Fetches block i. Pieces that hold nothing to be seen come from behind the cache: zeros."""
-      at, start = lax.rem(i, stages), lo + i * BLOCK
-      for ref, smem in streams:
-        if ref is not None:
-          for piece in range(0, BLOCK, PIECE):
-            seen = start + piece < end
-            if begin is not None:
-              seen &= start + piece + PIECE > begin  # mutant: pieces before a window
-            first = jnp.where(seen, start + piece, ref.shape[1])  # mutant: pieces
-            plgpu.copy_gmem_to_smem(
-                ref.at[b, pl.ds(first, PIECE), kv], smem.at[at, pl.ds(piece, PIECE)], ready.at[at])
-      for ref, smem in scale_streams:
-        if ref is not None:
-          plgpu.copy_gmem_to_smem(ref.at[b, kv, pl.ds(start, BLOCK)], smem.at[at], ready.at[at])
-
+    copy = lambda i: _fetch(
+        operands, scratch, lax.rem(i, stages), b, kv, lo + i * BLOCK, begin, end)
     rows = packing.rows_at(q_ref, b, kv, kv_heads, row0, ROWS)  # mutant: rows
     plgpu.copy_gmem_to_smem(q_ref.at[rows], q_smem, q_ready)
     lax.fori_loop(0, jnp.minimum(steps, stages), lambda i, _: copy(i), None)
@@ -97,14 +135,6 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
     fixed, lane = (x.astype(jnp.float32) for x in tiles.columns(BLOCK))
     shape = (ROWS, BLOCK)
 
-    def operand(smem, wide, at):
-      """A tile as wgmma takes it: int8 is exact in 16 bits."""
-      if wide is None:
-        return smem.at[at]
-      wide[...] = plgpu.load(smem.at[at], layout=TILE, optimized=False).astype(wide.dtype)
-      plgpu.commit_smem()
-      return wide
-
     def step(i, carry, masked, edge=False):
       acc, top, total = carry
       at = lax.rem(i, stages)
@@ -115,7 +145,7 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
         values = k_smem if v_ref is None else v_smem
         pl.when((filled < BLOCK) | (empty > 0) if edge else filled < BLOCK)(
             lambda: tiles.clear_rows(values.at[at], filled, empty))
-      k_tile = operand(k_smem, k_wide, at)
+      k_tile = _widened(k_smem, k_wide, at)
 
       def scores_of(acc_ref):
         plgpu.wgmma(acc_ref, q_smem, k_tile.T)
@@ -147,7 +177,7 @@ def _kernel(table_ref, lengths_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_re
         weights *= down(k_scale, shape)  # mutant: value scales
       weights = weights.astype(q_smem.dtype)
       acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))
-      v_tile = k_tile if v_ref is None else operand(v_smem, v_wide, at)
+      v_tile = k_tile if v_ref is None else _widened(v_smem, v_wide, at)
       acc = tiles.product_onto(acc, weights, v_tile)  # mutant: product
 
       plgpu.commit_smem()  # every warp has read these tiles  # mutant: commit before a refill
@@ -204,9 +234,10 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: 
   table, starts = splits.split(lengths, limits)
 
   array = jax.ShapeDtypeStruct
-  operands = [table, lengths, packed, key, value,
-              *(None if x is None else x.swapaxes(1, 2) for x in (key_scales, value_scales)),
-              None if alibi_slopes is None else packing.row_slopes(alibi_slopes, kv_heads)]
+  operands = _Operands(
+      table, lengths, packed, key, value,
+      *(None if x is None else x.swapaxes(1, 2) for x in (key_scales, value_scales)),
+      None if alibi_slopes is None else packing.row_slopes(alibi_slopes, kv_heads))
   out_types = [array(packed.shape, query.dtype)]
   if limits.parts:
     out_types = [array((kv_heads, num_rows, limits.slots, dim), query.dtype),
@@ -217,7 +248,7 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: 
       group=query.shape[2] // kv_heads, num_queries=query.shape[1], scale=scale, left=left)
   if not limits.parts:
     with_lse = kernel
-    kernel = lambda *refs, **scratch: with_lse(*refs, None, **scratch)
+    kernel = lambda operands, out_ref, scratch: with_lse(operands, out_ref, None, scratch)
 
   tile = lambda x, *lead: None if x is None else plgpu.SMEM(
       (*lead, BLOCK, dim), x.dtype, transforms=_transforms(x.dtype, dim))
@@ -232,15 +263,15 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: 
       kernel_name="decode_attention",
       interpret=mode.mosaic_gpu(),
       compiler_params=tiles.COMPILER_PARAMS,
-      scratch_types=dict(  # pyright: ignore[reportArgumentType]
+      scratch_types=[_Scratch(
           q_smem=plgpu.SMEM((ROWS, dim), query.dtype, transforms=_transforms(query.dtype, dim)),
           k_smem=tile(key, stages), v_smem=tile(value, stages),
           k_scale_smem=column(key_scales), v_scale_smem=column(value_scales),
           k_wide=wide(key), v_wide=wide(value),
           q_ready=plgpu.Barrier(),
           ready=plgpu.Barrier(num_barriers=stages, num_arrivals=copies),
-      ),
-  )(*operands)
+      )],
+  )(operands)
   if limits.parts:
     most = min(limits.programs, key.shape[1] // limits.least)
     parts, lse2 = out
