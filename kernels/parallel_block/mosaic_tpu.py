@@ -6,6 +6,7 @@ stands after the product of the next rows in program order: the vector units wor
 matrix units make the other.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,53 +97,6 @@ def in_projection(x: jax.Array, params: Mapping[str, jax.Array],
   of_heads = key_steps + query_steps
   steps = of_heads + -(-hidden // plan.columns)
 
-  def kernel(*refs):
-    refs = iter(refs)
-    take = lambda names: {name: next(refs) for name in names}
-    x, gain = next(refs), next(refs)
-    tables = [next(refs) for _ in rotation or ()]
-    weights = take(("query", "key", *values, "gate", "up"))
-    out = take(("query", "key", *values, "act", *(("gate", "up") if keep else ())))
-    h, *sums = refs
-    step, deep = pl.program_id(1), pl.program_id(2)
-
-    @pl.when((step == 0) & (deep == 0))
-    def _():
-      normalize(x, gain, h, plan.norm_rows, norm, eps)
-
-    def products(*names):
-      def product(at):
-        rows = h[at, :] if depths == 1 else h[at, pl.ds(pl.multiple_of(deep * depth, depth), depth)]
-        return [dot(rows, weights[name][...]) for name in names]
-      return product
-
-    def write(name, at, part):
-      part = rotated(part, tables, at, dim_head) if name in ROTATED else part
-      out[name][at, :] = part.astype(dtype)
-
-    def finish_heads(names):
-      def finish(parts, at):
-        for name, part in zip(names, parts, strict=True):
-          write(name, at, part)
-      return finish
-
-    def finish_hidden(parts, at):
-      gate, up = parts
-      write("act", at, gate * jax.nn.sigmoid(gate) * up)
-      if keep:
-        write("gate", at, gate)
-        write("up", at, up)
-
-    of_keys = ("key", *values)
-    for here, names, finish in (
-        (step == 0 if key_steps == 1 else step < key_steps, of_keys, finish_heads(of_keys)),
-        ((step > key_steps - 1) & (step <= of_heads - 1), ("query",), finish_heads(("query",))),
-        (step > of_heads - 1, ("gate", "up"), finish_hidden)):
-      @pl.when(here)
-      def _():
-        contraction(plan, depths, products(*names), finish, sums,
-                    [weights[name].shape[1] for name in names])
-
   # Only while its part is active does a weight's block change, so only then is one fetched.
   def weight(columns, first, count):
     def index(i, step, deep):
@@ -172,7 +126,10 @@ def in_projection(x: jax.Array, params: Mapping[str, jax.Array],
                for name in names]
   columns_of_all = heads * dim_head + (1 + len(values)) * keys + 2 * hidden
   results = pl.pallas_call(
-      kernel,
+      functools.partial(
+          _in_projection_kernel, plan=plan, steps=(key_steps, of_heads), depths=depths,
+          values=values, has_rotation=rotation is not None, keep=keep, norm=norm, eps=eps,
+          dim_head=dim_head),
       grid=(-(-num_tokens // plan.rows), steps, depths),
       in_specs=[spec for _, spec in operands],
       out_specs=[result(*columns[name]) for name in names],
@@ -191,6 +148,65 @@ def in_projection(x: jax.Array, params: Mapping[str, jax.Array],
   query = found["query"].reshape(num_tokens, heads, dim_head)
   return (query, found["key"], found.get("value"), found["act"], found.get("gate"),
           found.get("up"))
+
+
+def _in_projection_kernel(*refs, plan, steps, depths, values, has_rotation, keep, norm, eps,
+                          dim_head):
+  """One block of rows by one block of columns: of keys and values, queries, or gate and up.
+
+  Args:
+    refs: x [rows, D], gain [1, D], tables of rotation, the weights; the results; h [rows, D] and
+      sums float32[rows, columns] in VMEM, the latter where a contraction takes several `depths`.
+    steps: where the steps of keys end, and those of queries.
+  """
+  key_steps, of_heads = steps
+  refs = iter(refs)
+  take = lambda names: {name: next(refs) for name in names}
+  x, gain = next(refs), next(refs)
+  tables = [next(refs) for _ in range(2 * has_rotation)]
+  weights = take(("query", "key", *values, "gate", "up"))
+  out = take(("query", "key", *values, "act", *(("gate", "up") if keep else ())))
+  h, *sums = refs
+  step, deep = pl.program_id(1), pl.program_id(2)
+
+  @pl.when((step == 0) & (deep == 0))
+  def _():
+    normalize(x, gain, h, plan.norm_rows, norm, eps)
+
+  def products(*names):
+    def product(at):
+      part = slice(None) if depths == 1 else pl.ds(
+          pl.multiple_of(deep * plan.depth, plan.depth), plan.depth)
+      rows = h[at, part]
+      return [dot(rows, weights[name][...]) for name in names]
+    return product
+
+  def write(name, at, part):
+    part = rotated(part, tables, at, dim_head) if name in ROTATED else part
+    out[name][at, :] = part.astype(out[name].dtype)
+
+  def finish_heads(names):
+    def finish(parts, at):
+      for name, part in zip(names, parts, strict=True):
+        write(name, at, part)
+    return finish
+
+  def finish_hidden(parts, at):
+    gate, up = parts
+    write("act", at, gate * jax.nn.sigmoid(gate) * up)
+    if keep:
+      write("gate", at, gate)
+      write("up", at, up)
+
+  of_keys = ("key", *values)
+  for here, names, finish in (
+      (step == 0 if key_steps == 1 else step < key_steps, of_keys, finish_heads(of_keys)),
+      ((step > key_steps - 1) & (step <= of_heads - 1), ("query",), finish_heads(("query",))),
+      (step > of_heads - 1, ("gate", "up"), finish_hidden)):
+    @pl.when(here)
+    def _():
+      contraction(plan, depths, products(*names), finish, sums,
+                  [weights[name].shape[1] for name in names])
 
 
 def out_projection(x: jax.Array | None, attended: jax.Array, act: jax.Array, attn_out: jax.Array,
