@@ -3,7 +3,7 @@
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -113,13 +113,12 @@ def generate(params: Any, config: PaLMConfig, prompt: ArrayLike | list[Any], len
   cache_dtype = dtype if cache_dtype is None else jnp.dtype(cache_dtype)
   if cache_dtype != jnp.int8 and not jnp.issubdtype(cache_dtype, jnp.floating):
     raise ValueError(f"cache_dtype must be floating point or int8; got {cache_dtype}")
-  return _generate(
-      tuple(p for p, _ in models), jnp.asarray(prompt, jnp.int32), prompt_lengths, key,
-      None if greedy else float(temperature), top_p, configs=tuple(c for _, c in models),
-      length=length, top_k=top_k, eod=eod, dtype=dtype, weights=weights,
-      cache_dtype=cache_dtype, prefix=prefix, draft_length=draft_length,
-      implementation=implementation,
-      on_token=on_token)
+  options = _Options(
+      configs=tuple(c for _, c in models), length=length, top_k=top_k, eod=eod, dtype=dtype,
+      weights=weights, cache_dtype=cache_dtype, prefix=prefix, draft_length=draft_length,
+      implementation=implementation, on_token=on_token)
+  return _generate(options, tuple(p for p, _ in models), jnp.asarray(prompt, jnp.int32),
+                   prompt_lengths, key, None if greedy else float(temperature), top_p)
 
 
 def _count(name: str, value) -> int:
@@ -132,39 +131,55 @@ def _count(name: str, value) -> int:
   return count
 
 
-@functools.partial(jax.jit, static_argnames=(
-    "configs", "length", "top_k", "eod", "dtype", "weights", "cache_dtype", "prefix",
-    "draft_length", "implementation", "on_token"))
+class _Options(NamedTuple):
+  """What a program is compiled for."""
+
+  configs: tuple[PaLMConfig, ...]  # the model's, and the draft's
+  length: int
+  top_k: int | None
+  eod: int | None
+  dtype: np.dtype
+  weights: str | None
+  cache_dtype: np.dtype
+  prefix: str | None
+  draft_length: int
+  implementation: Implementation
+  on_token: Callable[[np.ndarray], None] | None
+
+
+@functools.partial(jax.jit, static_argnums=0)
 @promoting()
-def _generate(params, prompt, lengths, key, temperature, top_p, *, configs, length, top_k, eod,
-              dtype, weights, cache_dtype, prefix, draft_length, implementation, on_token):
-  lead, start = prompt.shape[:-1], prompt.shape[-1]
-  step = draft_length + 1 if len(params) > 1 else 1
+def _generate(options, params, prompt, lengths, key, temperature, top_p):
+  lead, start, length, eod = prompt.shape[:-1], prompt.shape[-1], options.length, options.eod
+  step = options.draft_length + 1 if len(params) > 1 else 1
   room = start + length + (step if len(params) > 1 else 0)
   models, caches = [], []
-  for one, config in zip(params, configs):
+  for one, config in zip(params, options.configs):
     if not isinstance(one, decoder.Weights):
-      one = decoder.prepare(one, config, dtype, weights, None if models else prefix)
+      one = decoder.prepare(one, config, options.dtype, options.weights,
+                            None if models else options.prefix)
     models.append(speculative.Model(
-        functools.partial(decoder.run, one, config, dtype=dtype, implementation=implementation),
+        functools.partial(decoder.run, one, config, dtype=options.dtype,
+                          implementation=options.implementation),
         functools.partial(decoder.logits, one, config)))
-    caches.append(empty_cache(config, lead, room, cache_dtype, step))
+    caches.append(empty_cache(config, lead, room, options.cache_dtype, step))
 
   if len(models) > 1:
     ends = jnp.full(lead, start, jnp.int32) if lengths is None else lengths
     drawn = speculative.continuation(
         models[0], models[1], prompt, caches, ends, key, length=length,
-        draft_length=draft_length, eod=eod, on_token=on_token, distribution=functools.partial(
-            log_probabilities, temperature=temperature, top_k=top_k, top_p=top_p))
+        draft_length=options.draft_length, eod=eod, on_token=options.on_token,
+        distribution=functools.partial(
+            log_probabilities, temperature=temperature, top_k=options.top_k, top_p=top_p))
     if eod is not None:
       ended = jnp.cumsum(drawn == eod, -1) - (drawn == eod) > 0
       drawn = jnp.where(ended, eod, drawn)
   else:
-    draw = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
+    draw = functools.partial(sample, temperature=temperature, top_k=options.top_k, top_p=top_p)
     if temperature is None:
       draw = lambda logits, key: jnp.argmax(logits, -1).astype(jnp.int32)
     drawn = _continuation(models[0], prompt, caches[0], lengths, key, draw=draw, length=length,
-                          eod=eod, on_token=on_token)
+                          eod=eod, on_token=options.on_token)
   if lengths is None:
     return jnp.concatenate([prompt, drawn], -1)
   behind = jnp.arange(start + length) - lengths[..., None]

@@ -13,7 +13,7 @@ OFFERED = ("unsupported", "forward", "backward", "logit_gradient", "in_projectio
 # What takes more than 12 parameters without being a device kernel: public functions, and what is
 # still to be divided.
 WIDE = {
-    "palm_haiku/generate.py:generate", "palm_haiku/generate.py:_generate",
+    "palm_haiku/generate.py:generate",
     "kernels/attention/mosaic_gpu_backward.py:backward",
     "kernels/attention/mosaic_tpu_backward.py:backward", "kernels/attention/triton.py:backward",
     "kernels/parallel_block/__init__.py:parallel_attention_ffn"}
