@@ -29,25 +29,36 @@ class Shape:
   heads: int
   dim_head: int
   ff_mult: int
+  kv_heads: int = 1
+  dim_ff: int = 0  # in place of dim * ff_mult
 
   @classmethod
   def parse(cls, text: str) -> "Shape":
-    """From "4x2048x4096x16x256x4": batch, length, dim, heads, dim_head, ff_mult."""
-    return cls(*sizes(text, "a block's", "BATCHxLENGTHxDIMxHEADSxDIM_HEADxFF_MULT"))
+    """From "4x2048x4096x16x256x4": batch, length, dim, heads, dim_head, ff_mult.
+
+    Behind them kv_heads, and dim_ff in place of dim * ff_mult, may stand.
+    """
+    form = "BATCHxLENGTHxDIMxHEADSxDIM_HEADxFF_MULT"
+    more = text.count("x") - form.count("x")
+    return cls(*sizes(text, "a block's", form + "".join(("xKV_HEADS", "xDIM_FF")[:max(more, 0)])))
 
   def __str__(self):
-    return "x".join(str(size) for size in dataclasses.astuple(self))
+    numbers = list(dataclasses.astuple(self))
+    while len(numbers) > 6 and numbers[-1] == (1, 0)[len(numbers) - 7]:
+      numbers.pop()
+    return "x".join(map(str, numbers))
 
   @property
   def weights(self) -> dict[str, tuple[int, ...]]:
-    dim, heads, dim_head, ff = self.dim, self.heads, self.dim_head, self.dim * self.ff_mult
-    return {"norm": (dim,), "query": (dim, heads, dim_head), "key": (dim, dim_head),
-            "value": (dim, dim_head), "gate": (dim, ff), "up": (dim, ff),
-            "attn_out": (heads, dim_head, dim), "ff_out": (ff, dim)}
+    dim, heads, dim_head, ff = self.dim, self.heads, self.dim_head, self.hidden
+    key = (dim, self.kv_heads, dim_head) if self.kv_heads > 1 else (dim, dim_head)
+    return {"norm": (dim,), "query": (dim, heads, dim_head), "key": key, "value": key,
+            "gate": (dim, ff), "up": (dim, ff), "attn_out": (heads, dim_head, dim),
+            "ff_out": (ff, dim)}
 
   @property
   def hidden(self) -> int:
-    return self.dim * self.ff_mult
+    return self.dim_ff or self.dim * self.ff_mult
 
   def _weights(self, step: str) -> int:
     """Numbers in the matrices of a step."""
@@ -57,7 +68,7 @@ class Shape:
     return sum(int(np.prod(self.weights[name])) for name in parts if name != "norm")
 
   def flops(self, backward: bool, causal: bool = True, step: str = "layer") -> float:
-    attention = Attention(self.batch, self.length, self.heads, 1, self.dim_head)
+    attention = Attention(self.batch, self.length, self.heads, self.kv_heads, self.dim_head)
     return (2 * self._weights(step) * self.batch * self.length * (3 if backward else 1)
             + (attention.flops(backward, causal) if step == "layer" else 0))
 
@@ -67,7 +78,8 @@ class Shape:
     stream = 2 * self.dim * tokens
     if step != "layer":
       stream += (self.heads * self.dim_head + self.hidden - self.dim) * tokens
-      stream += 2 * self.dim_head * tokens if step == "in_projection" else self.dim * tokens
+      keys = 2 * self.kv_heads * self.dim_head
+      stream += (keys if step == "in_projection" else self.dim) * tokens
     return (weights + stream + (2 * weights + 1.5 * stream if backward else 0)) * itemsize
 
 

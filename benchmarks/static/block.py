@@ -34,23 +34,25 @@ def program(*, step, shape, implementation, chip, norm="layer", rotary=True, val
   """(function, arguments) of one step of the layer."""
   shape = Shape.parse(shape)
   tokens, dim, heads, dim_head = shape.batch * shape.length, shape.dim, shape.heads, shape.dim_head
-  hidden = dim * shape.ff_mult
+  hidden, keys = shape.hidden, shape.kv_heads * dim_head
   array = lambda *sizes, dtype=dtype: jax.ShapeDtypeStruct(sizes, dtype)
   x, act = array(tokens, dim), array(tokens, hidden)
-  attended, key = array(tokens, heads, dim_head), array(tokens, dim_head)
+  attended, key = array(tokens, heads, dim_head), array(tokens, keys)
   params = {name: array(*sizes, dtype="float32" if name == "norm" else dtype)
             for name, sizes in shape.weights.items() if values or name != "value"}
   own = implementation == "mosaic_tpu"
+  side_by_side = lambda params: params | {
+      name: params[name].reshape(dim, -1) for name in ("key", "value") if name in params}
   if step == "in_projection":
     rotation = (array(tokens, dim_head // 2, dtype="float32"),) * 2 if rotary else None
 
     def projections(x, params, rotation):
       if own:
         return mosaic_tpu.in_projection(
-            x, params, rotation, norm=norm, eps=1e-5, keep=keep, chip=chip)
+            x, side_by_side(params), rotation, norm=norm, eps=1e-5, keep=keep, chip=chip)
       query, key, value, gate, up = xla.in_projection(
           x, params, jnp.arange(tokens), norm=norm, norm_eps=1e-5, rotary=rotary,
-          xpos_scale_base=None)
+          rope_theta=10_000.0, xpos_scale_base=None)
       return query, key, value, jax.nn.silu(gate) * up, *((gate, up) if keep else ())
 
     return projections, (x, params, rotation)
@@ -69,21 +71,24 @@ def program(*, step, shape, implementation, chip, norm="layer", rotary=True, val
     return function, (x, act, act, params["ff_out"])
 
   def plain(dquery, dkey, dvalue, dgate, dup, params):
+    params = side_by_side(params)
     dh = dquery.reshape(tokens, -1) @ params["query"].reshape(dim, -1).T
     dh += dkey @ params["key"].T + (0 if dvalue is None else dvalue @ params["value"].T)
     return dh + dgate @ params["gate"].T + dup @ params["up"].T
 
-  function = (lambda *a: mosaic_tpu.input_gradient(*a, chip=chip)) if own else plain
+  function = plain
+  if own:
+    function = lambda *a: mosaic_tpu.input_gradient(*a[:-1], side_by_side(a[-1]), chip=chip)
   return function, (attended, key, key if values else None, act, act, params)
 
 
 def about(step, shape, chip, values=True) -> tuple[float, mosaic_tpu_plan.Plan, tuple]:
   """FLOPs of a step, its plan, and how often the parts of its kernel run."""
   s = Shape.parse(shape)
-  tokens, queries, hidden = s.batch * s.length, s.heads * s.dim_head, s.dim * s.ff_mult
+  tokens, queries, hidden = s.batch * s.length, s.heads * s.dim_head, s.hidden
   plan = mosaic_tpu_plan.Sizes(
-      tokens, s.dim, s.heads, s.dim_head, hidden, 2).plans(chip)[step]
-  keys = s.dim_head * (1 + values)
+      tokens, s.dim, s.heads, s.kv_heads, s.dim_head, hidden, 2).plans(chip)[step]
+  keys = s.kv_heads * s.dim_head * (1 + values)
   width = {"in_projection": queries + keys + 2 * hidden, "out_projection": queries + hidden,
            "swiglu_gradient": hidden, "input_gradient": queries + keys + 2 * hidden}[step]
   return 2.0 * tokens * s.dim * width, plan, runs(step, plan, s)
@@ -91,24 +96,25 @@ def about(step, shape, chip, values=True) -> tuple[float, mosaic_tpu_plan.Plan, 
 
 def runs(step, plan, s) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """Fractions of the steps in which the guards run that multiply, and those that only compute."""
-  queries, hidden = s.heads * s.dim_head, s.dim * s.ff_mult
+  queries, hidden, keys = s.heads * s.dim_head, s.hidden, s.kv_heads * s.dim_head
   if plan.depths:
-    sizes = [queries, hidden] if step == "out_projection" else [queries, s.dim_head, hidden]
+    sizes = [queries, hidden] if step == "out_projection" else [queries, keys, hidden]
     counts = [size // depth for size, depth in zip(sizes, plan.depths, strict=True)]
     return tuple(n / sum(counts) for n in counts), (1 / sum(counts),) * 2
   deep = s.dim // plan.depth
   ends = () if deep == 1 else (1 / deep,) * 2  # clear the sums, write them
   if step == "swiglu_gradient":
     return (1.0,), ends
-  counts = [1, -(-queries // plan.query_columns), -(-hidden // plan.columns)]
+  counts = [-(-keys // plan.key_columns), -(-queries // plan.query_columns),
+            -(-hidden // plan.columns)]
   return tuple(n / sum(counts) for n in counts), (1 / sum(counts) / deep, *ends * 3)
 
 
 def traffic(step, plan, shape, values=True, keep=True, rotary=True, **_) -> int:
   """Bytes that the kernel's copies move: a block is fetched again wherever its index changes."""
   s = Shape.parse(shape)
-  tokens, queries, hidden = s.batch * s.length, s.heads * s.dim_head, s.dim * s.ff_mult
-  keys = s.dim_head * (1 + values)
+  tokens, queries, hidden = s.batch * s.length, s.heads * s.dim_head, s.hidden
+  keys = s.kv_heads * s.dim_head * (1 + values)
   blocks = -(-tokens // plan.rows)
   if step == "in_projection":
     tables = 2 * rotary * tokens * max(s.dim_head // 2, 128) * 4

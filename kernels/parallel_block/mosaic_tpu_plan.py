@@ -73,9 +73,9 @@ def fit_columns(config, chip, num_tokens, dim, hidden, itemsize, *, heads=0, kv_
   limit = vmem.limit(chip)
   products, width = (2, round_up(dim_head, LANES)) if heads else (1, 0)
 
-  def plan(most, depth, columns, query_columns):
+  def plan(most, depth, columns, query_columns, most_keys):
     query_columns = min(round_up(query_columns, width or 1), round_up(heads * dim_head, LANES))
-    key_columns = in_equal_steps(kv_heads * dim_head, columns, width) if heads else 0
+    key_columns = in_equal_steps(kv_heads * dim_head, most_keys, width) if heads else 0
     together = max(products * columns, query_columns)
     rows, tile, part = fit_rows(config, most, num_tokens, together * depth, chip)
     two = 2 * itemsize  # bytes of what has two buffers
@@ -98,8 +98,9 @@ def fit_columns(config, chip, num_tokens, dim, hidden, itemsize, *, heads=0, kv_
     for depth in depths_of(dim):
       wanted = min(config.work // (products * most * depth), config.columns, hidden)
       for columns in halves(max(wanted, LANES), LANES):
-        for query_columns in (2 * columns, columns):
-          found = plan(most, depth, columns, query_columns)
+        # Queries have more steps than keys, and gain more by longer ones.
+        for of_queries, of_keys in ((2, 2), (2, 1), (1, 2)):
+          found = plan(most, depth, columns, of_queries * columns, of_keys * columns // 2)
           if found.vmem_bytes <= limit:
             return found
   return found

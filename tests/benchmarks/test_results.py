@@ -134,3 +134,7 @@ def test_block_arithmetic():
   assert shape.flops(False) == 2 * 4 * products + attention.flops(False)
   with pytest.raises(ValueError, match="a block's shape is"):
     Shape.parse("1x2x3")
+  grouped = Shape.parse("1x4x8x4x4x4x2x24")
+  assert grouped.weights["key"] == (8, 2, 4) and grouped.weights["up"] == (8, 24)
+  for text in ("1x4x8x2x4x4", "1x4x8x4x4x4x2", "1x4x8x4x4x4x1x24"):
+    assert str(Shape.parse(text)) == text
