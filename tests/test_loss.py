@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 from palm_haiku.loss import next_token_loss
+from tests.kernels import draws
 
 
 def random_case(shape=(2, 5), num_tokens=7):
-  logits = 3 * jax.random.normal(jax.random.key(0), (*shape, num_tokens))
-  return logits, jax.random.randint(jax.random.key(1), shape, 0, num_tokens)
+  logits = 3 * draws.normal(0, (*shape, num_tokens))
+  return logits, draws.integers(1, shape, 0, num_tokens)
 
 
 def test_matches_numpy():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from palm_haiku import kernels
+from tests.kernels import draws
 
 
 @contextlib.contextmanager
@@ -29,7 +30,7 @@ def compilations():
 
 
 def array(*shape):
-  return jax.random.normal(jax.random.key(len(shape)), shape)
+  return draws.normal(len(shape), shape)
 
 
 def weights(dim=8):

@@ -82,11 +82,12 @@ def inputs(case: Case) -> dict:
 
   def normal(length, heads):
     shape = (case.batch, length, heads, case.dim_head)
-    return jnp.asarray(rng.normal(size=shape), case.dtype)
+    return jnp.asarray(rng.normal(size=shape).astype(jnp.dtype(case.dtype)))
 
   def ids(length):
     drawn = rng.integers(0, 3, (case.batch, length))
-    return jnp.asarray(np.sort(drawn) if case.segments == "packed" else drawn, jnp.int32)
+    drawn = np.sort(drawn) if case.segments == "packed" else drawn
+    return jnp.asarray(drawn.astype(np.int32))
 
   offset = jnp.asarray(case.query_offset, jnp.int32) if case.traced_offset else case.query_offset
   segments = (ids(case.num_queries), ids(case.num_keys)) if case.segments else None

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from palm_haiku.kernels import flash_attention, interpret
+from tests.kernels import draws
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("mapped", ["", "ids", "offset", "slopes"])
 def test_gradients_where_ids_offset_and_slopes_are_mapped_or_not(mapped):
-  query, key, value = (jax.random.normal(jax.random.key(i), (2, 1, 24, n, 64))
+  query, key, value = (draws.normal(i, (2, 1, 24, n, 64))
                        for i, n in enumerate((2, 1, 1)))
   others = dict(ids=jnp.arange(24)[None] // 10, offset=jnp.int32(2), slopes=jnp.array([0.5, 0.1]))
   axes = dict.fromkeys(others)

@@ -1,5 +1,6 @@
 """The Triton kernels: numbers in Triton's interpreter, compilation ahead of time."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -17,6 +18,7 @@ from palm_haiku.kernels import alibi_slopes, flash_attention
 from palm_haiku.kernels.attention import configs, triton
 from palm_haiku.kernels.triton import call as triton_call
 from tests import triton_interpreter
+from tests.kernels import draws
 from tests.kernels.attention import contract
 from tests.kernels.attention.contract import Case
 from tests.mutants import DROPPED, Mistake
@@ -33,17 +35,37 @@ def blocks_of(rows, keys, apart=False):
   return lambda *_: Blocks(rows, keys, 4, 2, apart)
 
 
-def results(case, blocks=None, mistake=None, chip=None, **replaced):
-  """What the kernels compute for a case, in the interpreter."""
-  arrays = contract.inputs(case) | replaced
-  options = dict(arrays["options"], chip=chip)
-  q, k, v, dout = (arrays[name] for name in ("query", "key", "value", "dout"))
+@contextlib.contextmanager
+def running(blocks=None, mistake=None):
+  """The kernels run in the interpreter, with these tiles; programs are compiled once in it."""
   with pytest.MonkeyPatch.context() as patch, triton_interpreter.interpreted(mistake):
     if blocks:
       patch.setattr(triton, "_blocks", blocks_of(*blocks))
-    out, lse = triton.forward(q, k, v, **options)
-    dquery, dkey, dvalue = triton.backward(q, k, v, out, lse, dout, **options)
-  return arrays, dict(out=out, lse=lse, dquery=dquery, dkey=dkey, dvalue=dvalue)
+    yield
+
+
+@functools.partial(jax.jit, static_argnames=(
+    "is_causal", "scale", "window", "known_offset", "chip"))
+def kernels(query, key, value, dout, query_offset, known_offset, **options):
+  """What both passes return, for a query_offset that is an array, or a Python int."""
+  options["query_offset"] = query_offset if known_offset is None else known_offset
+  out, lse = triton.forward(query, key, value, **options)
+  grads = triton.backward(query, key, value, out, lse, dout, **options)
+  return dict(zip(("out", "lse", "dquery", "dkey", "dvalue"), (out, lse, *grads), strict=True))
+
+
+def run(case, chip=None, **replaced):
+  """A case's inputs and the kernels' results on them."""
+  arrays = contract.inputs(case) | replaced
+  options = dict(arrays["options"], chip=chip)
+  offset = options.pop("query_offset")
+  return arrays, kernels(*(arrays[name] for name in ("query", "key", "value", "dout")), offset,
+                         offset if isinstance(offset, int) else None, **options)
+
+
+def results(case, blocks=None, mistake=None, **more):
+  with running(blocks, mistake):
+    return run(case, **more)
 
 
 drawn = dict(
@@ -54,9 +76,11 @@ drawn = dict(
 
 def check_variants(case, blocks, data):
   """One program on several inputs: what surrounds the kernels is compiled for each shape."""
-  for _ in range(4):
-    contract.check(case, *results(case, blocks))
-    case = data.draw(contract.variants(case))
+  varies = case.segments or case.traced_offset
+  with running(blocks):
+    for _ in range(4 if varies else 2):
+      contract.check(case, *run(case))
+      case = data.draw(contract.variants(case))
 
 
 @settings(max_examples=3)
@@ -67,7 +91,7 @@ def test_results_are_as_near_to_float64_as_the_xla_path(case, blocks, data):
 
 @pytest.mark.full
 @pytest.mark.timeout(1200)  # for a busy machine
-@settings(max_examples=15)  # 72 in all
+@settings(max_examples=15)
 @given(**drawn)
 def test_results_of_more_drawn_cases(case, blocks, data):
   check_variants(case, blocks, data)
@@ -153,11 +177,10 @@ def test_rows_and_keys_past_the_end_weigh_nothing():
 
 def qkv(num_queries=20, num_keys=None, heads=4, kv_heads=1, dim_head=16, lead=(2,),
         dtype=jnp.float32):
-  keys = jax.random.split(jax.random.key(0), 3)
   num_keys = num_keys or num_queries
-  return (jax.random.normal(keys[0], (*lead, num_queries, heads, dim_head), dtype),
-          jax.random.normal(keys[1], (*lead, num_keys, kv_heads, dim_head), dtype),
-          jax.random.normal(keys[2], (*lead, num_keys, kv_heads, dim_head), dtype))
+  return (draws.normal(0, (*lead, num_queries, heads, dim_head), dtype),
+          draws.normal(1, (*lead, num_keys, kv_heads, dim_head), dtype),
+          draws.normal(2, (*lead, num_keys, kv_heads, dim_head), dtype))
 
 
 @pytest.fixture
@@ -277,7 +300,7 @@ def test_vmap_of_anything(interpreted):
   q, k, v = qkv(20)
   slopes = jnp.stack([jnp.asarray(SLOPES), 2.0 * SLOPES, jnp.zeros(4)])
   offsets = jnp.array([0, 5, -2])
-  ids = jax.random.randint(jax.random.key(1), (2, 20, 3), 0, 2)
+  ids = draws.integers(1, (2, 20, 3), 0, 2)
   queries = jnp.stack([q, 2 * q, -q], axis=2)
 
   def mapped(f):

@@ -11,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from palm_haiku.kernels import alibi_slopes, flash_attention
 from palm_haiku.kernels.attention import xla
+from tests.kernels import draws
 
 
 def numpy_attention(q, k, v, *, scale, causal, slopes, q_segments, k_segments, window, offset):
@@ -86,10 +87,9 @@ def test_matches_numpy_in_more_cases(case):
 def random_qkv(num_queries=40, num_keys=None, heads=3, kv_heads=1, dim_head=8, lead=(2,),
                dtype=jnp.float32):
   num_keys = num_keys or num_queries
-  keys = jax.random.split(jax.random.key(0), 3)
-  return (jax.random.normal(keys[0], (*lead, num_queries, heads, dim_head), dtype),
-          jax.random.normal(keys[1], (*lead, num_keys, kv_heads, dim_head), dtype),
-          jax.random.normal(keys[2], (*lead, num_keys, kv_heads, dim_head), dtype))
+  return (draws.normal(0, (*lead, num_queries, heads, dim_head), dtype),
+          draws.normal(1, (*lead, num_keys, kv_heads, dim_head), dtype),
+          draws.normal(2, (*lead, num_keys, kv_heads, dim_head), dtype))
 
 
 @pytest.mark.full

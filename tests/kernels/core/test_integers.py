@@ -7,6 +7,7 @@ import pytest
 
 from palm_haiku.kernels import decode_attention, flash_attention, parallel_attention_ffn
 from palm_haiku.kernels.core import integers
+from tests.kernels import draws
 
 VALUES = [0, 1, 7, -1, 7 + 2**32, -2**31, 2**31, 2**31 - 1, 2**32 - 1, 2**63 - 1, -2**63, 3 - 2**32,
           2**63, 2**64 - 1]
@@ -46,7 +47,7 @@ def test_numbers_are_clamped_before_they_are_cut(dtype):
 
 
 def test_documents_far_apart_do_not_see_each_other():
-  query = jax.random.normal(jax.random.key(0), (1, 8, 1, 16))
+  query = draws.normal(0, (1, 8, 1, 16))
   attend = lambda ids: flash_attention(query, query, query, is_causal=False, segment_ids=ids)
   far = np.array([[7] * 4 + [7 + 2**32] * 4])
   want = attend(jnp.array([[7] * 4 + [8] * 4]))
@@ -58,7 +59,7 @@ def test_documents_far_apart_do_not_see_each_other():
 
 @pytest.mark.parametrize("offset", [2**32, np.int64(2**32), np.uint64(2**63), -2**40])
 def test_an_offset_far_away_sees_nothing(offset):
-  query = jax.random.normal(jax.random.key(0), (1, 8, 1, 16))
+  query = draws.normal(0, (1, 8, 1, 16))
   attend = lambda offset: flash_attention(query, query, query, local_window_size=(2, 0),
                                           query_offset=offset)
   assert not attend(offset).any()

@@ -10,12 +10,13 @@ from jax import export
 
 from palm_haiku import kernels
 from palm_haiku.kernels.core import dispatch, platforms
+from tests.kernels import draws
 
 SLOPES = jnp.array([0.5, 0.1])
 
 
 def array(*shape, dtype="bfloat16"):
-  return jax.random.normal(jax.random.key(len(shape)), shape, dtype)
+  return draws.normal(len(shape), shape, dtype)
 
 
 def ops():

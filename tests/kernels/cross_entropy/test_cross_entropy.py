@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from palm_haiku.kernels import linear_cross_entropy
 from palm_haiku.kernels.cross_entropy import xla
+from tests.kernels import draws
 
 
 def numpy_loss(x, embedding, targets, *, z_loss, scale, weights, dloss, dlog_z):
@@ -66,10 +67,9 @@ full = functools.partial(pytest.param, marks=pytest.mark.full)
 
 
 def random_problem(lead=(8, 6), vocabulary=50, dim=16, dtype=jnp.float32):
-  keys = jax.random.split(jax.random.key(0), 3)
-  return (jax.random.normal(keys[0], (*lead, dim), dtype),
-          jax.random.normal(keys[1], (vocabulary, dim)),
-          jax.random.randint(keys[2], lead, 0, vocabulary))
+  return (draws.normal(0, (*lead, dim), dtype),
+          draws.normal(1, (vocabulary, dim)),
+          draws.integers(2, lead, 0, vocabulary))
 
 
 def total(x, embedding, targets, **options):

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from palm_haiku.kernels import linear_cross_entropy
 from palm_haiku.kernels.cross_entropy import fused
+from tests.kernels import draws
 from tests.kernels.cross_entropy import contract
 
 
@@ -64,10 +65,9 @@ def blocks(monkeypatch, block_bytes=1000, most=16, least=8, tiles=4):
 
 
 def problem(lead=(8, 6), vocabulary=50, dim=16, dtype=jnp.float32):
-  keys = jax.random.split(jax.random.key(0), 3)
-  return (jax.random.normal(keys[0], (*lead, dim), dtype),
-          jax.random.normal(keys[1], (vocabulary, dim)),
-          jax.random.randint(keys[2], lead, 0, vocabulary))
+  return (draws.normal(0, (*lead, dim), dtype),
+          draws.normal(1, (vocabulary, dim)),
+          draws.integers(2, lead, 0, vocabulary))
 
 
 def total(x, embedding, targets, implementation="mosaic_gpu", wrap=lambda f: f, **options):

@@ -16,6 +16,7 @@ from palm_haiku.kernels import interpret, linear_cross_entropy
 from palm_haiku.kernels.core import tile_order
 from palm_haiku.kernels.cross_entropy import configs, mosaic_gpu
 from palm_haiku.kernels.hopper import product, softmax
+from tests.kernels import draws
 from tests.kernels.cross_entropy import contract
 from tests.kernels.cross_entropy.contract import Case
 from tests.mutants import DROPPED, Mistake, planted
@@ -120,10 +121,9 @@ def total(x, embedding, targets, implementation):
 
 @pytest.mark.full
 def test_through_the_op_under_vmap():
-  keys = jax.random.split(jax.random.key(0), 3)
-  x, embedding = (jax.random.normal(k, shape, jnp.bfloat16)
-                  for k, shape in zip(keys, [(2, 9, 64), (70, 64)]))
-  targets = jax.random.randint(keys[2], (2, 9), 0, 70)
+  x, embedding = (draws.normal(i, shape, jnp.bfloat16)
+                  for i, shape in enumerate([(2, 9, 64), (70, 64)]))
+  targets = draws.integers(2, (2, 9), 0, 70)
   gradients = lambda name: jax.jit(jax.vmap(
       jax.value_and_grad(functools.partial(total, implementation=name), (0, 1)), (0, None, 0)))(
           x, embedding, targets)

@@ -15,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 from palm_haiku.kernels import aot, interpret, linear_cross_entropy
 from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.cross_entropy import configs, mosaic_tpu
+from tests.kernels import draws
 from tests.kernels.cross_entropy import contract
 from tests.kernels.cross_entropy.contract import Case
 
@@ -105,10 +106,9 @@ def test_a_planted_error_is_found(monkeypatch, mutant, finds):
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_through_the_op_over_a_mesh_that_the_vocabulary_does_not_divide(dtype):
-  keys = jax.random.split(jax.random.key(0), 3)
-  x = jax.random.normal(keys[0], (4, 9, 40), dtype)
-  embedding = jax.random.normal(keys[1], (131, 40))
-  targets = jax.random.randint(keys[2], (4, 9), 0, 131)
+  x = draws.normal(0, (4, 9, 40), dtype)
+  embedding = draws.normal(1, (131, 40))
+  targets = draws.integers(2, (4, 9), 0, 131)
   mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
   def gradients(implementation):

@@ -17,6 +17,7 @@ from palm_haiku.kernels.core import chips, tile_order
 from palm_haiku.kernels.cross_entropy import configs, triton
 from palm_haiku.kernels.triton import call as triton_call
 from tests import triton_interpreter
+from tests.kernels import draws
 from tests.kernels.cross_entropy import contract
 from tests.kernels.cross_entropy.contract import Case
 from tests.mutants import Mistake
@@ -134,9 +135,8 @@ def interpreted():
 
 
 def problem(lead=(8, 6), vocabulary=50, dim=32):
-  keys = jax.random.split(jax.random.key(0), 3)
-  return (jax.random.normal(keys[0], (*lead, dim)), jax.random.normal(keys[1], (vocabulary, dim)),
-          jax.random.randint(keys[2], lead, 0, vocabulary))
+  return (draws.normal(0, (*lead, dim)), draws.normal(1, (vocabulary, dim)),
+          draws.integers(2, lead, 0, vocabulary))
 
 
 def gradients(implementation, wrap=lambda f: f):

@@ -12,15 +12,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from palm_haiku.kernels import alibi_slopes, decode, decode_attention, flash_attention
 from palm_haiku.kernels.decode import xla
+from tests.kernels import draws
 from tests.kernels.decode import contract
 
 
 def problem(lead=(4,), num_queries=2, max_len=11, heads=4, kv_heads=1, dim=8, dtype=jnp.float32):
-  keys = jax.random.split(jax.random.key(0), 4)
-  normal = lambda key, *shape: jax.random.normal(key, (*lead, *shape), dtype)
-  return (normal(keys[0], num_queries, heads, dim), normal(keys[1], max_len, kv_heads, dim),
-          normal(keys[2], max_len, kv_heads, dim),
-          jax.random.randint(keys[3], lead, num_queries, max_len + 1))
+  normal = lambda seed, *shape: draws.normal(seed, (*lead, *shape), dtype)
+  return (normal(0, num_queries, heads, dim), normal(1, max_len, kv_heads, dim),
+          normal(2, max_len, kv_heads, dim),
+          draws.integers(3, lead, num_queries, max_len + 1))
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ def result(case, keys=16, per_row=1, mistake=None, chip=None, arrays=None):
   with pytest.MonkeyPatch.context() as patch, triton_interpreter.interpreted(mistake):
     patch.setattr(configs, "triton", smaller)
     patch.setattr(splits, "POSITIONS_PER_ROW", per_row)
-    return triton.forward(**arrays, scale=case.scale, left=case.left, chip=chip)
+    return jax.jit(functools.partial(
+        triton.forward, scale=case.scale, left=case.left, chip=chip))(**arrays)
 
 
 def errors(case, *args, **kwargs):

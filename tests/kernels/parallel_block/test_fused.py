@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from palm_haiku import PaLMConfig
 from palm_haiku.kernels import norms, parallel_attention_ffn, rotary
 from palm_haiku.kernels.parallel_block import fused, steps
+from tests.kernels import draws
 from tests.kernels.parallel_block import contract
 from tests.kernels.parallel_block.test_parallel_block import LITE, options_of, random_params
 
@@ -86,7 +87,7 @@ def problem(architecture, lead=(4, 6), dtype=jnp.float32, heads=4):
   elif config.qk_norm:
     scale = lambda heads: jnp.linspace(1.0, 2.0, heads * 8).reshape(heads, 8)
     params |= dict(query_scale=scale(heads), key_scale=scale(config.kv_heads))
-  x = jax.random.normal(jax.random.key(0), (*lead, config.dim), dtype)
+  x = draws.normal(0, (*lead, config.dim), dtype)
   return x, params, options_of(config) | dict(xpos_scale_base=config.xpos_scale_base)
 
 

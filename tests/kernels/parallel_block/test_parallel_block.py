@@ -11,6 +11,7 @@ from palm_haiku import PaLMConfig, ParallelBlock, kernels
 from palm_haiku.kernels import alibi_slopes, parallel_attention_ffn
 from palm_haiku.kernels.parallel_block import xla
 from tests import numpy_palm
+from tests.kernels import draws
 
 LITE = dict(norm="rms", position="alibi", shared_kv=True)
 
@@ -52,7 +53,7 @@ def test_gradients_of_every_weight(architecture):
   config = PaLMConfig(10, 6, 1, 3, 4, **architecture)
   with jax.enable_x64(True):
     params = jax.tree.map(jnp.asarray, random_params(config))
-    x = jax.random.normal(jax.random.key(0), (5, 6), jnp.float64)
+    x = draws.normal(0, (5, 6), jnp.float64)
     f = jax.jit(functools.partial(parallel_attention_ffn, **options_of(config)))
     jax.test_util.check_grads(f, (x, params), order=1, modes=("rev",))
 
@@ -60,7 +61,7 @@ def test_gradients_of_every_weight(architecture):
 def test_bfloat16_stays_close():
   config = PaLMConfig(10, 64, 1, 4, 16)
   params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), random_params(config))
-  x = jax.random.normal(jax.random.key(0), (2, 9, 64))
+  x = draws.normal(0, (2, 9, 64))
   layer = jax.jit(parallel_attention_ffn)
   got = layer(x.astype(jnp.bfloat16), params)
   assert got.dtype == jnp.bfloat16
@@ -72,7 +73,7 @@ def test_bfloat16_stays_close():
 def test_only_distances_count_without_a_cache(architecture):
   config = PaLMConfig(10, 12, 1, 3, 4, **architecture)
   params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), random_params(config))
-  x = jax.random.normal(jax.random.key(0), (2, 9, 12))
+  x = draws.normal(0, (2, 9, 12))
   run = jax.jit(lambda offset: parallel_attention_ffn(
       x, params, query_offset=offset, local_window_size=(4, 0), **options_of(config)))
   chex.assert_trees_all_close(run(7), run(0), atol=1e-5)
@@ -86,7 +87,7 @@ def test_cache_gives_what_the_whole_sequence_gives(architecture, qk_scales):
   params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), random_params(config))
   if qk_scales:
     params |= dict(query_scale=jnp.full(4, 2.0), key_scale=jnp.arange(1.0, 5.0))
-  x = jax.random.normal(jax.random.key(0), (2, 9, 12))
+  x = draws.normal(0, (2, 9, 12))
   layer = jax.jit(functools.partial(parallel_attention_ffn, **options_of(config)))
   want = layer(x, params)
   one_array = config.shared_kv and config.position == "alibi" and not qk_scales
@@ -105,7 +106,7 @@ def test_sequences_may_have_come_to_different_positions(architecture):
   params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), random_params(config))
   run = jax.jit(lambda x, **more: parallel_attention_ffn(
       x, params, xpos_scale_base=config.xpos_scale_base, **options_of(config), **more))
-  x = jax.random.normal(jax.random.key(0), (2, 2, 9, 12))
+  x = draws.normal(0, (2, 2, 9, 12))
   want = run(x)
   empty = (jnp.zeros((2, 2, 11, 4)),) * (1 if config.shared_kv else 2)
   _, cache = run(x[..., :7, :], query_offset=0, kv_cache=empty)
@@ -138,7 +139,7 @@ def test_qk_norm_makes_attention_blind_to_the_scale_of_queries():
   config = PaLMConfig(10, 12, 1, 3, 4)
   params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), random_params(config))
   params |= dict(query_scale=jnp.ones(4), key_scale=jnp.ones(4))
-  x = jax.random.normal(jax.random.key(0), (9, 12))
+  x = draws.normal(0, (9, 12))
   louder = params | dict(query=params["query"] * 7, key=params["key"] * 3)
   layer = jax.jit(parallel_attention_ffn)
   chex.assert_trees_all_close(layer(x, louder), layer(x, params), atol=1e-5)
@@ -147,7 +148,7 @@ def test_qk_norm_makes_attention_blind_to_the_scale_of_queries():
 def test_xpos_decays_with_distance_alone():
   config = PaLMConfig(10, 12, 1, 3, 4)
   params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), random_params(config))
-  x = jax.random.normal(jax.random.key(0), (9, 12))
+  x = draws.normal(0, (9, 12))
   f = jax.jit(lambda base, offset: parallel_attention_ffn(
       jnp.tile(x, (3, 1))[: 9 + offset], params, xpos_scale_base=base,
       segment_ids=(jnp.arange(9 + offset) >= offset).astype(int))[offset:], static_argnums=(0, 1))
@@ -214,7 +215,7 @@ def test_weights_of_integers_are_refused():
 
 def test_the_op_is_what_the_module_calls():
   config = PaLMConfig(10, 12, 1, 3, 4)
-  x = jax.random.normal(jax.random.key(0), (5, 12))
+  x = draws.normal(0, (5, 12))
   f = hk.without_apply_rng(hk.transform(lambda x: ParallelBlock(config)(x)))
   params = jax.jit(f.init)(jax.random.key(1), x)
   chex.assert_trees_all_equal(
