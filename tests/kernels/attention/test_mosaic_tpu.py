@@ -86,11 +86,13 @@ STRUCTURES = [(Case(**case), BLOCKS[blocks]) for blocks, case in (
 
 @pytest.mark.parametrize("structure", [
     n if n in (0, 9) else pytest.param(n, marks=pytest.mark.full) for n in range(len(STRUCTURES))])
-@settings(max_examples=6)  # 72 in all
+@settings(max_examples=1)
 @given(data=st.data())
 def test_right_on_drawn_cases(structure, data):
   case, blocks = STRUCTURES[structure]
-  check(data.draw(contract.variants(case)), blocks)
+  # Fewer where segments and offset, which decide what is visible, can't vary.
+  for _ in range(6 if case.segments or case.traced_offset else 2):
+    check(data.draw(contract.variants(case)), blocks)
 
 
 @pytest.mark.full

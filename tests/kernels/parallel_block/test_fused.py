@@ -150,6 +150,8 @@ TRAINED = [
 @pytest.mark.parametrize("jit", [full(False), True])
 def test_part_of_the_weights_may_be_trained(plain, jit):
   x, params, options = problem(dict(qk_norm=True))
+  # Without jit each is a program: of the single weights one.
+  trained = TRAINED if jit else [names for names in TRAINED if len(names) != 1 or "norm" in names]
 
   def total(x, part, implementation="mosaic_gpu"):
     return jnp.sin(parallel_attention_ffn(
@@ -157,11 +159,11 @@ def test_part_of_the_weights_may_be_trained(plain, jit):
 
   def gradients_of_parts():
     return [jax.grad(total, argnums=1 if names else 0)(x, {name: params[name] for name in names})
-            for names in TRAINED]
+            for names in trained]
 
   of_x, of_params = jax.jit(
       jax.grad(functools.partial(total, implementation="xla"), argnums=(0, 1)))(x, params)
-  want = [{name: of_params[name] for name in names} if names else of_x for names in TRAINED]
+  want = [{name: of_params[name] for name in names} if names else of_x for names in trained]
   assert_close((jax.jit(gradients_of_parts) if jit else gradients_of_parts)(), want)
 
 
@@ -172,7 +174,7 @@ def test_part_of_the_weights_may_be_trained(plain, jit):
 def test_within_other_transformations(plain, wrap):
   x, params, options = problem({})
   if wrap is jax.vmap:
-    params = jax.tree.map(lambda w: w * jnp.arange(1.0, 5).reshape(4, *[1] * w.ndim), params)
+    params = jax.tree.map(lambda w: w * jnp.linspace(1, 2, 4).reshape(4, *[1] * w.ndim), params)
   outside = jax.jit if wrap is not jax.jit else lambda f: f
   want = of_the_xla_path()
   if wrap is jax.vmap:
