@@ -145,9 +145,11 @@ def _serve():
   @functools.cache
   def load(path, text):
     # Triton reads a kernel's source from its file.
-    copy = Path(tempfile.mkdtemp()) / Path(path).name
-    copy.write_text(text)
-    spec = importlib.util.spec_from_file_location(f"kernels{load.cache_info().misses}", copy)
+    file = Path(path)
+    if text != file.read_text():
+      file = Path(tempfile.mkdtemp()) / file.name
+      file.write_text(text)
+    spec = importlib.util.spec_from_file_location(f"kernels{load.cache_info().misses}", file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
