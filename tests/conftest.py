@@ -17,6 +17,7 @@ os.environ["XLA_FLAGS"] = (
 import jax  # noqa: E402  (after the settings that it reads)
 
 import palm_haiku  # noqa: E402, F401  (leaves out platforms without a chip)
+from palm_haiku.kernels.interpreters import triton  # noqa: E402
 
 # The same for processes that tests start, which do not import this project first.
 if jax.config.jax_platforms:
@@ -57,3 +58,10 @@ def _no_programs_of_other_files():
   """Frees a file's compiled programs at its end: a worker grew to 5 GB."""
   yield
   jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _processes_end():
+  """Ends the process of Triton's interpreter, so that its coverage is counted."""
+  yield
+  triton.stop()

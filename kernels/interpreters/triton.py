@@ -87,3 +87,14 @@ def _ask(*request):
   if isinstance(answer, str):
     raise RuntimeError(f"{request[0]}: {answer}")
   return answer
+
+
+def stop() -> None:
+  """Ends the interpreter's process; the next launch starts another."""
+  global _worker
+  with _lock:
+    if _worker is not None:
+      assert _worker.stdin
+      _worker.stdin.close()
+      _worker.wait(timeout=TIMEOUT)
+      _worker = None
