@@ -20,8 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from ..core import heads as division, op
-from ..core.compat import in_32_bits, promoting
-from ..core.guards import not_differentiable
+from ..core.compat import in_32_bits
+from ..core.derivatives import Rules, differentiable
 from . import configs, ring as rings, xla
 
 
@@ -64,14 +64,19 @@ def _plain(route, options, query, key, value, *others):
   return xla.attention_over_mesh(query, key, value, **options.keywords(*others))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attention(route, options, *arrays):
   """Attention by the kernels, on one device.
 
   Args:
     *arrays: query, key, value, and what `Options.keywords` takes.
   """
-  return _out_and_lse(route, options, *arrays)[0]
+  local = not isinstance(route.backend, rings.Ring)  # else no device has all keys of its queries
+  return differentiable(Rules(
+      op=OP.name, kernel=lambda *arrays: _out_and_lse(route, options, *arrays)[0],
+      forward=functools.partial(_forward, route, options),
+      backward=functools.partial(_backward, route, options),
+      plain=functools.partial(_formula, options) if route.auto and local else None,
+      by=3, others="alibi_slopes"), *arrays)
 
 
 def _divided(route, options, mesh, query, key, value, *_):
@@ -116,45 +121,24 @@ def _out_and_lse(route, options, query, key, value, *others):
 def _plain_out_and_lse(options, query, key, value, *others):
   (batch, length, heads, _) = query.shape
   lse = jnp.zeros((batch, heads, length), jnp.float32)  # its backward pass has no use for it
-  return _formula(options, *others)(query, key, value), lse
+  return _formula(options, query, key, value, *others), lse
 
 
-def _formula(options, segment_ids, slopes, *others):
-  """Attention in plain JAX, of the arrays that kernels have derivatives for, and of the slopes."""
-  def attend(query, key, value, slopes=slopes):
-    return xla.attention(query, key, key if value is None else value,
-                         **options.keywords(segment_ids, slopes, *others))
-  return attend
+def _formula(options, query, key, value, *others):
+  return xla.attention(query, key, key if value is None else value, **options.keywords(*others))
 
 
 def _forward(route, options, *arrays):
-  by_slopes = arrays[4] is not None and arrays[4].perturbed
-  query, key, value, *others = jax.tree.map(
-      lambda x: x.value, arrays, is_leaf=lambda x: hasattr(x, "perturbed"))
-  if by_slopes and route.auto and not isinstance(route.backend, rings.Ring):
-    return jax.vjp(_formula(options, *others), query, key, value, others[1])
-  if by_slopes:
-    raise ValueError(f"{OP.name}: the fused kernels have no derivative with respect to "
-                     "alibi_slopes; pass implementation='xla' for that, or "
-                     "jax.lax.stop_gradient(alibi_slopes)")
-  # Only a second derivative differentiates these.
-  query, key, value = _not_differentiable((query, key, value))
-  out, lse = _out_and_lse(route, options, query, key, value, *others)
+  out, lse = _out_and_lse(route, options, *arrays)
   # Named here, where they are residuals: a policy that keeps both does not rerun the kernel.
   out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
-  return out, (query, key, value, out, lse, others)
+  return out, (out, lse)
 
 
-def _backward(route, options, residuals, dout):
-  if type(dout) is jax.custom_derivatives.SymbolicZero:
-    dout = jnp.zeros(dout.shape, dout.dtype)  # pyright: ignore[reportArgumentType]
-  if not isinstance(residuals, tuple):  # the derivative of plain JAX
-    *gradients, dslopes = residuals(dout)
-    return (*gradients, None, dslopes, None, None)
-  *arrays, lse, others = residuals
-  query, key, value, out, dout = _not_differentiable((*arrays, dout))
-  gradients = _gradients(route, options, query, key, value, out, lse, dout, *others)
-  return (*gradients, None, None, None, None)
+def _backward(route, options, arrays, residuals, dout):
+  query, key, value, *others = arrays
+  gradients = _gradients(route, options, query, key, value, *residuals, dout, *others)
+  return (*gradients, *[None] * len(others))
 
 
 def _gradients(route, options, query, key, value, out, lse, dout, *others):
@@ -168,11 +152,5 @@ def _gradients(route, options, query, key, value, out, lse, dout, *others):
 
 
 def _plain_gradients(options, query, key, value, out, lse, dout, *others):
-  return tuple(jax.vjp(_formula(options, *others), query, key, value)[1](dout))
-
-
-def _not_differentiable(arrays):
-  return jax.tree.map(lambda x: not_differentiable(x, OP.name), arrays)
-
-
-attention.defvjp(promoting()(_forward), promoting()(_backward), symbolic_zeros=True)
+  attend = lambda query, key, value: _formula(options, query, key, value, *others)
+  return tuple(jax.vjp(attend, query, key, value)[1](dout))

@@ -13,16 +13,6 @@ from ..interpreters import mode
 from . import compat
 
 
-def reverse_only(x: jax.Array, op: str) -> jax.Array:
-  """x; forward-mode differentiation through it raises, reverse mode is not affected."""
-  return _reverse_only_p.bind(x, op=op)
-
-
-def not_differentiable(x: jax.Array, op: str) -> jax.Array:
-  """x; any differentiation through it raises. For what a backward pass starts from."""
-  return _not_differentiable_p.bind(x, op=op)
-
-
 def no_derivative(x: jax.Array, op: str) -> jax.Array:
   """x; any differentiation through it raises. For an op that has none in any implementation."""
   return _no_derivative_p.bind(x, op=op)
@@ -44,38 +34,14 @@ def _identity(name: str) -> Primitive:
   return primitive
 
 
-_reverse_only_p = _identity("reverse_only")
-_not_differentiable_p = _identity("not_differentiable")
 _no_derivative_p = _identity("no_derivative")
 _only_on_p = _identity("only_on")
-# The tangent of `reverse_only`. Reverse mode only ever transposes it; forward mode computes it.
-_tangent_p = _identity("reverse_only_tangent")
-
-
-def _refuse_forward_mode(op):
-  raise ValueError(f"{op}: the fused kernels have no forward-mode derivative (jvp, jacfwd, "
-                   "hessian); pass implementation='xla' for that")
-
-
-def _refuse_second_order(op):
-  raise ValueError(f"{op}: the fused kernels have no second derivative; "
-                   "pass implementation='xla' for that")
 
 
 def _refuse_any(op):
   raise ValueError(f"{op} has no derivative; use flash_attention for that")
 
 
-_tangent_p.def_impl(lambda x, *, op: _refuse_forward_mode(op))
-mlir.register_lowering(_tangent_p, lambda ctx, x, *, op: _refuse_forward_mode(op))
-# What `jacfwd` maps over is computed, too.
-batching.primitive_batchers[_tangent_p] = lambda args, axes, *, op: _refuse_forward_mode(op)
-ad.deflinear2(_tangent_p, lambda ct, x, *, op: [ct])
-ad.primitive_jvps[_reverse_only_p] = lambda primals, tangents, *, op: (
-    _reverse_only_p.bind(*primals, op=op),
-    tangents[0] if type(tangents[0]) is ad.Zero else _tangent_p.bind(tangents[0], op=op))
-ad.primitive_jvps[_not_differentiable_p] = (
-    lambda primals, tangents, *, op: _refuse_second_order(op))
 ad.primitive_jvps[_no_derivative_p] = lambda primals, tangents, *, op: _refuse_any(op)
 
 _PLATFORMS = {"mosaic_gpu": ("cuda",), "mosaic_tpu": ("tpu",), "triton": ("cuda", "rocm")}

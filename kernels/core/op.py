@@ -104,7 +104,8 @@ def run(op: Op, route: Route, options: Any, *arrays: Any) -> Any:
         return platforms.by_platform(_plain, [(("tpu",), _on_any_tpu)], arrays,
                                      (op, route, options), dispatch.ANY_TPU_MESH)
       return op.plain(route, options, *arrays)
-    arrays = _guarded(op, route, arrays)
+    if not route.undecided:
+      arrays = guards.only_on(arrays[0], op.name, route.implementation), *arrays[1:]
     if op.divide is None:
       return op.fused(route, options, *arrays)
     mesh = partition.current(*arrays[:2])
@@ -136,15 +137,6 @@ def _on_any_tpu(*arguments):
   name = dispatch.choose(op, "auto", *arrays[:len(op.ranks)], on=on).implementation
   backend = None if name == "xla" else op.backends[name]()
   return run(op, Route(name, backend, None, on, auto=True), options, *arrays)
-
-
-def _guarded(op, route, arrays):
-  """The arrays; derivatives that kernels lack and platforms that have none of them raise."""
-  first, *others = arrays
-  if not route.undecided:
-    first = guards.only_on(first, op.name, route.implementation)
-  arrays, rest = (first, *others)[:len(op.ranks)], others[len(op.ranks) - 1:]
-  return *jax.tree.map(lambda x: guards.reverse_only(x, op.name), arrays), *rest
 
 
 def over_mesh(mesh: jax.sharding.AbstractMesh, f: Callable, in_specs: tuple, out_specs: Any,

@@ -41,7 +41,7 @@ from jax.sharding import PartitionSpec as P
 from ..core import op, partition
 from ..core.compat import promoting
 from ..core.constants import LOWEST
-from ..core.guards import not_differentiable
+from ..core.derivatives import Rules, differentiable
 from ..core.vmap import folding_vmap
 from . import configs, xla
 
@@ -196,25 +196,30 @@ def statistics(route, x, embedding, targets, *, scale, num_valid):
       x, embedding, targets, None if static else num_valid))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _statistics(route, options, x, embedding, targets, num_valid):
-  return _forward(route, options, x, embedding, targets, num_valid)[0]
+def _statistics(route, options, *arrays):
+  return differentiable(Rules(
+      op=OP.name, kernel=lambda *arrays: _forward(route, options, *arrays)[0],
+      forward=functools.partial(_forward, route, options),
+      backward=functools.partial(_backward, route, options),
+      plain=functools.partial(_formula, options) if route.auto else None, by=2), *arrays)
+
+
+def _formula(options, x, embedding, targets, num_valid):
+  return xla.statistics(
+      x, embedding, targets, scale=options.scale, num_valid=options.valid(num_valid))
 
 
 def _forward(route, options, x, embedding, targets, num_valid):
-  # Only a second derivative differentiates this.
-  x, embedding = (not_differentiable(a, OP.name) for a in (x, embedding))
   top, total, logit = _parts(route, options, x, embedding, targets, num_valid)
   # Named here, where they are residuals: a policy that keeps them does not rerun the kernel.
   top, total = checkpoint_name(top, "loss_log_z"), checkpoint_name(total, "loss_log_z")
   logit = checkpoint_name(logit, "loss_logit")
   log_z = jnp.where(total == 0, -jnp.inf, options.scale * top + jnp.log(total))
-  return (log_z, logit), (x, embedding, targets, num_valid, top, total)
+  return (log_z, logit), (top, total)
 
 
-def _plain_parts(options, x, embedding, targets, num_valid):
-  log_z, logit = xla.statistics(
-      x, embedding, targets, scale=options.scale, num_valid=options.valid(num_valid))
+def _plain_parts(options, *arrays):
+  log_z, logit = _formula(options, *arrays)
   some = jnp.isfinite(log_z)
   return jnp.where(some, log_z / options.scale, 0), some.astype(jnp.float32), logit
 
@@ -244,14 +249,12 @@ def _parts(route, options, x, embedding, targets, num_valid):
   return _over_blocks(embedding.shape[0], _rows(x), one_block, start)
 
 
-def _backward(route, options, residuals, cotangents):
-  cotangents = (not_differentiable(a, OP.name) for a in cotangents)
-  return (*_gradients(route, options, *residuals, *cotangents), None, None)
+def _backward(route, options, arrays, residuals, cotangents):
+  return (*_gradients(route, options, *arrays, *residuals, *cotangents), None, None)
 
 
 def _plain_gradients(options, x, embedding, targets, num_valid, top, total, *cotangents):
-  statistics = lambda x, embedding: xla.statistics(
-      x, embedding, targets, scale=options.scale, num_valid=options.valid(num_valid))
+  statistics = lambda x, embedding: _formula(options, x, embedding, targets, num_valid)
   return jax.vjp(statistics, x, embedding)[1](cotangents)
 
 
@@ -337,9 +340,6 @@ def merged(top, total, scale):
   """(top, total) of parts of the vocabulary, float32[parts, N], made those of all of it."""
   largest = top.max(0)
   return largest, (total * jnp.exp(scale * (top - largest))).sum(0)
-
-
-_statistics.defvjp(promoting()(_forward), promoting()(_backward))
 
 
 def _slice(embedding, first, size, dtype):

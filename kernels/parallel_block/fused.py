@@ -37,6 +37,7 @@ from jax.sharding import PartitionSpec as P
 from .. import norms, rotary as rotations
 from ..core import guards, heads, op, partition
 from ..core.compat import promoting
+from ..core.derivatives import Rules, differentiable
 from ..core.platforms import here_or
 from ..core.vmap import folding_vmap
 from . import configs, steps, xla
@@ -290,16 +291,34 @@ OP = op.Op(
     for_any_tpu=False)
 
 
-@jax.custom_vjp
 def _differentiated_together(*arrays):
-  return arrays
+  """The arrays; where one of them has a tangent, all have."""
+  identity = lambda *arrays: arrays
+  return differentiable(Rules(
+      OP.name, identity, lambda *arrays: (arrays, ()), lambda _, __, cotangents: cotangents,
+      identity, len(arrays)), *arrays)
 
 
-_differentiated_together.defvjp(lambda *arrays: (arrays, None), lambda _, cotangents: cotangents)
+def _differentiable(options, kernel, forward, backward, plain, by, arrays):
+  bound = lambda function: functools.partial(function, options)
+  return differentiable(Rules(
+      OP.name, bound(kernel), bound(forward), bound(backward),
+      bound(plain) if options.route.auto else None, by), *arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project_in(options, x, weights, rotation):
+def project_in(options, *arrays):
+  """`_project_in` of (x, weights, rotation), with its derivatives."""
+  return _differentiable(options, _project_in, _project_in_forward, _project_in_backward,
+                         _project_in_plainly, 2, arrays)
+
+
+def project_out(options, *arrays):
+  """`_project_out` of (x, attended, hidden, weights), with its derivatives."""
+  return _differentiable(options, _project_out, _project_out_forward, _project_out_backward,
+                         _project_out_plainly, 4, arrays)
+
+
+def _project_in(options, x, weights, rotation):
   """The first step: {"query", "key", "value", "act", "gate", "up"} of x [M, D], as the kernels'.
 
   There is no value where there is no weight of it. The gradient of act is not used: that of gate
@@ -311,42 +330,47 @@ def project_in(options, x, weights, rotation):
 
 
 def _in_projection(options, x, weights, rotation, keep):
-  dim_head = weights["query"].shape[2]
-
   def kernel(tokens, weights):
     return options.backend.in_projection(
         tokens[0], weights, tokens[1], norm=options.norm, eps=options.eps, keep=keep,
         chip=options.chip)
 
   def plain(tokens, weights):
-    x, rotation = tokens
-    h = norms.normalize(x, weights["norm"], kind=options.norm, eps=options.eps)
-    made = {name: steps.project(h, w) for name, w in weights.items() if name != "norm"}
-    query, key, gate, up = (made[name] for name in ("query", "key", "gate", "up"))
-    if rotation is not None:
-      query = rotations.rotate_by(query, rotation)
-      key = _rotated(key, rotation, dim_head)
-    return (query, key, made.get("value"), steps.activate(gate, up),
-            *((gate, up) if keep else (None, None)))
+    *made, gate, up = _formula_in(options, *tokens, weights)
+    return *made, *((gate, up) if keep else (None, None))
 
-  made = zip(("query", "key", "value", "act", "gate", "up"),
-             options.run(plain, kernel, (x, rotation), _widened(options, weights)))
+  return _named(options.run(plain, kernel, (x, rotation), _widened(options, weights)))
+
+
+def _formula_in(options, x, rotation, weights):
+  h = norms.normalize(x, weights["norm"], kind=options.norm, eps=options.eps)
+  made = {name: steps.project(h, w) for name, w in weights.items() if name != "norm"}
+  query, key, gate, up = (made[name] for name in ("query", "key", "gate", "up"))
+  if rotation is not None:
+    query = rotations.rotate_by(query, rotation)
+    key = _rotated(key, rotation, query.shape[2])
+  return query, key, made.get("value"), steps.activate(gate, up), gate, up
+
+
+def _named(made):
+  made = zip(("query", "key", "value", "act", "gate", "up"), made)
   return {name: out for name, out in made if out is not None}
 
 
+def _project_in_plainly(options, x, weights, rotation):
+  return _named(_formula_in(options, x, rotation, _widened(options, weights)))
+
+
 def _project_in_forward(options, x, weights, rotation):
-  # Only a second derivative differentiates these.
-  x, weights = _not_differentiable((x, weights))
-  return _in_projection(options, x, weights, rotation, keep=True), (x, weights, rotation)
+  return _in_projection(options, x, weights, rotation, keep=True), ()
 
 
-def _project_in_backward(options, residuals, cotangents):
-  x, weights, rotation = residuals
-  d = _not_differentiable(cotangents)
+def _project_in_backward(options, arrays, _, d):
+  x, weights, rotation = arrays
   if rotation is not None:
     back = rotation[0], -rotation[1]
-    d |= dict(query=rotations.rotate_by(d["query"], back),
-              key=_rotated(d["key"], back, weights["query"].shape[2]))
+    d = d | dict(query=rotations.rotate_by(d["query"], back),
+                 key=_rotated(d["key"], back, weights["query"].shape[2]))
   d = {name: d.get(name) for name in ("query", "key", "value", "gate", "up")}
 
   def plain(tokens, weights):
@@ -364,28 +388,33 @@ def _project_in_backward(options, residuals, cotangents):
   return dx, dweights | dict(norm=dnorm), None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project_out(options, x, attended, hidden, weights):
+def _project_out(options, x, attended, hidden, weights):
   """The last step: x + attended @ attn_out + act @ ff_out; hidden is {"act", "gate", "up"}."""
-  def plain(tokens, weights):
-    x, attended, act = tokens
-    y = steps.project(attended, weights[0], axes=2) + steps.project(act, weights[1])
-    return y if x is None else x + y
-
-  return options.run(plain, lambda tokens, weights: options.backend.out_projection(
+  return options.run(_formula_out, lambda tokens, weights: options.backend.out_projection(
       *tokens, *weights, chip=options.chip),
       (x, attended, hidden["act"]), tuple(_widened(options, weights)[name] for name in _OUT))
 
 
-def _project_out_forward(options, x, attended, hidden, weights):
-  x, attended, hidden, weights = _not_differentiable((x, attended, hidden, weights))
-  return (project_out(options, x, attended, hidden, weights),
-          (x is None, attended, hidden["gate"], hidden["up"], weights))
+def _formula_out(tokens, weights):
+  x, attended, act = tokens
+  y = steps.project(attended, weights[0], axes=2) + steps.project(act, weights[1])
+  return y if x is None else x + y
 
 
-def _project_out_backward(options, residuals, dy):
-  without_x, attended, gate, up, weights = residuals
-  dy = _not_differentiable(dy)
+def _project_out_plainly(options, x, attended, hidden, weights):
+  # As in the backward pass, what act depends on is gate and up.
+  act = steps.activate(hidden["gate"], hidden["up"])
+  widened = _widened(options, weights)
+  return _formula_out((x, attended, act), tuple(widened[name] for name in _OUT))
+
+
+def _project_out_forward(options, *arrays):
+  return _project_out(options, *arrays), ()
+
+
+def _project_out_backward(options, arrays, _, dy):
+  x, attended, hidden, weights = arrays
+  gate, up = hidden["gate"], hidden["up"]
 
   def plain(tokens, ff_out):
     dy, gate, up = tokens
@@ -400,7 +429,7 @@ def _project_out_backward(options, residuals, dy):
       attn_out=_weight_gradient(attended.reshape(len(attended), -1), dy).reshape(attn_out.shape),
       ff_out=_narrowed("ff_out", _weight_gradient(act, dy), weights))
   # The gradient of act went through gate and up.
-  return None if without_x else dy, dattended, dict(act=None, gate=dgate, up=dup), dweights
+  return None if x is None else dy, dattended, dict(act=None, gate=dgate, up=dup), dweights
 
 
 def _rotated(key, rotation, dim_head):
@@ -432,11 +461,3 @@ def _narrowed(name, gradient, weights):
 def _weight_gradient(x, dy):
   """x.T @ dy for x [M, D] and dy [M, ...]; one product of two matrices, as in `steps.project`."""
   return (x.T @ dy.reshape(len(dy), -1)).reshape(x.shape[1], *dy.shape[1:])
-
-
-def _not_differentiable(arrays):
-  return jax.tree.map(lambda x: guards.not_differentiable(x, OP.name), arrays)
-
-
-project_in.defvjp(promoting()(_project_in_forward), promoting()(_project_in_backward))
-project_out.defvjp(promoting()(_project_out_forward), promoting()(_project_out_backward))

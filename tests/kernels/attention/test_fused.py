@@ -189,10 +189,8 @@ def test_derivatives_that_a_kernel_lacks_name_the_xla_path(implementation):
                 jax.grad(total(jax.grad(jax.checkpoint(f)))), jax.jacrev(jax.grad(f))):
     with pytest.raises(ValueError, match="no second derivative.*implementation='xla'"):
       trace(again)
-  for forward in (jax.jacfwd(f), jax.vmap(lambda *x: jax.jvp(f, x, x)[1])):
-    with pytest.raises(ValueError, match="no forward-mode derivative.*implementation='xla'"):
-      jax.eval_shape(forward, *(jax.ShapeDtypeStruct((2, 1, 128, heads, 64), jnp.bfloat16)
-                                for heads in (2, 1, 1)))
+  with pytest.raises(ValueError, match="no forward-mode derivative.*implementation='xla'"):
+    trace(jax.jacfwd(f))
   with pytest.raises(ValueError, match="no (second|forward-mode) derivative"):
     trace(jax.hessian(f))
 
