@@ -37,14 +37,14 @@ hypothesis.settings.load_profile("default")
 # Files are dealt to workers whole, in this order, the longest first; the rest follow.
 LONGEST = (
     "kernels/attention/test_mosaic_gpu.py", "kernels/attention/test_mosaic_tpu.py",
-    "kernels/decode/test_mosaic_gpu.py", "test_generate.py", "kernels/attention/test_fused.py",
-    "kernels/attention/test_triton.py", "kernels/parallel_block/test_fused.py",
-    "kernels/parallel_block/test_mosaic_gpu.py", "test_sharding.py",
-    "kernels/decode/test_triton.py", "test_train.py", "benchmarks/test_commands.py",
-    "test_hub.py", "kernels/aot/test_report.py", "test_model.py", "test_cli.py",
-    "kernels/cross_entropy/test_fused.py", "test_plan.py", "kernels/attention/test_ring.py",
-    "kernels/decode/test_mosaic_tpu.py", "test_distributed.py", "test_planted.py", "test_demo.py",
-    "kernels/cross_entropy/test_mosaic_gpu.py")
+    "kernels/decode/test_mosaic_gpu.py", "test_sharding.py", "test_generate.py",
+    "kernels/parallel_block/test_mosaic_gpu.py", "kernels/parallel_block/test_fused.py",
+    "benchmarks/test_commands.py", "kernels/aot/test_report.py", "test_hub.py", "test_train.py",
+    "test_cli.py", "test_distributed.py", "test_model.py", "test_demo.py",
+    "kernels/attention/test_fused.py", "kernels/decode/test_mosaic_tpu.py",
+    "kernels/attention/test_ring.py", "kernels/attention/test_triton.py", "test_plan.py",
+    "kernels/cross_entropy/test_fused.py", "kernels/cross_entropy/test_mosaic_gpu.py",
+    "kernels/decode/test_triton.py", "test_planted.py")
 
 
 def pytest_collection_modifyitems(items):

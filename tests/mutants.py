@@ -44,10 +44,15 @@ def text(path: str | Path, mistake: Mistake) -> str:
 
 
 @contextlib.contextmanager
-def planted(module: types.ModuleType, *mistakes: Mistake):
+def planted(module: types.ModuleType, *mistakes: Mistake, traced: bool = True):
   """Plants mistakes in a module's functions, also in those that others have imported from it.
 
   Traces of JAX are dropped on both sides of the context, so that none is of the wrong program.
+
+  Args:
+    module: whose functions change.
+    mistakes: all at once.
+    traced: False where these functions run without jit, and no trace is of them.
   """
   source, kept = Path(module.__file__).read_text(), {}
   try:
@@ -60,12 +65,14 @@ def planted(module: types.ModuleType, *mistakes: Mistake):
         function = _function(module, qualname)
         kept.setdefault(function, function.__code__)
         function.__code__ = codes[qualname]
-    jax.clear_caches()
+    if traced:
+      jax.clear_caches()
     yield
   finally:
     for function, code in kept.items():
       function.__code__ = code
-    jax.clear_caches()
+    if traced:
+      jax.clear_caches()
 
 
 def _mutate(source: str, mistake: Mistake) -> tuple[ast.Module, set[str]]:

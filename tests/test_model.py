@@ -79,13 +79,13 @@ def test_options_match_numpy_and_finite_differences_in_float64(options):
   config = PaLMConfig(11, 12, 3, 4, 6, **options)
   with jax.enable_x64(True):
     model, params, tokens = make(config, 17, dtype=jnp.float64)
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     got = jax.jit(model.apply)(params, tokens)
     np.testing.assert_allclose(got, numpy_palm.palm(params, np.asarray(tokens), config), atol=2e-6)
     loss = jax.jit(lambda params: jnp.square(model.apply(params, tokens)).sum())
     grads = jax.jit(jax.grad(loss))(params)
     rng = np.random.default_rng(1)
-    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+    for path, grad in jax.tree_util.tree_leaves_with_path(jax.device_get(grads)):
       step = 1e-5 * rng.normal(size=grad.shape)
       moved = [jax.tree_util.tree_map_with_path(
           lambda at, x, sign=sign: x + sign * step if at == path else x, params)
@@ -145,10 +145,11 @@ def test_parameter_counts_of_other_architectures(config):
 def test_any_leading_dimensions():
   config = PaLMConfig(11, 8, 2, 2, 4)
   model, params, tokens = make(config, length=5, lead=(2, 3))
-  logits = model.apply(params, tokens)
+  apply = jax.jit(model.apply)
+  logits = apply(params, tokens)
   assert logits.shape == (2, 3, 5, 11) and logits.dtype == jnp.float32
-  np.testing.assert_allclose(model.apply(params, tokens[1, 2]), logits[1, 2], atol=1e-5)
-  np.testing.assert_allclose(model.apply(params, tokens[1]), logits[1], atol=1e-5)
+  np.testing.assert_allclose(apply(params, tokens[1, 2]), logits[1, 2], atol=1e-5)
+  np.testing.assert_allclose(apply(params, tokens[1]), logits[1], atol=1e-5)
 
 
 @LITE_FIRST
@@ -188,12 +189,13 @@ def test_layers_start_apart_and_well_scaled():
 def test_cache_gives_what_the_whole_sequence_gives(architecture):
   config = PaLMConfig(11, 8, 2, 3, 4, **architecture)
   model, params, tokens = make(config, length=9, lead=(2,))
-  want = model.apply(params, tokens)
+  apply = jax.jit(model.apply)
+  want = apply(params, tokens)
   cache = KVCache.empty(config, (2,), max_len=12)
   assert len(cache.arrays) == (1 if architecture else 2)
   got = []
   for lo, hi in ((0, 4), (4, 5), (5, 9)):
-    logits, cache = model.apply(params, tokens[:, lo:hi], cache=cache)
+    logits, cache = apply(params, tokens[:, lo:hi], cache=cache)
     got.append(logits)
   np.testing.assert_allclose(jnp.concatenate(got, 1), want, atol=1e-5)
   assert cache.length == 9
@@ -201,7 +203,7 @@ def test_cache_gives_what_the_whole_sequence_gives(architecture):
     model.apply(params, tokens, cache=cache)
   # Closed over by a jit, and with a length per sequence.
   cache = cache._replace(length=jnp.array([5, 5]))
-  for function in (model.apply, jax.jit(lambda *x, **_: model.apply(*x, cache=cache))):
+  for function in (apply, jax.jit(lambda *x, **_: model.apply(*x, cache=cache))):
     logits, _ = function(params, tokens[:, 5:], cache=cache)
     np.testing.assert_allclose(logits, want[:, 5:], atol=1e-5)
 
@@ -210,9 +212,10 @@ def test_cache_gives_what_the_whole_sequence_gives(architecture):
 def test_packed_documents_equal_separate_ones():
   config = PaLMConfig(11, 8, 2, 3, 4)
   model, params, tokens = make(config, length=9)
-  packed = model.apply(params, tokens, segment_ids=(jnp.arange(9) >= 4).astype(jnp.int32))
-  np.testing.assert_allclose(packed[:4], model.apply(params, tokens[:4]), atol=1e-5)
-  np.testing.assert_allclose(packed[4:], model.apply(params, tokens[4:]), atol=1e-5)
+  apply = jax.jit(model.apply)
+  packed = apply(params, tokens, segment_ids=(jnp.arange(9) >= 4).astype(jnp.int32))
+  np.testing.assert_allclose(packed[:4], apply(params, tokens[:4]), atol=1e-5)
+  np.testing.assert_allclose(packed[4:], apply(params, tokens[4:]), atol=1e-5)
 
 
 @pytest.mark.full
@@ -241,10 +244,10 @@ def test_rematerialisation_changes_memory_not_results():
 def test_bfloat16_keeps_float32_parameters_and_logits():
   config = PaLMConfig(11, 32, 2, 2, 16)
   model, params, tokens = make(config, dtype=jnp.bfloat16)
-  logits = model.apply(params, tokens)
+  logits = jax.jit(model.apply)(params, tokens)
   assert logits.dtype == jnp.float32
   chex.assert_trees_all_equal_dtypes(params, jax.tree.map(jnp.float32, params))
-  full = transform(config).apply(params, tokens)
+  full = jax.jit(transform(config).apply)(params, tokens)
   assert 0 < np.abs(logits - full).max() < 0.1
 
 
@@ -326,7 +329,7 @@ def test_a_norms_epsilon_and_the_scale_of_logits_are_the_configs():
 def test_lists_are_arrays():
   model = hk.without_apply_rng(hk.transform(lambda t, y: PaLM(13, 8, 1, 2, 4).loss(t, y)[0]))
   tokens = [[1, 2, 3], [4, 5, 6]]
-  params = model.init(jax.random.key(0), tokens, tokens)
+  params = jax.jit(model.init)(jax.random.key(0), tokens, tokens)
   want = model.apply(params, np.array(tokens), np.array(tokens))
   np.testing.assert_array_equal(model.apply(params, tokens, tokens), want)
   np.testing.assert_allclose(jax.jit(model.apply)(params, tokens, tokens), want, rtol=1e-5)
