@@ -235,10 +235,12 @@ def test_a_scale_is_a_number(plain):
     jax.jit(lambda scale: fused(*qkv(), scale=scale))(0.5)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("kv_heads", [pytest.param(1, marks=pytest.mark.full), 2,
-                                      pytest.param(4, marks=pytest.mark.full)])
-@pytest.mark.parametrize("context", [pytest.param(False, marks=pytest.mark.full), True])
+# Each number of heads with each kind of axis, and inside and outside of the mesh's context.
+@pytest.mark.parametrize("kind, kv_heads, context", [
+    (AxisType.Auto, 2, True), (AxisType.Explicit, 2, False),
+    *(pytest.param(*case, marks=pytest.mark.full) for case in (
+        (AxisType.Auto, 1, False), (AxisType.Explicit, 1, True), (AxisType.Auto, 4, True),
+        (AxisType.Explicit, 4, False)))])
 def test_a_mesh_divides_batch_and_heads(plain, kind, kv_heads, context):
   devices = np.array(jax.devices()[:8]).reshape(2, 2, 2)
   mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "model"), axis_types=(kind,) * 3)

@@ -282,10 +282,12 @@ SLOPES = alibi_slopes(4)
 
 @pytest.mark.full
 @pytest.mark.parametrize("wrap", [
-    jax.jit, jax.checkpoint,
-    lambda f: lambda *x: jax.lax.scan(lambda c, _: (c, f(*x)), 0, None, length=2)[1][0],
+    jax.jit, lambda f: jax.jit(jax.checkpoint(f)),
+    lambda f: jax.jit(lambda *x: jax.lax.scan(
+        lambda c, _: (c, f(*x)), 0, None, length=2)[1][0]),
     lambda f: jax.vmap(lambda *x: f(*(y[None] for y in x))[0]),
-    lambda f: lambda *x: jax.vmap(jax.vmap(jax.checkpoint(f)))(*(y[:, None] for y in x))[:, 0],
+    lambda f: jax.jit(
+        lambda *x: jax.vmap(jax.vmap(jax.checkpoint(f)))(*(y[:, None] for y in x))[:, 0]),
     lambda f: jax.jit(jax.vmap(lambda q, k, v: jax.lax.map(lambda q: f(q, k, v), q[None])[0])),
 ], ids=["jit", "remat", "scan", "vmap", "nested vmap of remat", "jit of vmap of map"])
 def test_transformations_equal_the_xla_path(interpreted, wrap):

@@ -112,9 +112,9 @@ def unchanged(f):
 
 @pytest.mark.parametrize("wrap", [
     unchanged, jax.jit, jax.checkpoint, jax.vmap,
-    lambda f: jax.vmap(f, in_axes=(0, None, 0)),
-    lambda f: lambda *x: jax.tree.map(lambda y: y[0], jax.lax.scan(
-        lambda c, _: (c, f(*x)), 0, None, length=2)[1]),
+    full(lambda f: jax.vmap(f, in_axes=(0, None, 0))),
+    full(lambda f: lambda *x: jax.tree.map(lambda y: y[0], jax.lax.scan(
+        lambda c, _: (c, f(*x)), 0, None, length=2)[1])),
 ], ids=["eager", "jit", "remat", "vmap of all", "vmap", "scan"])
 @pytest.mark.parametrize("dtype", ["float32", full("bfloat16")])
 def test_value_and_gradients_equal_the_xla_path(plain, small_blocks, wrap, dtype):
@@ -213,9 +213,11 @@ def test_other_derivatives_name_the_xla_path(plain, jit):
   assert np.all(np.isfinite(twice))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("vocabulary", [50, full(48), full(3)])
-@pytest.mark.parametrize("dtype", ["float32", full("bfloat16")])
+# Each vocabulary with each dtype, and with each kind of axis.
+@pytest.mark.parametrize("vocabulary, dtype, kind", [
+    (50, "float32", AxisType.Auto), (50, "bfloat16", AxisType.Explicit),
+    full(48, "float32", AxisType.Explicit), full(48, "bfloat16", AxisType.Auto),
+    full(3, "float32", AxisType.Auto), full(3, "bfloat16", AxisType.Explicit)])
 def test_a_mesh_divides_tokens_and_vocabulary(plain, small_blocks, kind, vocabulary, dtype):
   x, embedding, targets = problem(vocabulary=vocabulary, dtype=dtype)
   mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
