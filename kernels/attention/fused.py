@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from ..core import heads as division, op
+from ..core import heads as division, op, partition
 from ..core.compat import in_32_bits
 from ..core.derivatives import Rules, differentiable
 from . import configs, ring as rings, xla
@@ -60,8 +60,34 @@ class Options(NamedTuple):
         None if offset is None else offset.astype(jnp.int32), scale)
 
 
-def _plain(route, options, query, key, value, *others):
-  return xla.attention_over_mesh(query, key, value, **options.keywords(*others))
+def _plain(route, options, *arrays):
+  """Attention in plain JAX on the mesh in context.
+
+  Rows are positions by heads, which XLA's partitioner cannot divide by heads: it would gather
+  them. So each device takes its own heads; positions are left to the partitioner.
+  """
+  attend = functools.partial(_formula, options)
+
+  def divided(query, key, *others):
+    mesh = partition.current(query)
+    batch, heads = division.sequences_and_heads(query, key, mesh)
+    if not heads:
+      return attend(query, key, *others)
+    local, in_specs, out_specs = _divided_heads(attend, batch, heads, None, key, mesh)
+    return op.over_mesh(mesh, local, in_specs, out_specs, query, key, *others,
+                        axis_names={*batch, *heads})
+
+  return partition.partitioned(divided, *arrays)
+
+
+def _divided_heads(attend, batch, heads, seq, key, mesh):
+  """(function, in_specs, out_specs) of attention over these axes of the mesh."""
+  kv_heads, own = division.key_heads(key.shape[2], heads, mesh)
+  local = lambda query, key, value, *others: attend(query, *own(key, value), *others)
+  rows = P(batch or None, seq, heads or None, None)
+  columns = P(batch or None, seq, kv_heads or None, None)
+  ids = P(batch or None, seq)
+  return local, (rows, columns, columns, (ids, ids), P(heads or None), P(), P()), rows
 
 
 def attention(route, options, *arrays):
@@ -82,24 +108,14 @@ def attention(route, options, *arrays):
 def _divided(route, options, mesh, query, key, value, *_):
   """Batch over the data axes, heads (with their slopes) over the model axis, positions over seq."""
   batch, heads = division.sequences_and_heads(query, key, mesh)
-  kv_heads = division.divided(key.shape[2], heads, mesh)
   ring = rings.over(mesh, query, key, route.backend, is_causal=options.is_causal,
                     window=options.window, query_offset=options.query_offset)
   if ring is None:
-    seq, local = None, functools.partial(attention, route, options)
+    seq, attend = None, functools.partial(attention, route, options)
   else:
     route = dataclasses.replace(route, backend=ring)
-    seq, local = ring.axis, ring.balanced(functools.partial(attention, route, options))
-
-  def attend(query, key, value, *others):
-    if heads and not kv_heads:
-      key, value = (x if x is None else division.own(x, 2, heads, mesh) for x in (key, value))
-    return local(query, key, value, *others)
-
-  rows = P(batch or None, seq, heads or None, None)
-  columns = P(batch or None, seq, kv_heads or None, None)
-  in_specs = rows, columns, columns, (P(batch or None, seq),) * 2, P(heads or None), P(), P()
-  return attend, in_specs, rows
+    seq, attend = ring.axis, ring.balanced(functools.partial(attention, route, options))
+  return _divided_heads(attend, batch, heads, seq, key, mesh)
 
 
 OP = op.Op(

@@ -10,9 +10,6 @@ import itertools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
-
-from ..core import heads as division, partition
 
 # Queries whose scores exist at one time. Forward and backward at 4 x 1024 tokens, 8 heads of 64 on
 # two CPU cores: 0.19 CPU seconds with 64, 0.19 to 0.22 with 128 (and 3 times as long forward).
@@ -134,41 +131,3 @@ def _reach(first_row, end_row, num_keys, is_causal, window, query_offset):
     lo = max(lo, query_offset + first_row - window[0])
     hi = min(hi, query_offset + end_row + window[1])
   return (lo, hi) if lo < hi else (0, 0)
-
-
-def attention_over_mesh(query, key, value, **options):
-  """`attention` on the mesh in context, value None for the key; arguments as there.
-
-  Rows are positions by heads, which XLA's partitioner cannot divide by heads: it would gather
-  them. So each device takes its own heads; positions are left to the partitioner.
-  """
-  arrays = {name: jax.tree.map(jnp.asarray, options.pop(name))
-            for name in ("segment_ids", "alibi_slopes", "query_offset", "scale")
-            if not isinstance(options[name], int | float | None)}
-
-  def attend(query, key, value, arrays):
-    return attention(query, key, key if value is None else value, **arrays, **options)
-
-  def divided(query, key, value, arrays):
-    mesh = partition.current(query)
-    batch = partition.axes(query, 0, partition.BATCH_AXES, mesh)
-    heads = partition.axes(query, 2, (partition.HEAD_AXIS,), mesh)
-    if not heads:
-      return attend(query, key, value, arrays)
-    kv_heads = division.divided(key.shape[2], heads, mesh)
-
-    def local(query, key, value, arrays):
-      if not kv_heads:
-        key, value = (x if x is None else division.own(x, 2, heads, mesh) for x in (key, value))
-      return attend(query, key, value, arrays)
-
-    rows = P(batch or None, None, heads, None)
-    columns = P(batch or None, None, kv_heads or None, None)
-    specs = {"segment_ids": (P(batch or None, None),) * 2, "alibi_slopes": P(heads),
-             "query_offset": P(), "scale": P()}
-    return jax.shard_map(
-        local, mesh=mesh, axis_names={*batch, *heads}, out_specs=rows,
-        in_specs=(rows, columns, None if value is None else columns,
-                  {name: specs[name] for name in arrays}))(query, key, value, arrays)
-
-  return partition.partitioned(divided, query, key, value, arrays)

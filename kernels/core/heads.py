@@ -6,6 +6,7 @@ no whole groups, as often on each as makes them so.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,12 @@ def sequences_and_heads(query, key, mesh) -> tuple[tuple[str, ...], tuple[str, .
   return batch, partition.axes(query, 2, (partition.HEAD_AXIS,), mesh)
 
 
-def divided(kv_heads: int, heads: tuple[str, ...], mesh) -> tuple[str, ...]:
-  """The mesh axes that key heads are divided over, where query heads are over `heads`."""
-  return () if kv_heads % partition.devices(mesh, heads) else heads
+def key_heads(kv_heads: int, heads: tuple[str, ...], mesh) -> tuple[tuple[str, ...], Callable]:
+  """The mesh axes that key heads are divided over, where query heads are over `heads`, and a
+  function from arrays [B, S, kv_heads, ...] or None in `shard_map` to this device's key heads."""
+  if kv_heads % partition.devices(mesh, heads) == 0:
+    return heads, lambda *arrays: arrays
+  return (), lambda *arrays: (x if x is None else own(x, 2, heads, mesh) for x in arrays)
 
 
 def held(kv_heads: int, devices: int) -> int:

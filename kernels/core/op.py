@@ -140,9 +140,13 @@ def _on_any_tpu(*arguments):
 
 
 def over_mesh(mesh: jax.sharding.AbstractMesh, f: Callable, in_specs: tuple, out_specs: Any,
-              *arrays: Any) -> Any:
-  """f of each device's part of the arrays, in `shard_map` unless all axes are manual already."""
-  free = partition.to_take_over(mesh)
+              *arrays: Any, axis_names: set[str] | None = None) -> Any:
+  """f of each device's part of the arrays, in `shard_map` unless all axes are manual already.
+
+  Args:
+    axis_names: the axes to be divided over; None for all that are not manual.
+  """
+  free = axis_names or partition.to_take_over(mesh)
   if not free:
     return f(*arrays)
   in_specs = tuple(None if x is None else spec for x, spec in zip(arrays, in_specs))

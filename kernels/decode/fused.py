@@ -70,17 +70,14 @@ def _fused(route, options, query, *others):
 def _divided(route, options, mesh, query, key, *_):
   """Batch over the data axes, heads over the model axis."""
   batch, heads = division.sequences_and_heads(query, key, mesh)
-  kv_heads = division.divided(key.shape[2], heads, mesh)
+  kv_heads, own = division.key_heads(key.shape[2], heads, mesh)
   axes = lambda *axes: P(*(axis or None for axis in axes))
   cache, scales = axes(batch, (), kv_heads, ()), axes(batch, (), kv_heads)
   rows = axes(batch, (), heads, ())
   in_specs = rows, cache, cache, axes(batch), scales, scales, axes(heads), P()
 
   def attend(query, key, value, lengths, key_scales, value_scales, *others):
-    if heads and not kv_heads:
-      key, value, key_scales, value_scales = (
-          x if x is None else division.own(x, 2, heads, mesh)
-          for x in (key, value, key_scales, value_scales))
+    key, value, key_scales, value_scales = own(key, value, key_scales, value_scales)
     return _fused(route, options, query, key, value, lengths, key_scales, value_scales, *others)
 
   return attend, in_specs, rows

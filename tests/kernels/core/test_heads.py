@@ -15,15 +15,16 @@ def check(axes, num_heads, kv_heads):
   mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
   names = tuple(axes)
   devices = int(np.prod(list(axes.values())))
+  divided, _ = heads.key_heads(kv_heads, names, mesh)
 
   def met(query, key):
-    key = key if heads.divided(kv_heads, names, mesh) else heads.own(key, 1, names, mesh)
+    key = key if divided else heads.own(key, 1, names, mesh)
     assert key.shape[1] == heads.held(kv_heads, devices)
     return query, jnp.repeat(key, query.shape[0] // key.shape[1], 1)
 
   query, key = jnp.arange(num_heads), jnp.arange(kv_heads)[None]
   query, key = jax.shard_map(
-      met, mesh=mesh, in_specs=(P(names), P(None, heads.divided(kv_heads, names, mesh) or None)),
+      met, mesh=mesh, in_specs=(P(names), P(None, divided or None)),
       out_specs=(P(names), P(None, names)))(query, key)
   np.testing.assert_array_equal(key[0], query // (num_heads // kv_heads))
 
