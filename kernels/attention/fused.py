@@ -90,19 +90,19 @@ def _divided_heads(attend, batch, heads, seq, key, mesh):
   return local, (rows, columns, columns, (ids, ids), P(heads or None), P(), P()), rows
 
 
-def attention(route, options, *arrays):
-  """Attention by the kernels, on one device.
-
-  Args:
-    *arrays: query, key, value, and what `Options.keywords` takes.
-  """
+def attention(route, options):
+  """Attention by the kernels, a function of one device's arrays."""
   local = not isinstance(route.backend, rings.Ring)  # else no device has all keys of its queries
   return differentiable(Rules(
-      op=OP.name, kernel=lambda *arrays: _out_and_lse(route, options, *arrays)[0],
+      op=OP.name, kernel=functools.partial(_attended, route, options),
       forward=functools.partial(_forward, route, options),
       backward=functools.partial(_backward, route, options),
       plain=functools.partial(_formula, options) if route.auto and local else None,
-      by=3, others="alibi_slopes"), *arrays)
+      by=3, others="alibi_slopes"))
+
+
+def _attended(route, options, *arrays):
+  return _out_and_lse(route, options, *arrays)[0]
 
 
 def _divided(route, options, mesh, query, key, value, *_):
@@ -111,10 +111,10 @@ def _divided(route, options, mesh, query, key, value, *_):
   ring = rings.over(mesh, query, key, route.backend, is_causal=options.is_causal,
                     window=options.window, query_offset=options.query_offset)
   if ring is None:
-    seq, attend = None, functools.partial(attention, route, options)
+    seq, attend = None, attention(route, options)
   else:
     route = dataclasses.replace(route, backend=ring)
-    seq, attend = ring.axis, ring.balanced(functools.partial(attention, route, options))
+    seq, attend = ring.axis, ring.balanced(attention(route, options))
   return _divided_heads(attend, batch, heads, seq, key, mesh)
 
 

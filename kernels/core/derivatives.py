@@ -44,22 +44,18 @@ class Rules:
   others: str = "this"
 
 
-def differentiable(rules: Rules, *arrays: Any) -> Any:
-  """rules.kernel(*arrays), with the derivatives of the rules."""
-  leaves, tree = jax.tree.flatten(arrays)
-  backward_leaves = len(jax.tree.leaves(arrays[:rules.by]))
-
-  @jax.custom_jvp
-  def call(*leaves):
-    return rules.kernel(*tree.unflatten(leaves))
-
-  def derivative(primals, tangents):
+def differentiable(rules: Rules) -> Callable:
+  """rules.kernel, with the derivatives of the rules."""
+  def derivative(arrays, tangents):
+    primals, tree = jax.tree.flatten(arrays)
+    tangents = jax.tree.leaves(tangents)
+    backward_leaves = len(jax.tree.leaves(arrays[:rules.by]))
     by = [i for i, tangent in enumerate(tangents) if type(tangent) is not SymbolicZero]
     some = [tangents[i] for i in by]
     formula = _Formula(rules, tree, by)
     if by and by[-1] >= backward_leaves:
       return formula.with_tangents(primals, some)
-    out, rest = rules.forward(*tree.unflatten(map(jax.lax.stop_gradient, primals)))
+    out, rest = rules.forward(*jax.tree.map(jax.lax.stop_gradient, arrays))
     out = _attached(out, formula.second_order, primals)
     rest, rest_tree = jax.tree.flatten(rest)
     outs, out_tree = jax.tree.flatten(out)
@@ -88,8 +84,9 @@ def differentiable(rules: Rules, *arrays: Any) -> Any:
         avals=tuple(core.typeof(x).to_tangent_aval() for x in outs))
     return out, out_tree.unflatten(tangents)
 
-  call.defjvp(promoting()(derivative), symbolic_zeros=True)
-  return call(*leaves)
+  kernel = jax.custom_jvp(rules.kernel)
+  kernel.defjvp(promoting()(derivative), symbolic_zeros=True)
+  return kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,22 +123,22 @@ class _Formula:
 
   def second_order(self, *leaves):
     """out, of what is differentiated once more."""
-    self._check_second_order()
-    return self.rules.plain(*self.tree.unflatten(leaves))
+    return self._plain_twice()(*self.tree.unflatten(leaves))
 
   def gradients_of(self, num_leaves, out_tree):
     """The function of (*leaves, *cotangents) that is the gradient, flat."""
     def gradients(*inputs):
-      self._check_second_order()
+      self._plain_twice()
       leaves, cotangents = inputs[:num_leaves], inputs[num_leaves:]
       pull = jax.vjp(lambda *some: self._of(leaves, some), *[leaves[i] for i in self.by])[1]
       return list(pull(out_tree.unflatten(cotangents)))
     return gradients
 
-  def _check_second_order(self):
+  def _plain_twice(self) -> Callable:
     if self.rules.plain is None:
       raise ValueError(f"{self.rules.op}: the fused kernels have no second derivative; "
                        "pass implementation='xla' for that")
+    return self.rules.plain
 
 
 def _attached(outs, formula, inputs):

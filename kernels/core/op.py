@@ -49,17 +49,17 @@ class Route:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Op:
-  """What the pipeline must know of an op; `plain` and `fused` are its functions of a route, of what
-  is known when it is compiled, and of arrays, the first of which `Backend.unsupported` looks at."""
+  """What the pipeline must know of an op; its first arrays are `Backend.unsupported`'s."""
 
   name: str
   backends: Mapping[str, Callable[[], Backend]]  # each imports its own when it is first needed
   configs: types.ModuleType  # `unasked` and `NEEDS`, for `auto`
   ranks: tuple[int | None, ...]  # of the first arrays, at least; None for a tree of weights
   on_one_device: Callable  # of the first arrays or their types, to those of a device's part
-  plain: Callable
-  fused: Callable
-  # (function, in_specs, out_specs) of `over_mesh`; None for an op that calls that itself.
+  plain: Callable  # (route, options, *arrays), in plain JAX
+  fused: Callable  # (route, options), to the function of arrays that calls the backend
+  # (route, options, mesh, *arrays), to the function and specs that `over_mesh` takes; None for an
+  # op that calls that itself.
   divide: Callable | None = None
   for_any_tpu: bool = True  # exported programs have its kernels for TPUs
 
@@ -106,14 +106,15 @@ def run(op: Op, route: Route, options: Any, *arrays: Any) -> Any:
       return op.plain(route, options, *arrays)
     if not route.undecided:
       arrays = guards.only_on(arrays[0], op.name, route.implementation), *arrays[1:]
+    fused = op.fused(route, options)
     if op.divide is None:
-      return op.fused(route, options, *arrays)
+      return fused(*arrays)
     mesh = partition.current(*arrays[:2])
     if partition.to_take_over(mesh):
       f, *specs = op.divide(route, options, mesh, *arrays)
       return over_mesh(
           mesh, lambda *arrays: f(*partition.varying_together(*arrays)), *specs, *arrays)
-    return op.fused(route, options, *partition.varying_together(*arrays))
+    return fused(*partition.varying_together(*arrays))
 
 
 @functools.cache

@@ -134,7 +134,8 @@ def _loss(route, options, x, embedding, targets, weights, scale, z_loss):
 OP = op.Op(
     "linear_cross_entropy",
     dict(mosaic_gpu=_mosaic_gpu, mosaic_tpu=_mosaic_tpu, triton=_triton), configs,
-    ranks=(1, 2), on_one_device=on_one_device, plain=_loss, fused=_loss)
+    ranks=(1, 2), on_one_device=on_one_device, plain=_loss,
+    fused=lambda *static: functools.partial(_loss, *static))
 
 
 def _over_mesh(route, static_scale, x, embedding, targets, scale):
@@ -201,7 +202,7 @@ def _statistics(route, options, *arrays):
       op=OP.name, kernel=lambda *arrays: _forward(route, options, *arrays)[0],
       forward=functools.partial(_forward, route, options),
       backward=functools.partial(_backward, route, options),
-      plain=functools.partial(_formula, options) if route.auto else None, by=2), *arrays)
+      plain=functools.partial(_formula, options) if route.auto else None, by=2))(*arrays)
 
 
 def _formula(options, x, embedding, targets, num_valid):

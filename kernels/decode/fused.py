@@ -7,6 +7,7 @@
 with arguments and result as `xla.attend` has them, float32 slopes, and lengths in [0, S].
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -86,5 +87,6 @@ def _divided(route, options, mesh, query, key, *_):
 OP = op.Op(
     "decode_attention",
     dict(mosaic_gpu=_mosaic_gpu, mosaic_tpu=_mosaic_tpu, triton=_triton), configs,
-    ranks=(3, 3, 3), on_one_device=division.on_one_device, plain=_plain, fused=_fused,
+    ranks=(3, 3, 3), on_one_device=division.on_one_device, plain=_plain,
+    fused=lambda *static: functools.partial(_fused, *static),
     divide=_divided)

@@ -287,7 +287,8 @@ def _with_repeated_scales(params, key):
 OP = op.Op(
     "parallel_attention_ffn",  # of its products; attention is another op
     dict(mosaic_gpu=_mosaic_gpu, mosaic_tpu=_mosaic_tpu, triton=_triton), configs,
-    ranks=(2, None), on_one_device=on_one_device, plain=_plain, fused=parallel_attention_ffn,
+    ranks=(2, None), on_one_device=on_one_device, plain=_plain,
+    fused=lambda *static: functools.partial(parallel_attention_ffn, *static),
     for_any_tpu=False)
 
 
@@ -296,14 +297,14 @@ def _differentiated_together(*arrays):
   identity = lambda *arrays: arrays
   return differentiable(Rules(
       OP.name, identity, lambda *arrays: (arrays, ()), lambda _, __, cotangents: cotangents,
-      identity, len(arrays)), *arrays)
+      identity, len(arrays)))(*arrays)
 
 
 def _differentiable(options, kernel, forward, backward, plain, by, arrays):
   bound = lambda function: functools.partial(function, options)
   return differentiable(Rules(
       OP.name, bound(kernel), bound(forward), bound(backward),
-      bound(plain) if options.route.auto else None, by), *arrays)
+      bound(plain) if options.route.auto else None, by))(*arrays)
 
 
 def project_in(options, *arrays):

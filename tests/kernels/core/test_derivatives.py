@@ -70,7 +70,7 @@ def every_derivative(f):
                          ids=["", "jit", "remat"])
 def test_each_derivative_is_of_the_one_that_has_it(rules, wrap):
   rules, calls = rules
-  ours = wrap(total(lambda *arrays: differentiable(rules, *arrays)))
+  ours = wrap(total(differentiable(rules)))
   plain = total(formula)
   close = lambda a, b: jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), a, b)
@@ -92,7 +92,7 @@ def test_each_derivative_is_of_the_one_that_has_it(rules, wrap):
     (lambda f: jax.hessian(f)(X, W), "no (second|forward-mode) derivative")])
 def test_a_kernel_that_is_named_refuses_the_rest(rules, derivative, message):
   rules = dataclasses.replace(rules[0], plain=None)
-  f = total(lambda *arrays: differentiable(rules, *arrays))
+  f = total(differentiable(rules))
   assert jnp.isfinite(jax.grad(lambda x: jax.vmap(f, (0, None))(x, W).sum())(X[:, None])).all()
   with pytest.raises(ValueError, match=f"op: the fused kernels have {message}.*'xla'"):
     derivative(f)
@@ -100,7 +100,7 @@ def test_a_kernel_that_is_named_refuses_the_rest(rules, derivative, message):
 
 def test_no_array_is_kept_twice(rules):
   """Reverse mode's residuals are the arguments themselves and what the kernel adds."""
-  f = total(lambda *arrays: differentiable(rules[0], *arrays))
+  f = total(differentiable(rules[0]))
   pull = jax.vjp(lambda x, w: f(x, w), X, W)[1]
   shapes = sorted(x.shape for x in jax.tree.leaves(pull) if jnp.issubdtype(x.dtype, jnp.floating))
   assert shapes.count(W.shape) == 1 and shapes.count(X.shape) <= 3  # x, cos, y for its square
