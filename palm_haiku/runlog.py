@@ -69,7 +69,8 @@ class RunLog:
     if self._tensorboard is not None:
       with self._tolerating(_NO_EVENTS):
         self._tensorboard.close()
-    self._file.close()
+    with contextlib.suppress(OSError):  # told where it was written
+      self._file.close()
 
   @contextlib.contextmanager
   def _tolerating(self, what):
@@ -95,7 +96,10 @@ class RunLog:
 
   def write(self, row: dict[str, Any]) -> None:
     """Records the metrics of one step; `row` has at least "step" and "loss"."""
-    self._file.write(json.dumps(row) + "\n")
+    try:
+      self._file.write(json.dumps(row) + "\n")
+    except OSError as error:  # whose file Python does not name
+      raise OSError(error.errno, error.strerror, str(self.path)) from error
     self._rows.append(row)
     if self._tensorboard is not None:
       events, self._tensorboard = self._tensorboard, None

@@ -8,10 +8,11 @@ import sys
 import jax
 import matplotlib.figure
 import numpy as np
+import pytest
 import rich.console
 from tensorboardX.proto import event_pb2
 
-from palm_haiku import memory, runlog
+from palm_haiku import failures, memory, runlog
 
 
 def log(path, start=0, terminal=False):
@@ -120,6 +121,15 @@ def test_tensorboard_on_a_full_disk_is_one_line(tmp_path):
   assert [line for line in said if "TensorBoard" in line] == [
       "TensorBoard's files could not be written: [Errno 28] No space left on device"]
   assert len(runlog.read_metrics(record.path)) == 8
+
+
+def test_metrics_on_a_full_disk_name_the_file(tmp_path):
+  record, _ = log(tmp_path)
+  with pytest.raises(OSError, match="metrics.jsonl") as error, record:
+    record._file = open("/dev/full", "a", buffering=1)
+    record.write({"step": 1, "loss": 2.5})
+  assert failures.line(error.value, "train") == (
+      f"{tmp_path / 'metrics.jsonl'}: No space left on device")
 
 
 def test_an_empty_log_draws_nothing(tmp_path):
