@@ -3,11 +3,9 @@
   unsupported(query, key, value, *, chip) -> the first requirement that is not met, or None
   forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_causal, scale,
           window, chip) -> (out, lse)
-  backward(query, key, value, out, lse, dout, *, ...) -> (dquery, dkey, dvalue)
+  backward(residuals, dout, *, ...) -> (dquery, dkey, dvalue)
 
-with query, out [B, T, heads, dim_head]; key, value [B, S, kv_heads, dim_head], value None where
-it is the key; lse float32[B, heads, T], the log of each row's sum of exponentials, -inf where the
-row sees nothing; the other arguments as `xla.attention` has them.
+with arrays as `Residuals` has them, the other arguments as `xla.attention`.
 """
 
 import dataclasses
@@ -23,6 +21,7 @@ from ..core import heads as division, op, partition
 from ..core.compat import in_32_bits
 from ..core.derivatives import Rules, differentiable
 from . import configs, ring as rings, xla
+from .residuals import Residuals
 
 
 def _mosaic_gpu():
@@ -153,20 +152,18 @@ def _forward(route, options, *arrays):
 
 def _backward(route, options, arrays, residuals, dout):
   query, key, value, *others = arrays
-  gradients = _gradients(route, options, query, key, value, *residuals, dout, *others)
+  gradients = _gradients(route, options, Residuals(query, key, value, *residuals), dout, *others)
   return (*gradients, *[None] * len(others))
 
 
-def _gradients(route, options, query, key, value, out, lse, dout, *others):
+def _gradients(route, options, residuals, dout, *others):
   if route.undecided:
-    return route.by_platform(
-        _plain_gradients, _gradients, options, query, key, value, out, lse, dout, *others)
+    return route.by_platform(_plain_gradients, _gradients, options, residuals, dout, *others)
   keywords = options.for_kernels(*others)
   with in_32_bits():
-    return tuple(route.backend.backward(
-        query, key, value, out, lse, dout, chip=route.chip, **keywords))
+    return tuple(route.backend.backward(residuals, dout, chip=route.chip, **keywords))
 
 
-def _plain_gradients(options, query, key, value, out, lse, dout, *others):
+def _plain_gradients(options, residuals, dout, *others):
   attend = lambda query, key, value: _formula(options, query, key, value, *others)
-  return tuple(jax.vjp(attend, query, key, value)[1](dout))
+  return tuple(jax.vjp(attend, *residuals[:3])[1](dout))

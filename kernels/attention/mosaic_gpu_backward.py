@@ -20,13 +20,15 @@ from ..hopper.tiles import COMPUTE, ROWS, WARPGROUP_ROWS
 from ..interpreters import mode
 from . import configs, mosaic_gpu_dkv, mosaic_gpu_dq, mosaic_gpu_mask as masking
 from .mosaic_gpu_dq import Operands
+from .residuals import Residuals
 
 
-def backward(query: jax.Array, key: jax.Array, value: jax.Array | None, out: jax.Array,
-             lse: jax.Array, dout: jax.Array, *, segment_ids: tuple[jax.Array, jax.Array] | None,
-             alibi_slopes: jax.Array | None, query_offset: int | jax.Array, is_causal: bool,
-             scale: float, window: tuple[int, int] | None, chip: str | None, config: Any = None):
-  """(dquery, dkey, dvalue) from what `forward` returned; without `value`, dkey is both's sum."""
+def backward(residuals: Residuals, dout: jax.Array, *,
+             segment_ids: tuple[jax.Array, jax.Array] | None, alibi_slopes: jax.Array | None,
+             query_offset: int | jax.Array, is_causal: bool, scale: float,
+             window: tuple[int, int] | None, chip: str | None, config: Any = None):
+  """(dquery, dkey, dvalue); where value is None, dkey is the sum of both."""
+  query, key, value, out, lse = residuals
   batch, length, heads, dim = query.shape
   num_keys, kv_heads = key.shape[1:3]
   group, rows = heads // kv_heads, length * heads // kv_heads

@@ -21,6 +21,7 @@ from ..core.vmap import folding_batch
 from ..interpreters import mode
 from ..tpu.product import ahead, clear, dot
 from . import configs, mosaic_tpu_layout as layout, mosaic_tpu_mask as masking
+from .residuals import Residuals
 
 
 class _Specs(NamedTuple):
@@ -57,21 +58,21 @@ def _specs(plan, ranges, dim):
 
 
 @folding_batch
-def backward(query: jax.Array, key: jax.Array, value: jax.Array | None, out: jax.Array,
-             lse: jax.Array, dout: jax.Array, *, segment_ids: tuple[jax.Array, jax.Array] | None,
-             alibi_slopes: jax.Array | None, query_offset: int | jax.Array, is_causal: bool,
-             scale: float, window: tuple[int, int] | None, chip: str | None, config: Any = None):
+def backward(residuals: Residuals, dout: jax.Array, *,
+             segment_ids: tuple[jax.Array, jax.Array] | None, alibi_slopes: jax.Array | None,
+             query_offset: int | jax.Array, is_causal: bool, scale: float,
+             window: tuple[int, int] | None, chip: str | None, config: Any = None):
   """The gradients of attention; the contract of every backend.
 
   Args:
-    query, key, value, segment_ids, alibi_slopes, query_offset, window, chip, config: as in
-      `forward`.
-    out, lse: its results.
+    residuals: of `forward`.
     dout: like query.
+    segment_ids, alibi_slopes, query_offset, window, chip, config: as in `forward`.
 
   Returns:
     dquery, dkey, dvalue; where value is None, dkey is the sum of both and dvalue None.
   """
+  query, key, value, out, lse = residuals
   batch, length, heads, given_dim = query.shape
   query, key, value, out, dout = (layout.widen(x) for x in (query, key, value, out, dout))
   dim = query.shape[-1]

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core import partition
+from .residuals import Residuals
 
 # A tour of at most so many shards is unrolled, which leaves out the last transfer of the keys, one
 # of n; a longer one is a loop, so that what is compiled does not grow with the ring. With gradients
@@ -100,10 +101,10 @@ class Ring:
         tour[0] + 1, tour[-1] + 1, turn, carry, unroll=len(tour) <= UNROLLED)[1]
     return out.astype(query.dtype), lse.swapaxes(1, 2)
 
-  def backward(self, query: jax.Array, key: jax.Array, value: jax.Array | None, out: jax.Array,
-               lse: jax.Array, dout: jax.Array, *, segment_ids: tuple[jax.Array, jax.Array] | None,
-               **options):
+  def backward(self, residuals: Residuals, dout: jax.Array, *,
+               segment_ids: tuple[jax.Array, jax.Array] | None, **options):
     """(dquery, dkey, dvalue) as any backend's, from the (out, lse) of all keys."""
+    query, key, value, out, lse = residuals
     query_ids, key_ids = segment_ids or (None, None)
     rows = query, out, lse.swapaxes(1, 2), dout, query_ids
     tour = _tour(self.size, query, key, options)
@@ -114,7 +115,8 @@ class Ring:
 
       def compute():
         gradients = self.backend.backward(
-            q, k, v, o, rows_lse.swapaxes(1, 2), do, **self._keywords(pair, q_ids, k_ids, options))
+            Residuals(q, k, v, o, rows_lse.swapaxes(1, 2)), do,
+            **self._keywords(pair, q_ids, k_ids, options))
         return jax.tree.map(lambda x: x.astype(jnp.float32), tuple(gradients))
 
       return _where(pair.seen, compute, lambda: _zeros(q, k, v))

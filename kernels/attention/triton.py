@@ -15,6 +15,7 @@ from ..core.constants import FAR, LOG2E
 from ..core.vmap import folding_vmap
 from ..triton import call as triton_call
 from . import configs
+from .residuals import Residuals
 
 _DIMS = (16, 32, 64, 128, 256)
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -68,17 +69,18 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, *,
   return _of_batch(_forward, static, query, key, value, *extras)
 
 
-def backward(query: jax.Array, key: jax.Array, value: jax.Array | None, out: jax.Array,
-             lse: jax.Array, dout: jax.Array, *, segment_ids: tuple[jax.Array, jax.Array] | None,
-             alibi_slopes: jax.Array | None, query_offset: int | jax.Array, is_causal: bool,
-             scale: float, window: tuple[int, int] | None, chip: str | None):
+def backward(residuals: Residuals, dout: jax.Array, *,
+             segment_ids: tuple[jax.Array, jax.Array] | None, alibi_slopes: jax.Array | None,
+             query_offset: int | jax.Array, is_causal: bool, scale: float,
+             window: tuple[int, int] | None, chip: str | None):
   """dquery, dkey, dvalue; dkey is the sum of both and dvalue None where value is the key.
 
-  Arguments and results of `forward`, and dout like out.
+  dout is like out, the other arguments are those of `forward`.
 
   References:
     FlashAttention-2 (arXiv:2307.08691), algorithm 2, split in two kernels.
   """
+  query, key, value, out, lse = residuals
   static = _static(query.shape, key.shape, is_causal, scale, window, value is None, chip)
   query, sign = _positive_scale(query, scale)
   extras = _extras(query, segment_ids, alibi_slopes, query_offset)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from palm_haiku.kernels import alibi_slopes, attention, flash_attention
+from palm_haiku.kernels.attention.residuals import Residuals
 from palm_haiku.kernels.triton import call as triton_call
 from tests.kernels.attention import contract
 
@@ -51,7 +52,8 @@ class PlainBackend(types.ModuleType):
     value = jnp.repeat(value, query.shape[2] // value.shape[2], 2).astype(jnp.float32)
     return jnp.einsum("bhts,bshd->bthd", weights, value).astype(query.dtype), lse
 
-  def backward(self, query, key, value, out, lse, dout, *, chip, **options):
+  def backward(self, residuals, dout, *, chip, **options):
+    query, key, value, out, lse = residuals
     q, k, v, out_, dout_ = (x.astype(jnp.float32) for x in (
         query, key, key if value is None else value, out, dout))
     heads, kv_heads = q.shape[2], k.shape[2]
@@ -104,7 +106,7 @@ def test_the_contract_holds_for_plain_jax(case):
   @jax.jit
   def both(q, k, v, dout):
     out, lse = module.forward(q, k, v, **options)
-    return out, lse, module.backward(q, k, v, out, lse, dout, **options)
+    return out, lse, module.backward(Residuals(q, k, v, out, lse), dout, **options)
 
   out, lse, gradients = both(q, k, v, dout)
   contract.check(case, arrays, dict(

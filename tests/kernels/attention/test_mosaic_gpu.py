@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from palm_haiku.kernels import alibi_slopes, flash_attention, interpret, interpreters
 from palm_haiku.kernels.attention import mosaic_gpu, mosaic_gpu_dkv, mosaic_gpu_mask
+from palm_haiku.kernels.attention.residuals import Residuals
 from palm_haiku.kernels.hopper import heads, tiles
 from tests import mutants
 from tests.kernels.attention import contract
@@ -28,7 +29,7 @@ def kernels(query, key, value, dout, query_offset, static_offset, gradients, **o
   out, lse = mosaic_gpu.forward(query, key, value, **options)
   results = dict(out=out, lse=lse)
   if gradients:
-    grads = mosaic_gpu.backward(query, key, value, out, lse, dout, **options)
+    grads = mosaic_gpu.backward(Residuals(query, key, value, out, lse), dout, **options)
     results |= dict(zip(("dquery", "dkey", "dvalue"), grads))
   return results
 
@@ -60,8 +61,8 @@ def backward_of_exact(case, arrays):
   out, lse = jnp.asarray(want["out"].astype(case.dtype)), jnp.asarray(want["lse"], jnp.float32)
   with interpret(detect_races=True):
     return jax.block_until_ready(backward(
-        arrays["query"], arrays["key"], arrays["value"], out, lse, arrays["dout"], chip=None,
-        **arrays["options"]))
+        Residuals(arrays["query"], arrays["key"], arrays["value"], out, lse), arrays["dout"],
+        chip=None, **arrays["options"]))
 
 
 def verify_variants(case, data, variants):
@@ -285,7 +286,7 @@ def program(dim_head, alibi, gradients, length, heads, segmented=False, num_keys
     out, lse = mosaic_gpu.forward(query, key, value, **keywords)
     if not gradients:
       return out, lse
-    return mosaic_gpu.backward(query, key, value, out, lse, dout, **keywords)
+    return mosaic_gpu.backward(Residuals(query, key, value, out, lse), dout, **keywords)
 
   keys = array(1, num_keys)
   return both, (array(heads), keys, keys, array(heads), ids, slopes)

@@ -22,6 +22,7 @@ from palm_haiku.kernels.attention import (
   mosaic_tpu_layout as layout,
   mosaic_tpu_mask as masking,
 )
+from palm_haiku.kernels.attention.residuals import Residuals
 from palm_haiku.kernels.core import chips
 from tests.kernels.attention import contract
 from tests.kernels.attention.contract import Case
@@ -43,7 +44,7 @@ def compiled(blocks, backward, **static):
     out, lse = mosaic_tpu.forward(query, key, value, **options)
     results = dict(out=out, lse=lse)
     if backward:
-      gradients = mosaic_tpu.backward(query, key, value, out, lse, dout, **options)
+      gradients = mosaic_tpu.backward(Residuals(query, key, value, out, lse), dout, **options)
       results |= dict(zip(("dquery", "dkey", "dvalue"), gradients, strict=True))
     return results
   return run
@@ -276,6 +277,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from palm_haiku.kernels.attention import mosaic_tpu
+from palm_haiku.kernels.attention.residuals import Residuals
 
 chip, topology, length, heads, kv_heads, dim, dtype = sys.argv[1:]
 length, heads, kv_heads, dim = map(int, (length, heads, kv_heads, dim))
@@ -286,7 +288,7 @@ def both(query, key, value, dout, slopes):
   options = dict(segment_ids=None, alibi_slopes=slopes, query_offset=0, is_causal=True,
                  scale=dim**-0.5, window=None, chip=chip)
   out, lse = mosaic_tpu.forward(query, key, value, **options)
-  return mosaic_tpu.backward(query, key, value, out, lse, dout, **options)
+  return mosaic_tpu.backward(Residuals(query, key, value, out, lse), dout, **options)
 
 everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 array = lambda shape, dtype=dtype: jax.ShapeDtypeStruct(

@@ -19,6 +19,7 @@ from palm_haiku.kernels import alibi_slopes, flash_attention, interpret
 from palm_haiku.kernels.aot import targets
 from palm_haiku.kernels.attention import ring, xla
 from palm_haiku.kernels.attention.fused import OP
+from palm_haiku.kernels.attention.residuals import Residuals
 from palm_haiku.kernels.core import guards, partition
 from tests.kernels.attention import contract
 from tests.kernels.attention.contract import Case
@@ -166,7 +167,8 @@ class Counting(types.ModuleType):
     out = jnp.zeros_like(query)
     return out, jnp.log(key.shape[1] + out[..., 0].swapaxes(1, 2))
 
-  def backward(self, query, key, value, *_, **__):
+  def backward(self, residuals, *_, **__):
+    query, key, *_ = residuals
     return key.shape[1] + 0 * query, 0 * key, None
 
 
@@ -177,7 +179,7 @@ def keys_of_each_query(size, zigzag, **options):
 
   def count(query, key):
     out, lse = backend.forward(query, key, None, **options)
-    dquery = backend.backward(query, key, None, out, lse, out, **options)[0]
+    dquery = backend.backward(Residuals(query, key, None, out, lse), out, **options)[0]
     return jnp.exp(lse).reshape(1, -1), dquery.reshape(1, -1)
 
   length = 4 * size

@@ -16,6 +16,7 @@ from jax.sharding import AxisType
 
 from palm_haiku.kernels import alibi_slopes, flash_attention
 from palm_haiku.kernels.attention import configs, triton
+from palm_haiku.kernels.attention.residuals import Residuals
 from palm_haiku.kernels.triton import call as triton_call
 from tests import triton_interpreter
 from tests.kernels import draws
@@ -50,7 +51,7 @@ def kernels(query, key, value, dout, query_offset, known_offset, **options):
   """What both passes return, for a query_offset that is an array, or a Python int."""
   options["query_offset"] = query_offset if known_offset is None else known_offset
   out, lse = triton.forward(query, key, value, **options)
-  grads = triton.backward(query, key, value, out, lse, dout, **options)
+  grads = triton.backward(Residuals(query, key, value, out, lse), dout, **options)
   return dict(zip(("out", "lse", "dquery", "dkey", "dvalue"), (out, lse, *grads), strict=True))
 
 

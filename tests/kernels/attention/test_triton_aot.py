@@ -9,6 +9,7 @@ import pytest
 
 from palm_haiku.kernels import alibi_slopes, flash_attention
 from palm_haiku.kernels.attention import configs, triton
+from palm_haiku.kernels.attention.residuals import Residuals
 from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.triton import call as triton_call
 from tests.kernels.attention import contract
@@ -154,7 +155,7 @@ class TestOnAGpu:
     q, k, v, dout = (arrays[name] for name in ("query", "key", "value", "dout"))
     options = dict(arrays["options"], chip=None)
     out, lse = triton.forward(q, k, v, **options)
-    gradients = triton.backward(q, k, v, out, lse, dout, **options)
+    gradients = triton.backward(Residuals(q, k, v, out, lse), dout, **options)
     contract.check(case, arrays, dict(zip(("out", "lse", "dquery", "dkey", "dvalue"),
                                           (out, lse, *gradients))))
 
