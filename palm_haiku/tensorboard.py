@@ -9,7 +9,11 @@ import time
 from collections.abc import Mapping
 
 from tensorboardX import event_file_writer, summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto import event_pb2
+
+# Made by protobuf as the module is imported, where no type checker sees them.
+_Event = getattr(event_pb2, "Event")  # noqa: B009
+_START = getattr(event_pb2, "SessionLog")(status="START")  # noqa: B009
 
 
 class EventFile:
@@ -25,7 +29,7 @@ class EventFile:
     directory.mkdir(exist_ok=True)
     self._writer = event_file_writer.EventsWriter(str(directory / "events"))
     if purge_step is not None:
-      self._write(purge_step, session_log=SessionLog(status=SessionLog.START))
+      self._write(purge_step, session_log=_START)
     self._writer.flush()
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -39,4 +43,4 @@ class EventFile:
     self._writer.close()
 
   def _write(self, step, **content):
-    self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
+    self._writer.write_event(_Event(wall_time=time.time(), step=step, **content))

@@ -243,7 +243,8 @@ def _parts(route, options, x, embedding, targets, num_valid):
     kernel = folding_vmap(lambda tokens, others: route.backend.forward(
         tokens[0], others[0], tokens[1] - others[2], **in_block.keywords(route, others[1])))
     top, total, logit = kernel((x, targets), (rows, jnp.clip(valid - first, 0, size), first))
-    return *merged(*map(jnp.stack, zip(carry[:2], (top, total))), options.scale), carry[2] + logit
+    tops, totals = (jnp.stack(both) for both in zip(carry[:2], (top, total)))
+    return *merged(tops, totals, options.scale), carry[2] + logit
 
   nothing = jnp.zeros(x.shape[:1], jnp.float32)
   start = partition.varying_together(nothing + LOWEST, nothing, nothing, x)[:3]

@@ -38,10 +38,10 @@ def forward(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, scale: fl
   valid = jnp.asarray(num_valid, jnp.int32).reshape(1)
   here = (targets >= 0) & (targets < num_valid)
   token = lambda *lead: jax.ShapeDtypeStruct((*lead, x.shape[0]), jnp.float32)
-  *parts, found = _call(
+  top, total, found = _call(
       "forward", x, embedding, (valid, jnp.where(here, targets, -1)),
       lambda splits: (token(splits), token(splits), token()), scale=scale, chip=chip)
-  return *merged(*parts, scale), jnp.where(here, scale * found, 0)
+  return *merged(top, total, scale), jnp.where(here, scale * found, 0)
 
 
 def logit_gradient(x: jax.Array, rows: jax.Array, targets: jax.Array, top: jax.Array,

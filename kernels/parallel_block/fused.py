@@ -337,7 +337,8 @@ def _in_projection(options, x, weights, rotation, keep):
         chip=options.chip)
 
   def plain(tokens, weights):
-    *made, gate, up = _formula_in(options, *tokens, weights)
+    x, rotation = tokens
+    *made, gate, up = _formula_in(options, x, rotation, weights)
     return *made, *((gate, up) if keep else (None, None))
 
   return _named(options.run(plain, kernel, (x, rotation), _widened(options, weights)))
