@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from palm_haiku.config import PaLMConfig
+from palm_haiku.kernels.core import heads
 from palm_haiku.model import PaLM
 from palm_haiku.recipe import TrainConfig
 from palm_haiku.train_step import init, train_step
@@ -42,7 +43,7 @@ def repeated_flops_per_token(config: TrainConfig, model_axis: int) -> float:
   product = 2 * model.depth * sum(
       count for name, count in model.layer_params.items() if name in ("key", "value"))
   products = 1 if config.shard_residual else 3 if config.remat == "none" else 4
-  copies = 1 if model.kv_heads % model_axis == 0 else model_axis
+  copies = heads.held(model.kv_heads, model_axis) * model_axis // model.kv_heads
   return (copies - 1) * products * product
 
 

@@ -277,6 +277,24 @@ def test_what_a_mesh_does_not_divide_is_repeated(plain):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("heads, kv_heads, model, implementation", [
+    (6, 3, 2, "mosaic_gpu"), (8, 2, 4, "mosaic_gpu"), (6, 3, 2, "xla")])
+def test_key_heads_that_a_mesh_does_not_divide_are_repeated(
+    plain, heads, kv_heads, model, implementation):
+  mesh = jax.make_mesh((2, model), ("fsdp", "model"), axis_types=(AxisType.Auto,) * 2)
+  x = qkv(heads=heads, kv_heads=kv_heads)
+  run = lambda name: jax.jit(jax.value_and_grad(loss(functools.partial(
+      flash_attention, implementation=name, alibi_slopes=alibi_slopes(heads))),
+      argnums=(0, 1, 2)))
+  want = run("xla")(*x)
+  with jax.set_mesh(mesh):
+    text = run(implementation).lower(*x).as_text()
+    got = run(implementation)(*x)
+  chex.assert_trees_all_close(got, want, atol=1e-4, rtol=1e-4)
+  assert f"tensor<4x12x{heads // model}x4xf32>" in text
+
+
+@pytest.mark.full
 def test_inside_a_shard_map_of_the_caller(plain):
   mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
   x = qkv()

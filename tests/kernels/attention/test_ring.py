@@ -93,7 +93,7 @@ STRUCTURES = [(mesh, case_of(**case)) for mesh, case in (
     (dict(seq=4), dict(length=20, scale=0.3)),  # no 8 equal blocks, so no zigzag
     (dict(seq=8), dict(window=(5, 0), segments="packed")),
     (dict(seq=8), dict(window=(4, 2), is_causal=False)),
-    (dict(seq=4, model=2), dict(kv_heads=2, is_causal=False, segments="packed")),
+    (dict(seq=4, model=2), dict(heads=6, kv_heads=3, is_causal=False, segments="packed")),
     (dict(seq=4), dict(length=16, keys=32, query_offset=9)),
     (dict(seq=2), dict(length=24, keys=16, traced_offset=True, window=(9, 2))),
     (dict(data=2, seq=2, model=2), dict(segments="packed")),

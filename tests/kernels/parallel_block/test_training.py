@@ -16,6 +16,7 @@ from tests.kernels.parallel_block.test_parallel_block import LITE
 
 IMPLEMENTATIONS = ("mosaic_tpu", "mosaic_gpu", pytest.param("triton", marks=pytest.mark.skipif(
     bool(triton_call.problem()), reason=f"needs {triton_call.problem()}")))
+GROUPED = dict(kv_heads=2, dim_ff=200, qk_norm="layer", window=5, global_every=2)
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 17))
 
 
@@ -64,7 +65,7 @@ def assert_same_curve(architecture, implementation, steps, **more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("architecture", [{}, LITE], ids=["palm", "palm-lite"])
+@pytest.mark.parametrize("architecture", [{}, LITE, GROUPED], ids=["palm", "palm-lite", "grouped"])
 def test_three_layers_train_to_the_same_curve(architecture, implementation):
   assert_same_curve(architecture, implementation, steps=8)
 
