@@ -140,11 +140,11 @@ def _kernel(operands, out_ref, lse_ref, scratch, *, kv_heads, tiles_of_rows, gro
       at = lax.rem(i, stages)
       plgpu.barrier_wait(ready.at[at])  # mutant: wait for a tile
       filled = end - (lo + i * BLOCK)
-      empty = begin - (lo + i * BLOCK) if edge else 0
+      unseen = begin - (lo + i * BLOCK) if edge else None
       if masked and k_wide is None:
         values = k_smem if v_ref is None else v_smem
-        pl.when((filled < BLOCK) | (empty > 0) if edge else filled < BLOCK)(
-            lambda: tiles.clear_rows(values.at[at], filled, empty))
+        pl.when(filled < BLOCK if unseen is None else (filled < BLOCK) | (unseen > 0))(
+            lambda: tiles.clear_rows(values.at[at], filled, unseen))
       k_tile = _widened(k_smem, k_wide, at)
 
       def scores_of(acc_ref):
@@ -172,8 +172,8 @@ def _kernel(operands, out_ref, lse_ref, scratch, *, kv_heads, tiles_of_rows, gro
           k_scale = plgpu.load(v_scale_smem.at[at], layout=COL, optimized=False)
         if masked:
           k_scale = jnp.where(fixed + lane < filled.astype(jnp.float32), k_scale, 0.0)
-          if edge:
-            k_scale = jnp.where(fixed + lane >= empty.astype(jnp.float32), k_scale, 0.0)
+          if unseen is not None:
+            k_scale = jnp.where(fixed + lane >= unseen.astype(jnp.float32), k_scale, 0.0)
         weights *= down(k_scale, shape)  # mutant: value scales
       weights = weights.astype(q_smem.dtype)
       acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))

@@ -70,15 +70,15 @@ def limits(query, key, block: int, programs: int, span: int | None = None) -> Li
 def split(lengths: jax.Array, limits: Limits) -> Splits:
   """The slots of sequences of these lengths, int32[B]: a few operations on small arrays."""
   block, least, programs, slots, span = limits
-  blocks, skipped = -(-lengths // block), 0
+  blocks, skipped, dealt = -(-lengths // block), None, lengths
   if span is not None:
     skipped = jnp.maximum(lengths - span, 0) // block  # mutant: skipped blocks
     blocks -= skipped
+    dealt = lengths - skipped * block
   if limits.parts:
     # In floating point, where the product can't overflow; at most a slot is lost to its rounding.
     share = blocks * (programs / jnp.maximum(blocks.sum(), 1).astype(jnp.float32))
-    count = jnp.maximum(jnp.minimum(
-        share.astype(jnp.int32), (lengths - skipped * block) // least), 1)
+    count = jnp.maximum(jnp.minimum(share.astype(jnp.int32), dealt // least), 1)
   else:
     count = jnp.ones_like(lengths)
   ends = jnp.cumsum(count)
@@ -87,7 +87,7 @@ def split(lengths: jax.Array, limits: Limits) -> Splits:
   at = jnp.minimum(sequence, len(lengths) - 1)
   part = slot - (ends - count)[at]
   edge = lambda i: i * blocks[at] // count[at] * block
-  if span is not None:
+  if skipped is not None:
     edge = lambda i: (skipped[at] + i * blocks[at] // count[at]) * block
   first, end = edge(part), jnp.minimum(edge(part + 1), lengths[at])
   used = slot < ends[-1]

@@ -117,7 +117,7 @@ def fold(x, op):
   return parts[0]
 
 
-def clear_rows(tile, count, first=0):
+def clear_rows(tile, count, first=None):
   """Zeros in rows from `count` on, and before `first`, of 64 rows of 16 bits in shared memory, for
   wgmma to read.
 
@@ -129,7 +129,7 @@ def clear_rows(tile, count, first=0):
     part = tile.at[:, pl.ds(column, 64)]
     x = plgpu.load(part, layout=TILE, optimized=False)
     kept = across(row, x.shape) < count
-    if not isinstance(first, int):
+    if first is not None:
       kept &= across(row, x.shape) >= first
     part[...] = jnp.where(kept, x, jnp.zeros_like(x))
   plgpu.commit_smem()
