@@ -161,6 +161,19 @@ def test_a_policy_that_keeps_the_residuals_does_not_rerun_the_kernel(plain, monk
   assert number_of_runs() == 2
 
 
+def test_an_eager_gradient_is_traced_once(plain, monkeypatch):
+  traced = []
+  for name in ("forward", "backward"):
+    function = getattr(plain, name)
+    monkeypatch.setattr(plain, name, lambda *arrays, function=function, name=name, **options: (
+        traced.append(name) or function(*arrays, **options)))
+  jax.grad(loss(fused))(*qkv())
+  assert {"forward", "backward"} == set(traced)
+  traced.clear()
+  jax.grad(loss(fused))(*qkv())
+  assert not traced
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_other_derivatives_name_the_xla_path(plain, jit):
   q, k, v = qkv()
