@@ -57,7 +57,7 @@ def prepare(params: Mapping[str, chex.ArrayTree], config: PaLMConfig,
 
   Over a mesh the matrices stay apart, so that each can be divided by its own columns.
   """
-  model, stack = palm_params(params, prefix)
+  model, stack = palm_params(params, prefix, config)
   apart = partition.to_take_over(partition.current(model["embedding"]))
   cast = quantize if weights == "int8" else lambda matrix: matrix.astype(dtype)
 

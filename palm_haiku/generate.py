@@ -106,9 +106,9 @@ def generate(params: Any, config: PaLMConfig, prompt: ArrayLike | list[Any], len
       raise ValueError("sampling needs a key; pass one, or temperature=0 for the likeliest tokens")
     key = jax.random.key(0)
   models = [(params, config)] if draft is None else [(params, config), draft]
-  for number, (one, _) in enumerate(models):
+  for number, (one, of) in enumerate(models):
     if not isinstance(one, decoder.Weights):
-      palm_params(one, None if number else prefix)  # so that a mistake is told here
+      palm_params(one, None if number else prefix, of)  # so that a mistake is told here
   dtype = jnp.dtype(dtype)
   cache_dtype = dtype if cache_dtype is None else jnp.dtype(cache_dtype)
   if cache_dtype != jnp.int8 and not jnp.issubdtype(cache_dtype, jnp.floating):

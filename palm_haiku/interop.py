@@ -286,7 +286,7 @@ def dump(peer: str, config: PaLMConfig, params: Mapping[str, Any], *, prefix: st
     stream = np.float32((eps / config.norm_eps) ** 0.5)
   logits_scale = config.dim**-0.5 if config.logits_scale is None else config.logits_scale
   palm, layers = ({name: np.asarray(x, np.float32) for name, x in part.items()}
-                  for part in palm_params(params, prefix))
+                  for part in palm_params(params, prefix, config))
   offset = np.float32(_allowed(layout, peer, gain_offset))
   orient = np.transpose if layout.transposed else np.asarray
   arrays = {layout.embedding: palm["embedding"] * stream}

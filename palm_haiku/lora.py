@@ -38,9 +38,9 @@ def adapted(params: Mapping[str, jax.Array], rank: int, stack: tuple[int, ...]):
 
 def split(params: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
   """Trained and frozen parameters: with adapters these and all else, without them all and none."""
-  if not any(_is_adapter(path[-1].key) for path, _ in jax.tree_util.tree_leaves_with_path(params)):
+  if not any(is_adapter(path[-1].key) for path, _ in jax.tree_util.tree_leaves_with_path(params)):
     return params, {}
-  return hk.data_structures.partition(lambda module, name, _: _is_adapter(name), params)
+  return hk.data_structures.partition(lambda module, name, _: is_adapter(name), params)
 
 
 def join(trained, frozen):
@@ -52,11 +52,12 @@ def merge(params: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
   """Parameters of a PaLM with the adapters of its stacked layers added to their matrices."""
   return {module: {
       name: _sum(x, weights[name + _A], weights[name + _B], 1) if name + _A in weights else x
-      for name, x in weights.items() if not _is_adapter(name)}
+      for name, x in weights.items() if not is_adapter(name)}
       for module, weights in params.items()}
 
 
-def _is_adapter(name: str) -> bool:
+def is_adapter(name: str) -> bool:
+  """Whether a parameter of that name is part of an adapter."""
   return name.endswith((_A, _B))
 
 

@@ -1,6 +1,7 @@
 """PaLM as Haiku modules."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -28,15 +29,17 @@ REMAT_POLICIES = {
 }
 
 
-def palm_params(params: Mapping[str, Any], prefix: str | None = None) -> tuple[Any, Any]:
+def palm_params(params: Mapping[str, Any], prefix: str | None = None,
+                config: PaLMConfig | None = None) -> tuple[Any, Any]:
   """The parameters of a PaLM, alone or within other modules: its own, and those of its layers.
 
   Args:
     params: of `hk.transform`, by module.
     prefix: the name of the PaLM there; None finds it where there is one.
+    config: that the parameters must be of, if it is given.
 
   Raises:
-    ValueError: there is none, or several and no prefix.
+    ValueError: there is none, or several and no prefix, or it is not one of this config.
   """
   layers = "/layers/parallel_block"
   names = [name.removesuffix(layers) for name in params if name.endswith(layers)]
@@ -49,7 +52,23 @@ def palm_params(params: Mapping[str, Any], prefix: str | None = None) -> tuple[A
                      f"the parameters hold several PaLMs; pass prefix, one of {there}"
                      if prefix is None else
                      f"the parameters hold no PaLM called {prefix!r}; there is {there}")
-  return params[prefix], params[prefix + layers]
+  found = params[prefix], params[prefix + layers]
+  for part, want in zip(found, _shapes(config) if config else ()):
+    for name in sorted(part.keys() | want.keys()):
+      shape = tuple(part[name].shape) if name in part else None
+      if shape != want.get(name):
+        merge = "; lora.merge adds adapters to their weights" if lora.is_adapter(name) else ""
+        raise ValueError(f"the parameters are not those of this config: {name} is "
+                         f"{shape or 'absent'}, of the config {want.get(name, 'absent')}{merge}")
+  return found
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(config):
+  """Shapes by name, as `palm_params` has the parameters."""
+  init = hk.transform(lambda: PaLM.from_config(config)(np.zeros(1, np.int32))).init
+  params = jax.eval_shape(init, jax.random.key(0))
+  return [{name: x.shape for name, x in part.items()} for part in palm_params(params)]
 
 
 class KVCache(NamedTuple):

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import pathlib
@@ -7,6 +8,7 @@ import zipfile
 import chex
 import haiku as hk
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -411,3 +413,22 @@ def test_models_of_any_name_and_within_others():
       interop.dump("palm-jax", config, bad, prefix=prefix)
     with pytest.raises(ValueError, match=message):
       generate(bad, config, [1, 2], 1, temperature=0, prefix=prefix)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(depth=1), r"attn_out is \(2, 3, 4, 8\), of the config \(1, 3, 4, 8\)"),
+    (dict(heads=2, dim_head=6), r"attn_out is \(2, 3, 4, 8\), of the config \(2, 2, 6, 8\)"),
+    (dict(shared_kv=True), r"value is \(2, 8, 4\), of the config absent"),
+    (dict(norm_bias=True), r"norm_bias is absent, of the config \(8,\)")])
+def test_parameters_of_another_config_are_refused(changes, message):
+  config = PaLMConfig(11, 8, 2, 3, 4)
+  params = hk.transform(lambda: PaLM.from_config(config)(jnp.zeros(1, int))).init(
+      jax.random.key(0))
+  other = dataclasses.replace(config, **changes)
+  with pytest.raises(ValueError, match=message):
+    generate(params, other, [1], 1, temperature=0)
+  with pytest.raises(ValueError, match=message):
+    decoder.prepare(params, other)
+  adapted = {module: part | {"query_lora_a": part["norm"]} for module, part in params.items()}
+  with pytest.raises(ValueError, match="lora.merge adds adapters to their weights"):
+    decoder.prepare(adapted, config)

@@ -19,7 +19,7 @@ SHARD = 4 * 2**30  # bytes of tensors in a file
 
 
 def save(path, config: PaLMConfig, params: Mapping[str, Mapping[str, Any]],
-         tokenizer=None) -> None:
+         tokenizer=None, *, prefix: str | None = None) -> None:
   """Writes a model as a Cohere model: config.json, float32 safetensors and the tokenizer.
 
   Args:
@@ -27,10 +27,12 @@ def save(path, config: PaLMConfig, params: Mapping[str, Mapping[str, Any]],
     config: of the model.
     params: of `PaLM.from_config(config)`, alone or within other modules.
     tokenizer: of the run; its `save(directory)` writes the files of the hub's layout.
+    prefix: the module's name in params; None where they hold one PaLM.
 
   Raises:
     HubError: an architecture that Cohere's cannot express, with the field's name; a path that is
       taken; a tokenizer that the hub's layout cannot express.
+    ValueError: params that are not of the config, or hold several models and no prefix is given.
   """
   path = pathlib.Path(path).expanduser()
   fields = configs.to_json(config)
@@ -43,7 +45,7 @@ def save(path, config: PaLMConfig, params: Mapping[str, Mapping[str, Any]],
     if tokenizer is not None:
       fields |= tokenizer.save(draft)
     (draft / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-    _write_tensors(draft, config, params)
+    _write_tensors(draft, config, palm_params(params, prefix, config))
     os.replace(draft, path)
   finally:
     shutil.rmtree(draft, ignore_errors=True)
@@ -79,7 +81,7 @@ def _write_shard(directory, number, tensors):
 
 def _tensors(config, params):
   """Each tensor's name, shape, and a function that makes it."""
-  model, stack = palm_params(params)
+  model, stack = params
   for (module, name), stored in layouts.layout(config, "cohere").items():
     source = name
     if name == "value" and config.shared_kv:  # the keys before rotary, in their own order
