@@ -27,8 +27,10 @@ from palm_haiku import distributed
 _MANIFEST = "manifest.json"
 _DRAFT = ".unfinished"  # behind the step, until all of a checkpoint is written
 _REFUSED = ".refused"
-# What systems leave in any directory, and take away again.
-_LITTER = (".DS_Store", "._*", ".nfs*", "Thumbs.db", "desktop.ini")
+# What systems, editors and synchronisers leave in any directory, and take away again.
+_LITTER = (".DS_Store", "._*", ".nfs*", ".fuse_hidden*", "Thumbs.db", "ehthumbs.db", "desktop.ini",
+           "Icon\r", ".localized", ".directory", ".Spotlight-*", ".Trash*", ".fseventsd", "@eaDir",
+           ".gitkeep", ".keep", ".*.sw?", ".#*", "#*#", "*~", "~$*", ".stfolder", ".dropbox*")
 
 
 class CheckpointError(Exception):
@@ -299,10 +301,9 @@ def _plain(directory: pathlib.Path):
 def _hashes(path: pathlib.Path) -> dict[str, str]:
   hashes = {}
   for file in sorted(path.rglob("*")):
-    if is_litter(file.name) or file == path / _MANIFEST:
-      continue
-    if file.is_file():
-      hashes[str(file.relative_to(path))] = _hash(file)
+    name = file.relative_to(path)
+    if file.is_file() and str(name) != _MANIFEST and not any(map(is_litter, name.parts)):
+      hashes[str(name)] = _hash(file)
   return hashes
 
 

@@ -23,7 +23,8 @@ import zlib
 from collections.abc import Iterator
 
 # Left by systems and editors, beside the hidden files that a glob leaves out too.
-_LITTER = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "*~", "#*#")
+_LITTER = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "*~", "#*#", "~$*", "@eadir",
+           "icon\r")
 _SUFFIXES = (".gz", ".tgz", ".bz2", ".xz", ".lzma", ".zst", ".zip", ".tar")  # promise an archive
 _MAX_DEPTH = 4  # archives within archives
 

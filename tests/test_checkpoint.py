@@ -174,12 +174,15 @@ def test_litter_is_no_part_of_a_checkpoint(tmp_path):
     for name in LITTER:
       (folder / name).write_text("litter")
     (folder / "__MACOSX").mkdir()
+    (folder / "@eaDir").mkdir()
+    (folder / "@eaDir/a").write_text("litter")
   for name in ("007", "\u00b2", "\u0663", "-1", "5 copy"):  # The second and third are digits.
     (tmp_path / name).mkdir()
   (tmp_path / "3").write_text("a file")
   # Nor would a manifest list what may be gone the next moment.
   for name in checkpoint._hashes(tmp_path / "2"):
     assert not name.split("/")[-1].startswith((".DS", "._", ".nfs", "Thumbs", "desktop")), name
+    assert "@eaDir" not in name
   assert checkpoints.steps() == [1, 2]
   assert checkpoints.latest() == checkpoints.latest(repair=True) == 2 and not warnings
   chex.assert_trees_all_equal(checkpoints.restore(2, items(0)), items(2))

@@ -292,7 +292,8 @@ def test_what_is_somebody_elses_is_left_alone(origin, tmp_path, monkeypatch, pat
 
 def test_what_systems_leave_makes_no_directory_somebody_elses(tmp_path):
   for name in (".DS_Store", "._x", "Thumbs.db", ".nfs01", "desktop.ini", "lost+found", "lock",
-               "config.json.draft"):
+               "config.json.draft", "@eaDir", ".gitkeep", ".config.json.swp", "notes.txt~",
+               "#a#", ".#a", "~$a.docx", "Icon\r", ".fuse_hidden01", ".directory"):
     (tmp_path / name).write_bytes(b"")
   for resume in (False, True):
     assert RunDirectory(tmp_path).open(resume) is None
