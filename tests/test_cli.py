@@ -197,7 +197,7 @@ def test_a_sample_ends_when_nobody_wants_more(trained, end):
         process.send_signal(signal.SIGINT)
       else:
         process.stdout.close()
-      assert process.wait(timeout=30) == -getattr(signal, end)
+      assert process.wait(timeout=100) == -getattr(signal, end)
       assert process.stderr.read() == b""
     finally:
       process.kill()
