@@ -225,7 +225,7 @@ def test_the_op_is_what_the_module_calls():
 @pytest.mark.parametrize("chip, backend", [("v6e", "mosaic_tpu"), ("h100", "mosaic_gpu"),
                                            ("a100", "triton")])
 @pytest.mark.parametrize("changes, reason", [
-    (dict(kv_heads=8), "one key and value head; got 8"), (dict(activation="gelu"), "SwiGLU"),
+    (dict(kv_heads=8, activation="gelu"), "SwiGLU"),
     (dict(norm_bias=True), "a norm without a bias")])
 def test_parts_of_a_layer_that_no_kernel_has_take_xla(chip, backend, changes, reason):
   config = PaLMConfig(100, 4096, 1, 32, 128, **changes)
@@ -240,3 +240,18 @@ def test_parts_of_a_layer_that_no_kernel_has_take_xla(chip, backend, changes, re
   key = array(config.kv_heads, 128)
   attention = kernels.explain("flash_attention", array(32, 128), key, key, chip=chip)
   assert attention.implementation == backend
+
+
+@pytest.mark.parametrize("chip, backend", [("v6e", "mosaic_tpu"), ("h100", "mosaic_gpu"),
+                                           ("a100", "triton")])
+@pytest.mark.parametrize("changes", [
+    dict(kv_heads=8), dict(kv_heads=32, dim_ff=11_001), dict(kv_heads=8, qk_norm="layer")], ids=str)
+def test_kernels_make_the_products_of_public_models(chip, backend, changes):
+  config = PaLMConfig(100, 4096, 1, 32, 128, **changes)
+  params, = jax.eval_shape(
+      hk.transform(lambda: ParallelBlock(config).params()).init, jax.random.key(0)).values()
+  x = jax.ShapeDtypeStruct((1, 2048, 4096), jnp.bfloat16)
+  choice = kernels.explain("parallel_attention_ffn", x, params, chip=chip, implementation=backend)
+  assert choice.implementation == backend
+  if chip == "v6e":
+    assert kernels.explain("parallel_attention_ffn", x, params, chip=chip).implementation == backend
