@@ -1,6 +1,6 @@
 """PaLM in JAX and Haiku, with fused Pallas kernels."""
 
-from palm_haiku import platforms
+from palm_haiku import interrupts as interrupts, platforms  # in this order
 from palm_haiku.config import PaLMConfig, configs
 from palm_haiku.model import KVCache, PaLM, ParallelBlock
 from palm_haiku.pretrained import load_run

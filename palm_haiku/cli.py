@@ -15,7 +15,7 @@ from typing import Any
 
 import rich.table
 
-from palm_haiku import failures, options, terminal
+from palm_haiku import failures, interrupts, options, terminal
 from palm_haiku.config import PaLMConfig, configs
 
 _MODEL = (*options.SIZES, "rope_theta", "position", "norm", "norm_bias", "qk_norm", "activation",
@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
   if unknown:
     args.parser.error("unrecognized arguments: " + " ".join(unknown))
   try:
+    if args.command != "train":  # which has a handler of its own for what must not be lost
+      interrupts.handled()
     with warnings.catch_warnings():
       terminal.warn_in_lines(f"palm-haiku {args.command}")
       status = args.run(args)

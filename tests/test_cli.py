@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import shlex
@@ -20,6 +21,7 @@ from palm_haiku import (
   configs,
   data,
   distributed,
+  interrupts,
   runlog,
   train,
 )
@@ -358,3 +360,24 @@ def test_info(capsys):
   assert status == 0 and all(name in out for name in configs)
   status, out, _ = call(capsys, "info", "--model", "palm-lite", "--depth", 1)
   assert status == 0 and "3,834,880" in out
+
+
+@pytest.mark.parametrize("name, handler, during", [
+    ("/bin/palm-haiku", signal.default_int_handler, signal.SIG_DFL),
+    ("-m palm_haiku", signal.default_int_handler, signal.SIG_DFL),
+    ("-m other", signal.default_int_handler, signal.default_int_handler),
+    ("/bin/palm-haiku", signal.SIG_IGN, signal.SIG_IGN),
+    ("/bin/python", signal.default_int_handler, signal.default_int_handler)])
+def test_an_interrupt_while_a_command_is_imported(monkeypatch, capsys, name, handler, during):
+  monkeypatch.setattr(sys, "argv", name.split()[:1])
+  monkeypatch.setattr(sys, "orig_argv", ["python", *name.split()])
+  before = signal.signal(signal.SIGINT, handler)
+  try:
+    importlib.reload(interrupts)
+    assert signal.getsignal(signal.SIGINT) is during
+    assert cli.main(["info"]) == 0
+    assert signal.getsignal(signal.SIGINT) is handler
+  finally:
+    signal.signal(signal.SIGINT, before)
+    monkeypatch.undo()
+    importlib.reload(interrupts)
