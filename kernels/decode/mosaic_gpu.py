@@ -81,10 +81,10 @@ def _fetch(operands, scratch, at, b, kv, start, begin, end):
   for ref, smem in ((operands.key, scratch.k_smem), (operands.value, scratch.v_smem)):
     if ref is not None:
       for piece in range(0, BLOCK, PIECE):
-        seen = start + piece < end
+        seen = start + piece < end  # mutant: pieces
         if begin is not None:
           seen &= start + piece + PIECE > begin  # mutant: pieces before a window
-        first = jnp.where(seen, start + piece, ref.shape[1])  # mutant: pieces
+        first = jnp.where(seen, start + piece, ref.shape[1])
         plgpu.copy_gmem_to_smem(
             ref.at[b, pl.ds(first, PIECE), kv], smem.at[at, pl.ds(piece, PIECE)], ready)
   for ref, smem in ((operands.key_scales, scratch.k_scale_smem),
