@@ -1,6 +1,7 @@
 """Kernels chosen by `auto` have their own gradient, and plain JAX's other derivatives."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from tests.kernels.attention import test_fused as attention_tests
 from tests.kernels.cross_entropy import test_fused as loss_tests
 from tests.kernels.parallel_block import test_fused as block_tests
 
+full = functools.partial(pytest.param, marks=pytest.mark.full)
 X, W = jnp.linspace(-1.0, 2, 6).reshape(2, 3), jnp.arange(1.0, 4)
 
 
@@ -65,9 +67,18 @@ def every_derivative(f):
       all_rows=jax.grad(lambda x: jax.vmap(f, (0, None))(x, W).sum())(rows))
 
 
-@pytest.mark.parametrize("wrap", [pytest.param(lambda f: f, marks=pytest.mark.full), jax.jit,
-                                  pytest.param(jax.checkpoint, marks=pytest.mark.full)],
-                         ids=["", "jit", "remat"])
+def test_forward_mode_and_second_derivatives_are_the_formulas(rules):
+  def some(f):
+    return jax.jvp(f, (X, W), (X, W)), jax.grad(lambda x: jnp.sin(jax.grad(f)(x, W)).sum())(X)
+
+  ours = total(differentiable(rules[0]))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+               *(jax.jit(some, static_argnums=0)(f) for f in (ours, total(formula))))
+  assert {"forward", "backward"} <= set(rules[1])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["", "jit", "remat"])
 def test_each_derivative_is_of_the_one_that_has_it(rules, wrap):
   rules, calls = rules
   ours = wrap(total(differentiable(rules)))
@@ -85,11 +96,11 @@ def test_each_derivative_is_of_the_one_that_has_it(rules, wrap):
 
 @pytest.mark.parametrize("derivative, message", [
     (lambda f: jax.jvp(f, (X, W), (X, W)), "no forward-mode derivative"),
-    (lambda f: jax.jacfwd(f)(X, W), "no forward-mode derivative"),
-    (lambda f: jax.jit(jax.vmap(lambda x: jax.jvp(f, (x, W), (x, W))[1]))(X[:, None]),
-     "no forward-mode derivative"),
     (lambda f: jax.grad(lambda w: jax.grad(f)(X, w).sum())(W), "no second derivative"),
-    (lambda f: jax.hessian(f)(X, W), "no (second|forward-mode) derivative")])
+    full(lambda f: jax.jacfwd(f)(X, W), "no forward-mode derivative"),
+    full(lambda f: jax.jit(jax.vmap(lambda x: jax.jvp(f, (x, W), (x, W))[1]))(X[:, None]),
+         "no forward-mode derivative"),
+    full(lambda f: jax.hessian(f)(X, W), "no (second|forward-mode) derivative")])
 def test_a_kernel_that_is_named_refuses_the_rest(rules, derivative, message):
   rules = dataclasses.replace(rules[0], plain=None)
   f = total(differentiable(rules))
