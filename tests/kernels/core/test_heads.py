@@ -23,9 +23,9 @@ def check(axes, num_heads, kv_heads):
     return query, jnp.repeat(key, query.shape[0] // key.shape[1], 1)
 
   query, key = jnp.arange(num_heads), jnp.arange(kv_heads)[None]
-  query, key = jax.shard_map(
+  query, key = jax.jit(jax.shard_map(
       met, mesh=mesh, in_specs=(P(names), P(None, divided or None)),
-      out_specs=(P(names), P(None, names)))(query, key)
+      out_specs=(P(names), P(None, names))))(query, key)
   np.testing.assert_array_equal(key[0], query // (num_heads // kv_heads))
 
 
