@@ -6,6 +6,9 @@ gradient, as does a log Z that is rounded before it is subtracted from large log
 token that is predicted well is a small difference of two large numbers.
 """
 
+import contextlib
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +21,9 @@ from palm_haiku.kernels.triton import call as triton_call
 TOKENS, VOCABULARY, DIM = 20, 300, 64
 
 
-def inputs(dtype):
+def inputs(dtype, seed=0):
   """{what is hard: (x, embedding, targets, weights)}, all of one shape for one program."""
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(seed)
   x, embedding = rng.normal(size=(TOKENS, DIM)), rng.normal(size=(VOCABULARY, DIM))
   targets, ones = rng.integers(0, VOCABULARY, TOKENS), np.ones(TOKENS)
   channel = embedding.copy()
@@ -66,17 +69,40 @@ def gradients(implementation, z_loss, scale=1.0):
   return jax.jit(f)
 
 
-def check(got, compare, want, dtype, name):
-  """At most twice XLA's error, or a rounding of the result; of a loss, one of log Z beside that."""
-  for i, (result, base, right) in enumerate(zip(got, compare, want, strict=True)):
-    result, base = (np.asarray(a, np.float64) - right for a in (result, base))
-    floor = float(jnp.finfo(dtype if i > 1 else np.float32).eps)
-    for measure in (lambda a: np.abs(a).max(), lambda a: np.sqrt(np.square(a).mean())):
-      allowed = max(2 * measure(base), floor * measure(right))
-      if i == 0:
-        allowed += floor / 2 * measure(want[1])
-      assert measure(result) <= allowed, (
-          name, ("loss", "log_z", "dx", "dembedding")[i], measure(result), allowed)
+@functools.cache
+def xla_errors(dtype, z_loss, mesh=None):
+  """{what is hard: (largest, root mean square) for each result}, the worst of some draws.
+
+  Of one draw the largest error is that of one number, and as large as chance has it.
+  """
+  compare, worst = gradients("xla", z_loss), {}
+  for seed in range(6):
+    for name, arrays in inputs(dtype, seed).items():
+      with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        base = compare(*arrays)
+      errors = np.array([sizes(np.asarray(a, np.float64) - right) for a, right in zip(
+          base, exact(*arrays, z_loss), strict=True)])
+      worst[name] = np.maximum(worst.get(name, 0), errors)
+  return worst
+
+
+def sizes(array):
+  return np.abs(array).max(), np.sqrt(np.square(array).mean())
+
+
+def check(got, xla, want, dtype, name):
+  """At most twice XLA's error, or a rounding of the result; of a loss, one of log Z beside that.
+
+  Of log Z three: the logits are sums of 64 products in float32 as well.
+  """
+  for i, (result, base, right) in enumerate(zip(got, xla, want, strict=True)):
+    floor = float(jnp.finfo(dtype if i > 1 else np.float32).eps) * (3 if i == 1 else 1)
+    allowed = np.maximum(2 * base, floor * np.array(sizes(right)))
+    if i == 0:
+      allowed += floor * np.array(sizes(want[1]))
+    error = np.array(sizes(np.asarray(result, np.float64) - right))
+    assert (error <= allowed).all(), (
+        name, ("loss", "log_z", "dx", "dembedding")[i], error, allowed)
 
 
 @pytest.mark.parametrize("z_loss", [0.0, pytest.param(1e-4, marks=pytest.mark.full)])
@@ -89,21 +115,21 @@ def check(got, compare, want, dtype, name):
 def test_gradients_are_as_exact_as_xlas(implementation, dtype, z_loss):
   if implementation == "triton" and triton_call.problem():
     pytest.skip(f"needs {triton_call.problem()}")
-  function, compare = gradients(implementation, z_loss), gradients("xla", z_loss)
+  function, xla = gradients(implementation, z_loss), xla_errors(dtype, z_loss)
   for name, arrays in inputs(dtype).items():
     with interpret():
       got = jax.block_until_ready(function(*arrays))
-    check(got, compare(*arrays), exact(*arrays, z_loss), dtype, name)
+    check(got, xla[name], exact(*arrays, z_loss), dtype, name)
 
 
 @pytest.mark.full
 def test_over_a_mesh_that_divides_the_vocabulary():
   mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
-  function, compare = gradients("triton", 1e-4), gradients("xla", 1e-4)
+  function, xla = gradients("triton", 1e-4), xla_errors("bfloat16", 1e-4, mesh)
   for name, arrays in inputs("bfloat16").items():
     with interpret(), jax.set_mesh(mesh):
-      got, base = jax.block_until_ready((function(*arrays), compare(*arrays)))
-    check(got, base, exact(*arrays, 1e-4), "bfloat16", name)
+      got = jax.block_until_ready(function(*arrays))
+    check(got, xla[name], exact(*arrays, 1e-4), "bfloat16", name)
 
 
 def test_a_tiny_weight_beside_a_large_one_in_float16():
@@ -112,4 +138,7 @@ def test_a_tiny_weight_beside_a_large_one_in_float16():
   arrays = x, embedding, targets, weights
   with interpret():
     got = gradients("triton", 0.0)(*arrays)
-  check(got, gradients("xla", 0.0)(*arrays), exact(*arrays, 0.0), "float16", "weights")
+  want = exact(*arrays, 0.0)
+  xla = [np.array(sizes(np.asarray(a, np.float64) - right)) for a, right in zip(
+      gradients("xla", 0.0)(*arrays), want, strict=True)]
+  check(got, xla, want, "float16", "weights")
