@@ -40,7 +40,7 @@ class Shape:
     return np.linspace(first, self.length, self.batch).astype(np.int32)
 
   def bytes(self, lengths, cache_dtype: str, itemsize: int) -> float:
-    """What is filled of keys and values, with the scales of int8; queries and the result."""
+    """Bytes of the filled keys and values with their int8 scales, of queries and of the result."""
     position = 2 * self.dim_head * jnp.dtype(cache_dtype).itemsize + 8 * (cache_dtype == "int8")
     return lengths.sum() * position + 2 * self.batch * self.heads * self.dim_head * itemsize
 

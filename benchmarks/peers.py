@@ -24,7 +24,7 @@ def ours(query, key, value, segment_ids=None, *, alibi, implementation, window=N
 
 
 def xla_bias(query, key, value, *, alibi):
-  """What one writes without kernels: jax.nn's XLA form; with ALiBi, a bias array."""
+  """Attention without kernels: jax.nn's XLA form; with ALiBi, a bias array."""
   return jax.nn.dot_product_attention(
       query, key, value, alibi_bias(query, key) if alibi else None, is_causal=True,
       implementation="xla")

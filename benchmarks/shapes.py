@@ -47,7 +47,7 @@ class Attention:
     return (2 + 5 * backward) * 2 * self.batch * self.heads * self.dim_head * pairs
 
   def bytes(self, backward: bool, itemsize: int) -> float:
-    """What has to be read and written once: inputs, output, and for the backward pass the
+    """Bytes that must be read and written once: inputs, output, and for the backward pass the
     cotangent and the gradients, the output again, and a float32 for each row."""
     rows = self.batch * self.length * self.heads * self.dim_head * itemsize
     keys = self.batch * self.length * self.kv_heads * self.dim_head * itemsize

@@ -193,7 +193,7 @@ def best_blocks(name, target, dim, length, backward):
 
 
 def causal_steps(name, shape, blocks, target) -> dict[str, aot.Steps]:
-  """How often the parts of the peers' kernels run: which blocks the causal mask leaves."""
+  """Trip counts of the parts of the peers' kernels, by the blocks that the causal mask leaves."""
   block_q, block_kv = blocks[:2]
   rows, columns = shape.length // block_q, shape.length // block_kv
   pairs = rows * columns

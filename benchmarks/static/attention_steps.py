@@ -1,4 +1,4 @@
-"""How often the parts of this project's TPU attention kernels run, counted from their plans.
+"""Trip counts of the parts of this project's TPU attention kernels, from their plans.
 
 What a kernel decides at run time, in each step of its grid, is decided here for a mask with values.
 """
@@ -26,7 +26,7 @@ class Mask(NamedTuple):
 
   @property
   def known(self) -> dict:
-    """What the kernel knows of it when it is compiled."""
+    """The static part of the mask, known when a kernel is compiled."""
     return dict(is_causal=self.is_causal, window=self.window, query_offset=self.query_offset)
 
   def share(self, length: int, rows: int = 256) -> float:

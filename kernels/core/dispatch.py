@@ -140,18 +140,6 @@ def _unasked(op: "Op", chip: str | None, array=None) -> str | None:
   return op.configs.unasked(chip, array)
 
 
-def _check_heads(op: str, *arrays):
-  if not arrays or op == "linear_cross_entropy":
-    return
-  if op == "parallel_attention_ffn":
-    key = arrays[1]["key"].shape
-    heads, kv_heads = arrays[1]["query"].shape[1], key[1] if len(key) == 3 else 1
-  else:
-    heads, kv_heads = (x.shape[-2] for x in arrays)
-  if kv_heads == 0 or heads % kv_heads:
-    raise ValueError(f"{op}: {kv_heads} key/value heads do not divide {heads} query heads")
-
-
 def chip_for(implementation: str, on: Target) -> str | None:
   """The chip that an implementation compiles for.
 
