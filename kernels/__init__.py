@@ -6,6 +6,7 @@ from .core.dispatch import IMPLEMENTATIONS, Implementation
 from .cross_entropy import linear_cross_entropy
 from .decode import decode_attention
 from .explain import explain
+from .export import export_for
 from .interpreters import interpret
 from .parallel_block import parallel_attention_ffn
 from .tune import load_tuning, tune
@@ -16,6 +17,7 @@ __all__ = [
     "alibi_slopes",
     "decode_attention",
     "explain",
+    "export_for",
     "flash_attention",
     "interpret",
     "linear_cross_entropy",

@@ -32,11 +32,12 @@ def explain(op: str, *shapes, implementation: str = "auto",
   """
   if op not in OPS:
     raise ValueError(f"no op is called {op!r}; there are {', '.join(sorted(OPS))}")
-  on = dispatch.target(*jax.tree.leaves(shapes)) if chip is None else _named(chip)
+  on = dispatch.target(*jax.tree.leaves(shapes)) if chip is None else target(chip)
   return dispatch.choose(OPS[op], implementation, *_types(op, shapes), on=on)
 
 
-def _named(chip: str) -> dispatch.Target:
+def target(chip: str) -> dispatch.Target:
+  """A chip by its name."""
   platforms = {"cpu": "cpu"} | dict.fromkeys(chips.GPUS, "gpu") | dict.fromkeys(chips.TPUS, "tpu")
   if chip not in platforms:
     raise ValueError(f"chip must be one of {', '.join(platforms)}; got {chip!r}")

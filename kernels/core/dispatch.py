@@ -1,5 +1,6 @@
 """Which implementation of an op runs where, and why."""
 
+import contextlib
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import jax
@@ -63,8 +64,21 @@ def _capability(device, platform: str) -> str | None:
 
 # What is compiled for a v4, the oldest TPU with the least memory, runs on all.
 ANY_TPU = Target("tpu", "v4")
-ANY_TPU_MESH = jax.sharding.AbstractMesh((1,), ("_",), abstract_device=jax.sharding.AbstractDevice(
-    device_kind="TPU v4", num_cores=1, platform="tpu"))
+
+# Targets of `export_for`, one of a platform.
+exported = jax.make_user_context(())
+
+
+def lowering_for(target: Target | None) -> contextlib.AbstractContextManager:
+  """A context, outside of any mesh, in which kernels are compiled for a chip that is not here; None
+  for what is."""
+  if target is None:
+    return contextlib.nullcontext()
+  device = jax.sharding.AbstractDevice(
+      device_kind=chips.ALL[target.chip or ""].kind, platform=target.platform,
+      num_cores=1 if target.platform == "tpu" else None)
+  return jax.sharding.use_abstract_mesh(
+      jax.sharding.AbstractMesh((1,), ("_",), abstract_device=device))
 
 
 def undecided(*operands: compat.Array | None) -> bool:

@@ -38,13 +38,25 @@ class Route:
   on: dispatch.Target | None = None  # None where nothing says on what it will run
   auto: bool = False  # nobody asked for a kernel by its name: plain JAX does what it can't
   undecided: bool = False  # each platform of a program has its own implementation
+  exported: dispatch.Target | None = None  # of `export_for`
+  others: tuple["Route", ...] = ()  # of other platforms, where `undecided`
 
   def by_platform(self, plain: Callable, kernel: Callable, options: Any, *arrays: Any) -> Any:
     """kernel(route, options, *arrays) on platforms that have it, plain(options, *arrays) on others;
     of a route that is `undecided`."""
-    kernel = functools.partial(kernel, dataclasses.replace(self, undecided=False), options)
     plain = compat.promoting()(functools.partial(plain, options))
-    return platforms.here_or(plain, kernel, guards.platforms(self.implementation))(*arrays)
+    kernels = [route.alternative(functools.partial(
+        kernel, dataclasses.replace(route, undecided=False, others=()), options))
+        for route in (self, *self.others)]
+    return platforms.here_or(plain, kernels)(*arrays)
+
+  def alternative(self, kernel: Callable) -> tuple:
+    """The platforms of a kernel, the kernel, and the chip that it is compiled for, if that is not
+    here; for `platforms.here_or`."""
+    if self.exported is None:
+      return guards.platforms(self.implementation), kernel, None
+    platform = "cuda" if self.exported.platform == "gpu" else self.exported.platform
+    return (platform,), kernel, self.exported
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,9 +83,26 @@ def choose(op: Op, implementation: str, *arrays: Any, needs: str | None = None) 
   name = dispatch.choose(op, implementation, *arrays, on=on, needs=needs).implementation
   auto = implementation == "auto"
   undecided = auto and not needs and dispatch.undecided(*leaves)
+  if undecided and (exported := _exported(op, arrays, on)):
+    return exported
   backend = None if name == "xla" else op.backends[name]()
   return Route(name, backend, dispatch.chip_for(name, on), None if undecided else on, auto,
                undecided)
+
+
+def _exported(op, arrays, default):
+  """The route of a program for the chips of `export_for` and, on its platform, for that here; None
+  outside of that, and where no kernel fits."""
+  chips = dispatch.exported.value
+  if chips and default.platform not in [on.platform for on in chips]:
+    chips += default,
+  routes = []
+  for on in chips:
+    name = dispatch.choose(op, "auto", *arrays, on=on).implementation
+    if name != "xla":
+      routes.append(Route(name, op.backends[name](), dispatch.chip_for(name, on), auto=True,
+                          undecided=True, exported=None if on is default else on))
+  return dataclasses.replace(routes[0], others=tuple(routes[1:])) if routes else None
 
 
 def untraced(scale: Any, operand: str) -> str | None:
@@ -101,8 +130,8 @@ def run(op: Op, route: Route, options: Any, *arrays: Any) -> Any:
     arrays = jax.tree.map(jnp.asarray, arrays)
     if route.implementation == "xla":
       if route.undecided and op.for_any_tpu:
-        return platforms.by_platform(_plain, [(("tpu",), _on_any_tpu)], arrays,
-                                     (op, route, options), dispatch.ANY_TPU_MESH)
+        return platforms.by_platform(_plain, [(("tpu",), _on_any_tpu, dispatch.ANY_TPU)], arrays,
+                                     (op, route, options))
       return op.plain(route, options, *arrays)
     if not route.undecided:
       arrays = guards.only_on(arrays[0], op.name, route.implementation), *arrays[1:]

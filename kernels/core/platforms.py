@@ -5,7 +5,6 @@ Where plain JAX is traced, it is one primitive; a platform that has a kernel get
 which is traced only then. Where a kernel is traced, other platforms get plain JAX.
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable
@@ -14,6 +13,8 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
+
+from . import dispatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Kernel:
   function: Callable  # of the arrays and `options`, to a tree as plain JAX's
   options: Hashable
   tree: Any  # of the arrays: a PyTreeDef
-  mesh: jax.sharding.AbstractMesh | None = None  # whose device it is compiled for, if it says so
+  on: dispatch.Target | None = None  # that it is compiled for, if that is not here
   maps: tuple[tuple[tuple[int | None, ...], int], ...] = ()  # axes of the leaves, size; by `vmap`
 
   def __call__(self, *leaves):
@@ -37,19 +38,19 @@ class Kernel:
     return call(*leaves)
 
 
-def by_platform(plain: Callable, kernels, arrays, options: Hashable, mesh=None):
+def by_platform(plain: Callable, kernels, arrays, options: Hashable):
   """plain(*arrays, options), or on the platforms of a kernel what that makes.
 
   Args:
     plain: defines the derivatives.
-    kernels: pairs of platforms and a function like `plain`.
+    kernels: of each its platforms, a function like `plain`, and what it is compiled for, None if
+      that is here.
     arrays: trees of arrays.
     options: what else the functions are told.
-    mesh: an `AbstractMesh` of a device that the kernels are compiled for, if not for that here.
   """
   leaves, tree = jax.tree.flatten(arrays)
   kernels = tuple(
-      Kernel(platforms, function, options, tree, mesh) for platforms, function in kernels)
+      Kernel(platforms, function, options, tree, on) for platforms, function, on in kernels)
   jaxpr, out = jax.make_jaxpr(
       lambda *leaves: plain(*jax.tree.unflatten(tree, leaves), options), return_shape=True)(*leaves)
   return jax.tree.unflatten(
@@ -69,11 +70,11 @@ def _run(*leaves, **params):
 
 def _lower(platform, ctx, *leaves, jaxpr: ClosedJaxpr, kernels):
   kernel = next((kernel for kernel in kernels if platform in kernel.platforms), None)
-  if kernel is None:
+  # JAX compiles kernels for the device of the mesh in context, which can't be exchanged.
+  if kernel is None or kernel.on and not jax.sharding.get_abstract_mesh().empty:
     return mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(ctx, *leaves)
   alone = ctx.module_context.replace(platforms=(platform,))  # of those of the whole program
-  on = jax.sharding.use_abstract_mesh(kernel.mesh) if kernel.mesh else contextlib.nullcontext()
-  with on:
+  with dispatch.lowering_for(kernel.on):
     return mlir.lower_fun(kernel, multiple_results=True)(
         ctx.replace(module_context=alone), *leaves)
 
@@ -84,10 +85,16 @@ for _platform in ("cuda", "rocm", "tpu"):
       _by_platform_p, functools.partial(_lower, _platform), platform=_platform)
 
 
-def here_or(plain: Callable, kernel: Callable, platforms: tuple[str, ...]) -> Callable:
-  """The kernel, and plain JAX on other platforms than its own; the derivatives are plain JAX's."""
+def here_or(plain: Callable, kernels) -> Callable:
+  """The kernels, and plain JAX on other platforms than theirs; the derivatives are plain JAX's.
+
+  Args:
+    plain: a function of arrays.
+    kernels: as of `by_platform`, each a function like `plain`.
+  """
+  alone = lambda f: lambda *arrays: f(*arrays[:-1])
   return lambda *arrays: by_platform(
-      lambda *arrays: plain(*arrays[:-1]), [(platforms, lambda *arrays: kernel(*arrays[:-1]))],
+      alone(plain), [(platforms, alone(kernel), on) for platforms, kernel, on in kernels],
       arrays, None)
 
 

@@ -35,7 +35,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from .. import norms, rotary as rotations
-from ..core import guards, heads, op, partition
+from ..core import heads, op, partition
 from ..core.compat import promoting
 from ..core.derivatives import Rules, differentiable
 from ..core.platforms import here_or
@@ -84,8 +84,7 @@ class Options:
     """The backend's kernel of (tokens, others), plain JAX where a platform has none."""
     kernel = folding_vmap(kernel)
     if self.route.undecided:
-      kernel = here_or(
-          promoting()(plain), kernel, guards.platforms(self.route.implementation))
+      kernel = here_or(promoting()(plain), [self.route.alternative(kernel)])
     return kernel(*arrays)
 
 

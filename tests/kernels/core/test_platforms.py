@@ -1,5 +1,6 @@
 """What `auto` decides when a program is lowered, and what it leaves to plain JAX."""
 
+import contextlib
 import types
 
 import jax
@@ -52,6 +53,55 @@ def test_one_program_has_the_kernels_of_each_platform(name):
   assert "tpu_custom_call" not in alone.mlir_module() and "case" not in alone.mlir_module()
 
 
+def modules_of(program):
+  return {name for name in ("tpu_custom_call", "mosaic_gpu", "triton_kernel_call")
+          if name in program.mlir_module()}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ops())
+def test_a_program_for_named_chips_has_their_kernels_and_gradients(name):
+  _, f, arrays = ops()[name]
+  if name == "attention":  # slopes that are differentiated are plain JAX's
+    f = jax.value_and_grad(lambda q, slopes: kernels.flash_attention(
+        q, q, q, alibi_slopes=slopes).astype(jnp.float32).sum())
+  program = jax.jit(f)
+  want = program(*arrays)
+  with kernels.export_for("h100", "v5e"):
+    exported = export.export(program, platforms=("cpu", "cuda", "tpu"))(*arrays)
+  assert modules_of(exported) == {"tpu_custom_call", "mosaic_gpu"}
+  for a, b in zip(jax.tree.leaves(exported.call(*arrays)), jax.tree.leaves(want)):
+    np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (a, b)), rtol=1e-2, atol=1e-2)
+  assert not modules_of(export.export(program, platforms=("cpu", "cuda"))(*arrays))
+
+
+@pytest.mark.full
+def test_a_program_for_a_tpu_that_is_traced_beside_a_gpu_has_the_kernels_of_both(hopper):
+  query = array(1, 128, 2, 64)
+  attend = jax.jit(lambda q: kernels.flash_attention(q, q, q))
+  with kernels.export_for("v5e"):
+    program = export.export(attend, platforms=("cuda", "tpu"))(query)
+  assert modules_of(program) == {"tpu_custom_call", "mosaic_gpu"}
+
+
+@pytest.mark.full
+def test_a_program_over_a_mesh_of_no_device_is_plain_jax():
+  mesh = jax.sharding.AbstractMesh((2,), ("model",))
+  query = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16, sharding=jax.sharding.NamedSharding(
+      mesh, jax.sharding.PartitionSpec(None, None, "model")))
+  attend = jax.jit(lambda q: kernels.flash_attention(q, q, q))
+  for context in (contextlib.nullcontext(), kernels.export_for("h100", "v5e")):
+    with jax.sharding.use_abstract_mesh(mesh), context:
+      assert not modules_of(export.export(attend, platforms=("cpu", "cuda", "tpu"))(query))
+
+
+def test_chips_that_programs_are_not_exported_for():
+  with pytest.raises(ValueError, match="one chip of a platform"):
+    kernels.export_for("h100", "a100")
+  with pytest.raises(ValueError, match="chip must be one of"):
+    kernels.export_for("h1000")
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", ops())
 def test_a_program_for_the_cpu_of_a_machine_with_a_gpu(name, hopper):
@@ -95,7 +145,7 @@ def test_kernels_are_compiled_for_a_scale_that_is_a_number(scale):
 
 def test_derivatives_and_maps_are_those_of_plain_jax():
   plain = lambda x, y, c: {"a": jnp.sin(x) * y + c}
-  f = lambda x, y: platforms.by_platform(plain, [(("tpu",), plain)], (x, y), 3.0)["a"]
+  f = lambda x, y: platforms.by_platform(plain, [(("tpu",), plain, None)], (x, y), 3.0)["a"]
   want = lambda x, y: plain(x, y, 3.0)["a"]
   x = jnp.arange(3.0)
 
