@@ -1,4 +1,4 @@
-"""The command line: palm-haiku train | generate | plan | convert | info."""
+"""The command line: palm-haiku train | generate | plan | convert | info | doctor."""
 
 import contextlib
 import dataclasses
@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser():
   return options.parser(dict(
-      train=_train, generate=_generate, plan=_plan, convert=_convert, info=_info))
+      train=_train, generate=_generate, plan=_plan, convert=_convert, info=_info,
+      doctor=_doctor))
 
 
 def typed(*command: str | os.PathLike) -> str:
@@ -128,7 +129,8 @@ def _train(args) -> int:
   terminal.say(console, f"{model.num_params:,} parameters, {config.steps} steps of "
                f"{config.batch_size} x {config.seq_len} tokens of {config.data}")
   try:
-    result = train(config, args.out, resume=args.resume, console=console)
+    with _first_use(config.implementation, config.model, config.dtype, training=True):
+      result = train(config, args.out, resume=args.resume, console=console)
   except (CheckpointError, OSError) as error:  # Of this process, perhaps: the others wait for it.
     distributed.leave(f"palm-haiku train: error: {error}")
     raise
@@ -155,6 +157,16 @@ def _train(args) -> int:
     return 128 + result.interrupted_by
   terminal.say(console, f"{'sample':16}{typed('generate', args.out, '--prompt', 'The ')}")
   return 0
+
+
+def _first_use(implementation, model, dtype, *, training):
+  """The check of the kernels that `auto` is about to use, where nobody has measured such a chip."""
+  if implementation != "auto":
+    return contextlib.nullcontext()
+  from palm_haiku.doctor import cases, first_use
+
+  return first_use.checked(cases.of_model(model, dtype, training=training),
+                           lambda line: print(line, file=sys.stderr))
 
 
 def _initial_model(args) -> PaLMConfig:
@@ -238,7 +250,8 @@ def _generate(args) -> int:
       with _ending_at_errors():
         print(decoder.feed(int(token)), end="", flush=True)
 
-  with _as_a_filter():
+  first_use = _first_use(args.implementation or "auto", model.config, args.dtype, training=False)
+  with first_use, _as_a_filter():
     print(args.prompt, end="", flush=True)
     generate(
         model.params, model.config, prompt, length, key=jax.random.key(args.seed),
@@ -391,6 +404,12 @@ def _info(args) -> int:
   terminal.say(console, f"\nmemory: parameters {terminal.size(4 * c.num_params)} in float32, with "
                f"gradients and AdamW's moments {terminal.size(16 * c.num_params)}")
   return 0
+
+
+def _doctor(args) -> int:
+  from palm_haiku.doctor import command
+
+  return command.run(args)
 
 
 if __name__ == "__main__":

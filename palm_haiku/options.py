@@ -1,4 +1,4 @@
-"""Options of the command line: palm-haiku train | generate | plan | convert | info."""
+"""Options of the command line: palm-haiku train | generate | plan | convert | info | doctor."""
 
 import argparse
 import difflib
@@ -39,7 +39,7 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.A
   commands = parser.add_subparsers(
       dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
   for name, add in (("train", _add_train), ("generate", _add_generate), ("plan", _add_plan),
-                    ("convert", _add_convert), ("info", _add_info)):
+                    ("convert", _add_convert), ("info", _add_info), ("doctor", _add_doctor)):
     command = add(commands)
     command.set_defaults(run=run[name], parser=command)
   return parser
@@ -223,6 +223,18 @@ def _add_info(commands):
   info.add_argument("--seq-len", type=int, default=2048, help="for attention's FLOPs (default "
                     "2048)")
   return info
+
+
+def _add_doctor(commands):
+  from palm_haiku.doctor.command import add_arguments as add_doctor_arguments
+  doctor = commands.add_parser(
+      "doctor", help="check the kernels on this machine", description="Check the kernels that can "
+      "run on this machine, forward and backward, against XLA\nin float32, each in at most a "
+      "minute: the first thing to run on a new machine.\nThe exit status is 1 if one fails.",
+      epilog="example: palm-haiku doctor --json > doctor.json",
+      formatter_class=argparse.RawDescriptionHelpFormatter)
+  add_doctor_arguments(doctor)
+  return doctor
 
 
 def _add_model_options(parser):

@@ -62,6 +62,10 @@ def _capability(device, platform: str) -> str | None:
                if same.device_kind == device.device_kind), None)
 
 
+# Names of the ops whose kernels failed a check on the machine at hand: `auto` takes plain JAX.
+failed = jax.make_user_context(frozenset())
+
+
 # What is compiled for a v4, the oldest TPU with the least memory, runs on all.
 ANY_TPU = Target("tpu", "v4")
 
@@ -117,6 +121,8 @@ def choose(op: "Op", implementation: str, *arrays: Any, on: Target,
       lacks = on.platform == "gpu" and triton_call.unfit(on.chip)
       return Choice("xla", f"{op.name} has no fused kernel for {on.chip or on.platform}"
                     + (f": triton needs {lacks}" if lacks else ""))
+    if op.name in failed.value:
+      return Choice("xla", f"{fitting} failed its check on this chip (palm-haiku doctor)")
     problem = needs or _unasked(op, on.chip)
     if arrays and not problem:
       problem = (op.backends[fitting]().unsupported(*arrays, chip=on.chip)
