@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from palm_haiku import memory, terminal
 from palm_haiku.config import PaLMConfig
 from palm_haiku.kernels.cache import write
 
@@ -55,6 +56,17 @@ def empty_cache(config: PaLMConfig, lead: tuple[int, ...], max_len: int, dtype: 
   num = 1 if config.values_are_keys else 2
   return Cache(tuple(tuple(rows(layer) for _ in range(num)) for layer in range(config.depth)),
                jnp.zeros((), jnp.int32))
+
+
+def check_memory(config: PaLMConfig, length: int, dtype: DTypeLike) -> None:
+  """Raises where a cache is larger than all memory: some systems kill a process for that."""
+  there = memory.total(jax.local_devices()[0])
+  if there is not None and 0 < length < 2**31:
+    cache = jax.eval_shape(lambda: empty_cache(config, (), length, dtype))
+    need = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    if need > there:
+      raise MemoryError(f"keys and values of {length} tokens are {terminal.size(need)}, of "
+                        f"{terminal.size(there)} there are")
 
 
 def fill(stored, rows: tuple[jax.Array, ...], lengths: jax.Array, *, window: int | None):

@@ -1,4 +1,4 @@
-"""The command line: palm-haiku train | generate | plan | convert | info | doctor."""
+"""The command line: palm-haiku train | generate | eval | plan | convert | info | doctor."""
 
 import contextlib
 import dataclasses
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser():
   return options.parser(dict(
-      train=_train, generate=_generate, plan=_plan, convert=_convert, info=_info,
+      train=_train, generate=_generate, eval=_eval, plan=_plan, convert=_convert, info=_info,
       doctor=_doctor))
 
 
@@ -212,7 +212,7 @@ def _pretrained(path: pathlib.Path, tokenizer: str | None = None):
 def _generate(args) -> int:
   import jax
 
-  from palm_haiku import distributed, kernels
+  from palm_haiku import cache, distributed, kernels
   from palm_haiku.generate import generate
 
   distributed.start_backend()
@@ -240,7 +240,7 @@ def _generate(args) -> int:
   if length is None:
     room = 256 if trained is None else trained + 1 - len(prompt)
     length = min(room, 256) if room > 0 else 256
-  _check_memory(model.config, len(prompt) + length, args.cache_dtype or args.dtype)
+  cache.check_memory(model.config, len(prompt) + length, args.cache_dtype or args.dtype)
   decoder = tokenizer.stream_decoder(prompt)
   times = []
 
@@ -272,22 +272,6 @@ def _generate(args) -> int:
   return 0
 
 
-def _check_memory(config, length, dtype):
-  """Raises where a cache is larger than all memory: some systems kill a process for that."""
-  import jax
-
-  from palm_haiku import memory
-  from palm_haiku.cache import empty_cache
-
-  there = memory.total(jax.local_devices()[0])
-  if there is not None and 0 < length < 2**31:
-    cache = jax.eval_shape(lambda: empty_cache(config, (), length, dtype))
-    need = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-    if need > there:
-      raise MemoryError(f"keys and values of {length} tokens are {terminal.size(need)}, of "
-                        f"{terminal.size(there)} there are")
-
-
 @contextlib.contextmanager
 def _as_a_filter():
   """Lets Ctrl-C, and a reader that goes away, end the process at once.
@@ -315,6 +299,12 @@ def _ending_at_errors():
     print(f"palm-haiku generate: error: standard output: {error.strerror}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(1)
+
+
+def _eval(args) -> int:
+  from palm_haiku.evaluate import command
+
+  return command.run(args)
 
 
 def _plan(args) -> int:

@@ -317,21 +317,27 @@ def segment_ids(tokens: np.ndarray, eod: int) -> np.ndarray:
   return ends - (tokens == eod)
 
 
-def eval_batches(tokens: np.ndarray, *, batch_size: int, seq_len: int,
+def eval_batches(tokens: np.ndarray, *, batch_size: int, seq_len: int, stride: int | None = None,
                  eod: int | None = None) -> Iterator[dict[str, np.ndarray]]:
-  """Batches that hold every target of `tokens` (all but the first token) once, in order.
+  """Batches that count every target of `tokens` (all but the first token) once, in order.
+
+  Args:
+    stride: tokens from one sequence to the next, at most seq_len; None for seq_len. A sequence
+      counts those of its targets that are in none before it.
 
   Yields:
     As a batch of `windows`, and "weights": float32[batch_size, seq_len], 0 where a target is
-    padding; all of one shape.
+    padding or counted already; all of one shape.
   """
-  targets = len(tokens) - 1
-  count = -(-targets // seq_len)
-  rows = np.arange(-(-count // batch_size) * batch_size)[:, None] * seq_len
+  targets, stride = len(tokens) - 1, seq_len if stride is None else stride
+  count = max(min(1, targets), -(-(targets - seq_len + stride) // stride))
+  rows = np.arange(-(-count // batch_size) * batch_size)[:, None] * stride
   for first in range(0, len(rows), batch_size):
-    index = rows[first: first + batch_size] + np.arange(seq_len + 1)
+    starts = rows[first: first + batch_size]
+    index = starts + np.arange(seq_len + 1)
+    uncounted = (starts == 0) | (np.arange(seq_len) >= seq_len - stride)
     batch = {  # mutant: held-out batch
         "tokens": tokens[np.minimum(index, targets)].astype(np.int32),
-        "weights": (index[:, 1:] <= targets).astype(np.float32),
+        "weights": (uncounted & (index[:, 1:] <= targets)).astype(np.float32),
     }
     yield batch if eod is None else batch | {"segment_ids": segment_ids(batch["tokens"], eod)}

@@ -83,7 +83,8 @@ def prepare(params: Mapping[str, chex.ArrayTree], config: PaLMConfig,
 
 def run(weights: Weights, config: PaLMConfig, tokens: jax.Array, cache: Cache, *,
         dtype: DTypeLike = jnp.float32, fresh: bool = False,
-        prompt_lengths: jax.Array | None = None, implementation: kernels.Implementation = "auto"):
+        prompt_lengths: jax.Array | None = None, segment_ids: jax.Array | None = None,
+        implementation: kernels.Implementation = "auto"):
   """The normalised residual stream after the last layer, and the new cache.
 
   Args:
@@ -91,6 +92,7 @@ def run(weights: Weights, config: PaLMConfig, tokens: jax.Array, cache: Cache, *
     fresh: nothing is in the cache yet: attention is among the tokens.
     prompt_lengths: with `fresh`, int32[...], how many of the tokens count of each sequence; None
       for all.
+    segment_ids: with `fresh`, int[..., T]; attention stays within equal ids.
 
   Returns:
     [..., T, D] in dtype; `logits` makes logits of it.
@@ -129,7 +131,7 @@ def run(weights: Weights, config: PaLMConfig, tokens: jax.Array, cache: Cache, *
     if fresh:
       stored = caches.fill(stored, rows, lengths, window=window)
       attended = kernels.flash_attention(
-          query, heads[0], heads[-1], **options,
+          query, heads[0], heads[-1], segment_ids=segment_ids, **options,
           local_window_size=None if window is None else (window - 1, 0))
     else:
       stored, view = caches.extend(stored, rows, cache.length, axis=tokens.ndim - 1, window=window,

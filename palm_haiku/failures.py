@@ -9,6 +9,8 @@ _LESS_MEMORY = {
              "less, and --mesh divides it over chips",
     "generate": "--weights int8, --cache-dtype int8, --dtype bfloat16 or a shorter --length needs "
                 "less",
+    "eval": "--weights int8, --dtype bfloat16, a smaller --batch-tokens or a shorter --seq-len "
+            "needs less",
     "plan": "--workers 1 needs less",
 }
 

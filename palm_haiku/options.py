@@ -1,4 +1,4 @@
-"""Options of the command line: palm-haiku train | generate | plan | convert | info | doctor."""
+"""Options of the command line: train | generate | eval | plan | convert | info | doctor."""
 
 import argparse
 import difflib
@@ -38,8 +38,9 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.A
   parser = _Parser(prog="palm-haiku", description="Train a PaLM and sample from it.")
   commands = parser.add_subparsers(
       dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-  for name, add in (("train", _add_train), ("generate", _add_generate), ("plan", _add_plan),
-                    ("convert", _add_convert), ("info", _add_info), ("doctor", _add_doctor)):
+  for name, add in (("train", _add_train), ("generate", _add_generate), ("eval", _add_eval),
+                    ("plan", _add_plan), ("convert", _add_convert), ("info", _add_info),
+                    ("doctor", _add_doctor)):
     command = add(commands)
     command.set_defaults(run=run[name], parser=command)
   return parser
@@ -162,6 +163,21 @@ def _add_generate(commands):
                         "does not have it any more")
   _add_implementation(generate)
   return generate
+
+
+def _add_eval(commands):
+  from palm_haiku.evaluate.command import add_arguments as add_eval_arguments
+  evaluate = commands.add_parser(
+      "eval", help="loss on held-out text, at any length", description="The loss of trained models "
+      "on held-out text, by length and by\nposition in the sequence.",
+      epilog="examples:\n"
+      "  palm-haiku eval runs/first\n"
+      "  palm-haiku eval runs/rotary runs/alibi --seq-len 256,512,1024,2048 --plot lengths.png\n"
+      "  palm-haiku eval models/command-r7b --data 'books/*.txt' --seq-len 4096 --stride 1024",
+      formatter_class=argparse.RawDescriptionHelpFormatter)
+  add_eval_arguments(evaluate)
+  _add_implementation(evaluate)
+  return evaluate
 
 
 def _add_plan(commands):

@@ -4,9 +4,12 @@ import logging
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from palm_haiku.config import PaLMConfig
+
+if TYPE_CHECKING:
+  from palm_haiku.recipe import TrainConfig
 
 
 class Pretrained(NamedTuple):
@@ -74,6 +77,44 @@ def load(path: str | os.PathLike, *, tokenizer: str | None = None, mesh=None, ru
   path = pathlib.Path(path).expanduser()
   load_any = _load_hub if hub.is_model(path) else _load_run
   return load_any(path, tokenizer, mesh, rules, warn)
+
+
+def load_with_tokenizer(path: str | os.PathLike, *, tokenizer: str | None = None,
+                        warn: Callable[[str], None] = logging.warning) -> Pretrained:
+  """A trained model whose tokenizer is known to be its own; arguments as of `load`.
+
+  Raises:
+    ValueError: as `load`; or weights that were converted without a tokenizer and are not of bytes,
+      or that are no directory yet.
+  """
+  if os.path.isfile(os.path.expanduser(path)):
+    raise ValueError(f"{path} is a file; make a run of a peer's arrays with palm-haiku convert "
+                     "--from PEER --tokenizer NAME")
+  model = load(path, tokenizer=tokenizer, warn=warn)
+  wide = model.config.num_tokens != model.tokenizer.num_tokens
+  if tokenizer is None and model.seq_len is None and model.tokenizer.name == "bytes" and wide:
+    raise ValueError(f"{path} was converted without a tokenizer, and its {model.config.num_tokens} "
+                     "tokens are no bytes; convert it again with --tokenizer, or name bytes here "
+                     "with --tokenizer bytes")
+  return model
+
+
+def settings(path: str | os.PathLike) -> "tuple[TrainConfig, str] | None":
+  """A run's settings and the fingerprint of its data; None for converted weights and for the hub.
+
+  Raises:
+    ValueError, CheckpointError: there is no model, or it cannot be read.
+  """
+  from palm_haiku import hub
+  from palm_haiku.recipe import load_config
+  from palm_haiku.rundir import RunDirectory
+
+  path = pathlib.Path(path).expanduser()
+  if hub.is_model(path):
+    return None
+  metadata = RunDirectory(path).metadata()
+  fingerprint = metadata["data_fingerprint"]
+  return None if fingerprint is None else (load_config(metadata), fingerprint)
 
 
 def _load_hub(path, name, mesh, rules, warn):
