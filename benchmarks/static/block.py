@@ -8,6 +8,8 @@ kernel's cycles: below 1 memory keeps up.
 """
 
 import argparse
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +18,12 @@ from palm_haiku.kernels import aot
 from palm_haiku.kernels.aot import llo
 from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.parallel_block import mosaic_tpu, mosaic_tpu_plan, steps, xla
+from palm_haiku.kernels.tpu import vmem
 
 from .. import table
 from ..block import Shape
 
+VREG = 4096  # bytes of a vector register
 SHAPES = ["4x2048x4096x16x256x4"]
 ARCHITECTURES = {"layer": dict(norm="layer", rotary=True, values=True),
                  "rms": dict(norm="rms", rotary=False, values=False)}
@@ -82,7 +86,22 @@ def program(*, step, shape, implementation, chip, norm="layer", rotary=True, val
   return function, (attended, key, key if values else None, act, act, params)
 
 
-def about(step, shape, chip, values=True) -> tuple[float, mosaic_tpu_plan.Plan, tuple]:
+class Runs(NamedTuple):
+  """How often the guards of a kernel run, as shares of the steps of its grid.
+
+  Attributes:
+    products: of those that multiply.
+    others: of those that only compute.
+    copies: for an operand or result, (bytes of the array, bytes of a block, share of the steps at
+      which another block arrives or leaves).
+  """
+
+  products: tuple[float, ...]
+  others: tuple[float, ...]
+  copies: tuple[tuple[int, int, float], ...]
+
+
+def about(step, shape, chip, values=True) -> tuple[float, mosaic_tpu_plan.Plan, Runs]:
   """FLOPs of a step, its plan, and how often the parts of its kernel run."""
   s = Shape.parse(shape)
   tokens, queries, hidden = s.batch * s.length, s.heads * s.dim_head, s.hidden
@@ -94,20 +113,36 @@ def about(step, shape, chip, values=True) -> tuple[float, mosaic_tpu_plan.Plan, 
   return 2.0 * tokens * s.dim * width, plan, runs(step, plan, s)
 
 
-def runs(step, plan, s) -> tuple[tuple[float, ...], tuple[float, ...]]:
-  """Fractions of the steps in which the guards run that multiply, and those that only compute."""
-  queries, hidden, keys = s.heads * s.dim_head, s.hidden, s.kv_heads * s.dim_head
+def runs(step, plan, s) -> Runs:
+  tokens, queries, hidden = s.batch * s.length, s.heads * s.dim_head, s.hidden
+  keys = s.kv_heads * s.dim_head
+  copy = lambda array, block, share: (2 * math.prod(array), 2 * math.prod(block), share)
   if plan.depths:
     sizes = [queries, hidden] if step == "out_projection" else [queries, keys, hidden]
     counts = [size // depth for size, depth in zip(sizes, plan.depths, strict=True)]
-    return tuple(n / sum(counts) for n in counts), (1 / sum(counts),) * 2
+    shares = [n / sum(counts) for n in counts]
+    copies = [copy((tokens, s.dim), (plan.rows, plan.columns), 1 / sum(counts))]
+    for size, depth, share in zip(sizes, plan.depths, shares, strict=True):
+      copies += [copy((tokens, size), (plan.rows, depth), share),
+                 copy((size, s.dim), (depth, plan.columns), share)]
+    return Runs(tuple(shares), (1 / sum(counts),) * 2, tuple(copies))
   deep = s.dim // plan.depth
   ends = () if deep == 1 else (1 / deep,) * 2  # clear the sums, write them
   if step == "swiglu_gradient":
-    return (1.0,), ends
-  counts = [-(-keys // plan.key_columns), -(-queries // plan.query_columns),
-            -(-hidden // plan.columns)]
-  return tuple(n / sum(counts) for n in counts), (1 / sum(counts) / deep, *ends * 3)
+    return Runs((1.0,), ends, (
+        copy((tokens, s.dim), (plan.rows, s.dim), plan.columns / hidden / deep),
+        copy((tokens, hidden), (plan.rows, plan.columns), 1 / deep),
+        copy((hidden, s.dim), (plan.columns, plan.depth), 1.0)))
+  parts = [(keys, plan.key_columns), (queries, plan.query_columns), (hidden, plan.columns)]
+  counts = [-(-size // columns) for size, columns in parts]
+  shares = [n / sum(counts) for n in counts]
+  once, table = 1 / sum(counts) / deep, 2 * max(s.dim_head // 2, 128)  # float32
+  copies = [copy((tokens, s.dim), (plan.rows, s.dim), once),
+            copy((tokens, table), (plan.rows, table), once)]
+  for (size, columns), share in zip(parts, shares, strict=True):
+    copies += [copy((s.dim, size), (plan.depth, columns), share),
+               copy((tokens, size), (plan.rows, columns), share / deep)]
+  return Runs(tuple(shares), (once, *ends * 3), tuple(copies))
 
 
 def traffic(step, plan, shape, values=True, keep=True, rotary=True, **_) -> int:
@@ -128,16 +163,26 @@ def traffic(step, plan, shape, values=True, keep=True, rotary=True, **_) -> int:
       turns * tokens + blocks * s.dim))
 
 
-def set_runs(schedule, products, others) -> None:
-  """Guards that only copy count as if they ran at every step."""
-  schedule.set_runs(aot.Steps(active=products))
+def set_runs(schedule, runs, room) -> None:
+  """Counts guards by `Runs`.
+
+  XLA lays some operands into VMEM, and the kernel copies their blocks with vector instructions.
+  Which one a guard copies shows in the block's bytes: where several arrays of at most `room` bytes
+  have such blocks it counts as the one that changes most often, where none has, at every step.
+  """
+  schedule.set_runs(aot.Steps(active=runs.products))
   matrix, vector, load, store = (
       llo.SLOTS.index(name) for name in ("MATMUL", "VALU", "VLOAD", "VSTORE"))
-  others = list(others)
+  others = list(runs.others)
   for region in schedule.root:
-    computes = region.total(vector) or region.total(store) > 2 * region.total(load)
-    if region.kind == "if" and not region.total(matrix) and computes:
+    if region.kind != "if" or region.total(matrix):
+      continue
+    if region.total(vector) or region.total(store) > 2 * region.total(load):
       region.runs = others.pop(0)
+    elif not any(part.kind == "if" for part in region.parts):
+      moved = VREG * sum(part.slots[load] * (part.trips or 1) for part in region)
+      region.runs = max((share for array, block, share in runs.copies
+                         if block == moved and array <= room), default=region.runs)
   assert not others, f"{schedule.name}: guards are missing"
 
 
@@ -150,7 +195,7 @@ def figures(step, shape, chip, implementation="mosaic_tpu", **variant):
   report = aot.report("benchmarks.static.block:program", target=chip, step=step, shape=shape,
                       implementation=implementation, chip=chip, **variant)
   for kernel in report.kernels_named("block_" + step):
-    set_runs(kernel.schedule, *runs)
+    set_runs(kernel.schedule, runs, vmem.limit(chip) - plan.vmem_bytes)
   cores = 2 if chip == "v5p" else 1  # of a device
   return flops / (cycles(report) * report.chip.flops_per_cycle * cores), report, plan
 

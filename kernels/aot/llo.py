@@ -27,7 +27,8 @@ _BRANCH = re.compile(r"sbr\.rel\b *(\([^)]*\))? *target bundleno = (\d+)")
 # A loop counts %next = %now + step, where %now = phi(start, %next), and ends at a limit.
 _EXIT = re.compile(r"scmp\.ge\.s32\.totalorder (%\w+), (\d+) /\* loop exit test")
 _DEFINITION = re.compile(r"(%s\w+) = (smov\.u32|sadd\.s32|sphi|sld) ([^;}/]*)")
-_STORE = re.compile(r"= sst (\[smem:\[#\w+_spill\]\]) (%s\w+)")  # registers may be spilled between
+# Registers may be spilled between; a store under a condition keeps it, and is followed no further.
+_STORE = re.compile(r"= sst (\[smem:\[#\w+_spill\]\]) ((?:\(!?%\w+\), *)?%s\w+)")
 # A guard this short only bumps a counter or skips a copy.
 _SMALL, _TOLD, _LARGE = 6, 32, 64
 
@@ -186,7 +187,7 @@ def parse(name: str, bundles: str, utilization: str, chip: Tpu) -> Schedule:
     region.bundles = len(own)
     region.slots = tuple(sum(slots[i][s] for i in own) for s in range(len(SLOTS)))
     if region.kind == "loop":
-      region.trips = _trips([code[i] for i in own], definitions)
+      region.trips = _trips(code, region, own, definitions)
   return Schedule(name, root, capacity)
 
 
@@ -242,9 +243,9 @@ def _definitions(code):
   return found | {slot: ("smov.u32", [value]) for slot, value in stores if slots.count(slot) == 1}
 
 
-def _trips(body, definitions) -> int | None:
+def _trips(code, loop, own, definitions) -> int | None:
   """How often a loop runs: None unless start, step and limit of its counter are constants."""
-  exits = {exit for bundle in body for exit in _EXIT.findall(bundle)}
+  exits = {exit for i in own for exit in _EXIT.findall(code[i])}
   if len(exits) != 1:
     return None
   (counter, limit), = exits
@@ -253,7 +254,7 @@ def _trips(body, definitions) -> int | None:
     while definitions.get(value, ("",))[0] in ("smov.u32", "sld"):
       # A move under a condition alone is that of whoever reaches the loop; of two values, neither.
       operands = [a for a in definitions[value][1] if not re.fullmatch(r"\(!?%\w+\)", a)]
-      if len(operands) != 1:
+      if len(operands) != 1 or operands[0].startswith("[") and operands[0] not in definitions:
         break
       value, = operands
     return value
@@ -263,12 +264,31 @@ def _trips(body, definitions) -> int | None:
     return None
   step, now = int(operands[0]), follow(operands[1])
   operation, operands = definitions.get(now, ("", ()))
-  if operation != "sphi" or len(operands) != 2 or follow(operands[1]) != follow(counter):
+  if operation == "sld":
+    operands = _carried(now, operands[0], code, loop, own)
+  elif operation != "sphi":
+    return None
+  if len(operands) != 2 or follow(operands[1]) != follow(counter):
     return None
   start = follow(operands[0])
   if not start.isdigit() or not 0 < step < 2**31:
     return None
   return max(1, -(-(int(limit) - int(start)) // step))
+
+
+def _carried(register, slot, code, loop, own) -> list[str]:
+  """What a loop's first bundles read from a spill slot: at its start, and after a turn.
+
+  Empty unless each turn reads the slot before it writes it, and writes it without a condition.
+  """
+  writes = [(i, value) for i in range(loop.end) for written, value in _STORE.findall(code[i])
+            if written == slot]
+  before = [value for i, value in writes if i < loop.first]
+  inside = [(i, value) for i, value in writes if i >= loop.first]
+  read = next((i for i in own if f"{register} = sld" in code[i]), loop.end)
+  if not before or not inside or read > inside[0][0] or not {i for i, _ in inside} <= set(own):
+    return []
+  return [before[-1], inside[-1][1]]
 
 
 def _executed(region, times=1.0):

@@ -183,7 +183,23 @@ def test_a_guard_around_guards_has_a_fraction_of_its_own():
   assert [r.runs for r in (around, *around.parts, one, other)] == [0.25, 0.75, 0.5, 1]
 
 
+def _spilled(text, begin="%s1705_s17", written="%s209_s17"):
+  """The loop with its counter in a spill slot: read when a turn begins, written when it ends."""
+  slot = "[smem:[#a_spill]]"
+  for old, new in (
+      ("%s1705_s17 = smov.u32 ", f"%2 = sst {slot} {begin}  ;;  %s1705_s17 = smov.u32 "),
+      ("%s1462_s17 = sphi %s1705_s17, %s209_s17", f"%s1462_s17 = sld {slot}"),
+      ("%p206_p6 = scmp", f"%3 = sst {slot} {written}  ;;  %p206_p6 = scmp")):
+    assert text.count(old) == 1
+    text = text.replace(old, new)
+  return text
+
+
 @pytest.mark.parametrize("change, trips", [
+    (_spilled, 67),
+    (lambda text: _spilled(text, begin="%s7_s7"), None),
+    (lambda text: _spilled(text, written="(%p1_p1), %s209_s17"), None),
+    (lambda text: _spilled(text, written="%s7_s7"), None),
     (lambda text: re.sub(r"%s209_s17 = sadd.s32 1, ", "%s209_s17 = sadd.s32 2, ", text), 34),
     (lambda text: re.sub(r"%s209_s17 = sadd.s32 1, ", "%s209_s17 = sadd.s32 %s7, ", text), None),
     (lambda text: re.sub(r"(%s209_s17), 70 /", r"\1, %s9 /", text), None),
