@@ -114,11 +114,13 @@ def in_equal_steps(size, most, unit) -> int:
 
 def fit_sum(config, chip, num_tokens, dim, stages, itemsize, transposed=False) -> Plan:
   """For sums of products [M, K] x [K, dim]; stages: the K of each, and how many products."""
-  limit = vmem.limit(chip)
+  limit, least = vmem.limit(chip), min(size for size, _ in stages)
 
-  def plan(most, columns, work):
-    depths = tuple(next((d for d in depths_of(size) if d * number * most * columns <= work),
-                        depths_of(size)[-1]) for size, number in stages)
+  def plan(most, columns, halvings, shorter):
+    depths = tuple(
+        next((d for d in depths_of(size)
+              if d * number * most * columns <= config.work >> halvings + shorter * (size == least)),
+             depths_of(size)[-1]) for size, number in stages)
     deepest = max(d * number for d, (_, number) in zip(depths, stages))
     rows, tile, part = fit_rows(config, most, num_tokens, deepest * columns, chip)
     taken = 2 * itemsize * (rows + columns) * sum(
@@ -131,9 +133,11 @@ def fit_sum(config, chip, num_tokens, dim, stages, itemsize, transposed=False) -
   for most in halves(*rows_of(config, num_tokens)):
     for columns in halves(min(config.columns, dim), LANES):
       for halvings in range(8):
-        found = plan(most, columns, config.work >> halvings)
-        if found.vmem_bytes <= limit:
-          return found
+        # The shortest stage has the fewest steps, and loses least by short ones.
+        for shorter in range(3):
+          found = plan(most, columns, halvings, shorter)
+          if found.vmem_bytes <= limit:
+            return found
   return found
 
 
