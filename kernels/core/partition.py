@@ -94,10 +94,11 @@ def partitioned(f: Callable, array: jax.Array, *arrays) -> Any:
 
   For what is sharded over Explicit axes in ways that the operations of f have no rule for.
   """
-  sharding = jax.typeof(array).sharding
-  explicit = axes_of_kind(sharding.mesh, AxisType.Explicit)
+  mesh = current(array, *arrays)
+  explicit = axes_of_kind(mesh, AxisType.Explicit)
   if not explicit:
     return f(array, *arrays)
+  sharding = jax.sharding.NamedSharding(mesh, jax.typeof(array).sharding.spec)
   return jax.sharding.auto_axes(f, axes=explicit, out_sharding=sharding)(array, *arrays)
 
 

@@ -137,7 +137,7 @@ class TpuConfig(NamedTuple):
 #   rows: FLOPs for a byte of weights; a v6e needs 560.
 #   part: 128 / 256 / 512 gives 86.7 / 86.6 / 86.9 (in-projection, v6e, 1024 rows). SwiGLU's
 #   gradient on a v6e, 512 columns: 62.3 / 86.8 / 85.1; with 1024 columns 256 gives 91.3.
-_BLOCK_V5 = TpuConfig(  # v5e 93.2, 93.2, 96.6, 93.1; v5p 95.0, 95.6, 95.6, 95.1
+_BLOCK_V5 = TpuConfig(  # v5e 95.9, 95.4, 96.6, 95.7; v5p 95.0, 95.6, 95.6, 95.1
     in_projection=ProductConfig(rows=1024, columns=1024, work=2**31, code=2**29, part=128),
     out_projection=ProductConfig(rows=1024, columns=1024, work=2**31, code=2**29, part=256),
     swiglu_gradient=ProductConfig(rows=1024, columns=1024, work=2**30, code=2**29, part=256),
@@ -147,13 +147,13 @@ _BLOCK_V6E = TpuConfig(  # 91.7, 92.5, 91.3, 91.7
     out_projection=ProductConfig(rows=2048, columns=2048, work=2**32, code=2**31, part=1024),
     swiglu_gradient=ProductConfig(rows=2048, columns=2048, work=2**33, code=2**31, part=256),
     input_gradient=ProductConfig(rows=2048, columns=2048, work=2**32, code=2**31, part=1024))
-# 16 MiB of VMEM: 65.9, 87.9, 84.5, 75.0. With 1024 rows 79.7 (out); with 512 rows 78.1 (SwiGLU).
+# 16 MiB of VMEM: 65.9, 89.8, 84.5, 84.8. With 1024 rows 79.7 (out); with 512 rows 78.1 (SwiGLU).
 _BLOCK_V4 = TpuConfig(
     in_projection=_BLOCK_V5.in_projection,
     out_projection=ProductConfig(rows=512, columns=512, work=2**30, code=2**29, part=512),
     swiglu_gradient=_BLOCK_V5.swiglu_gradient._replace(rows=256),
     input_gradient=ProductConfig(rows=512, columns=512, work=2**30, code=2**29, part=512))
-# 64 MiB: 87.1, 91.3, 87.9, 88.6. With a v6e's blocks, cut until they fit: 88.0, 84.8, 84.9, 80.6.
+# 64 MiB: 87.1, 92.7, 87.9, 88.6. With a v6e's blocks, cut until they fit: 88.0, 84.8, 84.9, 80.6.
 _BLOCK_7X = TpuConfig(
     in_projection=_BLOCK_V6E.in_projection._replace(rows=1024),
     out_projection=_BLOCK_V6E.out_projection._replace(rows=1024, columns=1024),

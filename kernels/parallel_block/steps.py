@@ -67,19 +67,24 @@ def attention(query, key, value, params, *, rotary, query_offset, kv_cache, **op
   """
   if kv_cache is not None:
     grouped = params["key"].ndim == 3
-    kv_cache = tuple(
-        write(old, rows[..., ::rows.shape[-2] // old.shape[-2], :], query_offset, axis=-3)
-        if grouped
-        else write(old, rows[..., 0, :], query_offset)
-        for old, rows in zip(kv_cache, (key, value)))
+
+    def stored(old, rows, offset):
+      rows = rows[..., ::rows.shape[-2] // old.shape[-2], :] if grouped else rows[..., 0, :]
+      return write(old, rows, offset, axis=-3 if grouped else -2)
+
+    def filled(rows, end):
+      end = jnp.asarray(end).reshape(jnp.shape(end) + (1,) * (rows.ndim - jnp.ndim(end)))
+      position = jax.lax.broadcasted_iota(end.dtype, rows.shape, rows.ndim - 3)
+      return jnp.where(position < end, rows, 0)
+
+    kv_cache = tuple(partition.partitioned(stored, old, rows, query_offset)
+                     for old, rows in zip(kv_cache, (key, value)))
     key, value = kv_cache[0], kv_cache[-1]
     if not grouped:
       key, value = key[..., None, :], value[..., None, :]
     if options["is_causal"]:  # The weights behind the last row are 0, and 0 * NaN is not.
-      end = jnp.asarray(query_offset + query.shape[-3])
-      end = end.reshape(end.shape + (1,) * (key.ndim - end.ndim))
-      filled = jax.lax.broadcasted_iota(end.dtype, key.shape, key.ndim - 3) < end
-      key, value = jnp.where(filled, key, 0), jnp.where(filled, value, 0)
+      end = query_offset + query.shape[-3]
+      key, value = (partition.partitioned(filled, rows, end) for rows in (key, value))
     key, value = key.astype(query.dtype), value.astype(query.dtype)
   if values_are_keys(params, rotary):
     value = key  # One object, so that a kernel can read it once.

@@ -230,6 +230,27 @@ def test_a_device_makes_the_keys_of_its_queries(plain, kind, heads, kv_heads, mo
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("heads, offset, on_mesh", [
+    ((2,), 3, True), ((2,), (0, 2, 3, 1), True), ((4,), 3, False), ((), 3, True)])
+def test_a_cache_over_explicit_axes(plain, heads, offset, on_mesh):
+  x, params, options = problem(dict(kv_heads=heads[0] if heads else 1), heads=8)
+  cache = tuple(draws.normal(n, (4, 16, *heads, 8), jnp.float32) for n in (5, 6))
+  run = lambda implementation: jax.jit(functools.partial(
+      parallel_attention_ffn, implementation=implementation,
+      query_offset=np.array(offset) if isinstance(offset, tuple) else offset, **options))
+  want = run("xla")(x, params, kv_cache=cache)
+  mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+  place = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
+  by_columns = fused.Division(columns=("model",))
+  params = {name: place(w, by_columns.weight(name)) for name, w in params.items()}
+  if on_mesh:
+    x, *cache = (place(a, P("data")) for a in (x, *cache))
+  with jax.set_mesh(mesh):
+    got = run("mosaic_gpu")(x, params, kv_cache=tuple(cache))
+  assert_close(got, want)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("tokens", [P("data", "model"), P("model")], ids=str)
 def test_tokens_may_be_divided_over_the_model_axis(plain, tokens):
   x, params, options = problem(LITE, lead=(4, 8))
