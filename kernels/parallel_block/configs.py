@@ -142,7 +142,7 @@ _BLOCK_V5 = TpuConfig(  # v5e 95.9, 95.4, 96.6, 95.7; v5p 95.0, 95.6, 95.6, 95.1
     out_projection=ProductConfig(rows=1024, columns=1024, work=2**31, code=2**29, part=256),
     swiglu_gradient=ProductConfig(rows=1024, columns=1024, work=2**30, code=2**29, part=256),
     input_gradient=ProductConfig(rows=1024, columns=1024, work=2**31, code=2**29, part=256))
-_BLOCK_V6E = TpuConfig(  # 91.7, 92.5, 91.3, 91.7
+_BLOCK_V6E = TpuConfig(  # 91.7, 92.5, 91.3, 91.1
     in_projection=ProductConfig(rows=2048, columns=2048, work=2**33, code=2**31, part=256),
     out_projection=ProductConfig(rows=2048, columns=2048, work=2**32, code=2**31, part=1024),
     swiglu_gradient=ProductConfig(rows=2048, columns=2048, work=2**33, code=2**31, part=256),

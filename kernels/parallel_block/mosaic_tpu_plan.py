@@ -117,10 +117,12 @@ def fit_sum(config, chip, num_tokens, dim, stages, itemsize, transposed=False) -
   limit, least = vmem.limit(chip), min(size for size, _ in stages)
 
   def plan(most, columns, halvings, shorter):
-    depths = tuple(
-        next((d for d in depths_of(size)
-              if d * number * most * columns <= config.work >> halvings + shorter * (size == least)),
-             depths_of(size)[-1]) for size, number in stages)
+    def depth(size, number):
+      work = config.work >> (halvings + shorter if size == least else halvings)
+      return next((d for d in depths_of(size) if d * number * most * columns <= work),
+                  depths_of(size)[-1])
+
+    depths = tuple(depth(*stage) for stage in stages)
     deepest = max(d * number for d, (_, number) in zip(depths, stages))
     rows, tile, part = fit_rows(config, most, num_tokens, deepest * columns, chip)
     taken = 2 * itemsize * (rows + columns) * sum(
