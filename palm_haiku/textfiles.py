@@ -73,7 +73,8 @@ def find(source: str) -> list[str]:
 
 def _matches(pattern) -> Iterator[str]:
   """As `glob.glob(pattern, recursive=True)`, which never ends where links to directories do."""
-  parts = pattern.split(os.sep)
+  first, *rest = pattern.split(os.sep)
+  parts = [first, *filter(None, rest)]  # of d//** as of d/**; an absolute pattern begins with ""
   if "**" not in parts:
     yield from glob.iglob(pattern)
     return

@@ -52,6 +52,7 @@ def test_a_file_counts_once_and_links_do_not_loop(tmp_path, monkeypatch):
   assert textfiles.find("*.txt") == ["one.txt"]
   assert textfiles.find("**/z/**/*.txt") == ["z/far/four.txt", "z/three.txt"]
   assert textfiles.find("**/far/*") == ["z/far/four.txt"]
+  assert textfiles.find(f"{tmp_path}/a//**//far//*") == [str(tmp_path / "a/z/far/four.txt")]
   assert textfiles.find(str(tmp_path / "a/**")) == [
       str(tmp_path / "a" / name) for name in sorted([*files, "linked/four.txt"])]
   assert textfiles.find("0.txt") == ["0.txt"]
