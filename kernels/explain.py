@@ -1,5 +1,7 @@
 """What an op would run, and why, without running it."""
 
+from collections.abc import Mapping
+
 import jax
 
 from . import attention, cross_entropy, decode, parallel_block
@@ -67,6 +69,10 @@ def _check_heads(op: str, *arrays):
   if not arrays or op == "linear_cross_entropy":
     return
   if op == "parallel_attention_ffn":
+    names = arrays[1].keys() if isinstance(arrays[1], Mapping) else set()
+    if missing := parallel_block.REQUIRED - names:
+      raise ValueError(f"explain needs the params of {op} by their names; they lack "
+                       + ", ".join(sorted(missing)))
     key = arrays[1]["key"].shape
     heads, kv_heads = arrays[1]["query"].shape[1], key[1] if len(key) == 3 else 1
   else:

@@ -13,6 +13,8 @@ from ..core.compat import Array
 from . import steps
 from .fused import OP, Layer
 
+REQUIRED = {"norm", "query", "key", "up", "attn_out", "ff_out"}  # of the weights
+
 
 def parallel_attention_ffn(
     x: jax.Array,
@@ -118,9 +120,8 @@ def _check(x, params, norm, rotary, rope_theta, xpos_scale_base):
     raise ValueError(f"x must be floating point; got {x.dtype}")
   if norm not in ("layer", "rms"):
     raise ValueError(f"norm must be layer or rms; got {norm!r}")
-  required = {"norm", "query", "key", "up", "attn_out", "ff_out"}
-  missing = required - params.keys()
-  unknown = params.keys() - required - {"value", "gate", "norm_bias", "query_scale", "key_scale"}
+  missing = REQUIRED - params.keys()
+  unknown = params.keys() - REQUIRED - {"value", "gate", "norm_bias", "query_scale", "key_scale"}
   if missing or unknown:
     raise ValueError("params lack " + ", ".join(sorted(missing)) if missing else
                      "params have unknown entries: " + ", ".join(sorted(unknown)))

@@ -23,6 +23,12 @@ def test_what_cannot_run_is_refused(op, implementation, message):
     kernels.explain(op, implementation=implementation)
 
 
+@pytest.mark.parametrize("params", [{"query": (4, 2, 8)}, (4, 8)])
+def test_a_block_without_its_weights_is_refused(params):
+  with pytest.raises(ValueError, match="by their names; they lack attn_out, ff_out, key"):
+    kernels.explain("parallel_attention_ffn", (2, 4), params)
+
+
 def test_a_kernel_that_an_op_does_not_have(monkeypatch):
   for name in ("mosaic_gpu", "mosaic_tpu"):
     monkeypatch.delitem(cross_entropy.OP.backends, name)
