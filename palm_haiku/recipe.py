@@ -82,6 +82,14 @@ class TrainConfig:
     _ = self.skipped  # so that a mistake is told here
 
   @property
+  def of_step(self) -> "TrainConfig":
+    """The settings that a compiled step depends on; all others as they are by default."""
+    kept = {name: getattr(self, name) for name in (
+        "model", "steps", "accumulate", "seq_len", "optimizer", "learning_rate", "z_loss", "seed",
+        "dtype", "remat", "implementation", "mesh", "shard_residual", "init", "lora_rank")}
+    return TrainConfig(**kept, batch_size=self.accumulate)
+
+  @property
   def rules(self) -> sharding.Rules:
     """How arrays are divided over the mesh."""
     return sharding.SHARDED_RESIDUAL if self.shard_residual else sharding.Rules()

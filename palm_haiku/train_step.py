@@ -104,13 +104,17 @@ class Program(NamedTuple):
   batch_sharding: NamedSharding | None
 
 
-@functools.lru_cache(maxsize=8)
 def program(config: TrainConfig, mesh: Mesh | None = None) -> Program:
   """What trains a model on one device or, with each parameter where it belongs, on a mesh.
 
   Call its functions under `sharding.in_context(mesh)`. Parameters are made where they will lie:
-  no host or device ever holds all of them.
+  no host or device ever holds all of them. Runs whose steps are the same share one program.
   """
+  return _program(config.of_step, mesh)
+
+
+@functools.lru_cache(maxsize=8)
+def _program(config, mesh):
   begin, advance, score = (functools.partial(promoting()(f), config)
                            for f in (init, train_step, eval_step))
   state = jax.eval_shape(begin)

@@ -10,6 +10,8 @@ import pytest
 # Most of the time goes into compiling programs that run once: a quarter less of it (generation,
 # block and attention on a CPU, 195 s of processor time with and 148 s without optimization).
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# Programs say nowhere which line they come from: 2 to 6% less of all time.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 # Meshes are tested on eight CPU devices; JAX reads this when it is first used.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()

@@ -180,7 +180,7 @@ def test_a_planted_mistake_is_noticed(module, mistake, notices, tmp_path, monkey
     ("ff_out", ("embed", "ff")), ("key", (None, None)), ("embedding", ("embed", "vocab"))])
 def test_a_wrong_axis_is_noticed(name, axes, monkeypatch):
   monkeypatch.setitem(sharding._PARAMETERS, name, axes)
-  sharding_of = test_sharding.train_step.program
+  sharding_of = test_sharding.train_step._program
   sharding_of.cache_clear()
   with pytest.raises(AssertionError):
     parameters()

@@ -117,11 +117,11 @@ def _gpu_kernels(compiled, folder, chip):
     path = folder / f"{number}.cubin"
     path.write_bytes(cubin)
     usage = ptxas.resource_usage(str(path))
-    if not usage:
-      continue
+    if usage.keys() <= seen:
+      continue  # nothing but Mosaic's kernels, which lie in the executable too
     for code in sass.parse(ptxas.disassemble(str(path))):
       if code.name in seen:
-        continue  # Mosaic's, which lies in the executable too
+        continue
       taken = usage[code.name]
       kernels.append(GpuKernel(
           code.name, "xla",

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import re
 
 from .errors import UnknownDump
@@ -85,6 +86,7 @@ class Function:
     return tuple(loop for loop in self.loops if loop.innermost and loop.tensor)
 
 
+@functools.cache
 def classify(opcode: str) -> str:
   if opcode.startswith("IMAD.MOV"):
     return "MOV"
