@@ -1,4 +1,4 @@
-"""The command line: palm-haiku train | generate | eval | plan | convert | info | doctor."""
+"""The command line: the function of each command of palm-haiku."""
 
 import contextlib
 import dataclasses
@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser():
   return options.parser(dict(
-      train=_train, generate=_generate, eval=_eval, plan=_plan, convert=_convert, info=_info,
-      doctor=_doctor))
+      train=_train, tokenize=_corpus, data=_corpus, generate=_generate, eval=_eval, plan=_plan,
+      convert=_convert, info=_info, doctor=_doctor))
 
 
 def typed(*command: str | os.PathLike) -> str:
@@ -311,6 +311,12 @@ def _plan(args) -> int:
   from palm_haiku.plan import command
 
   return command.run(args, _model(args))
+
+
+def _corpus(args) -> int:
+  from palm_haiku.corpus import command
+
+  return command.run(args)
 
 
 def _convert(args) -> int:

@@ -203,9 +203,9 @@ def load_corpus(source: str, tokenizer, eval_fraction: float) -> Corpus:
     raise ValueError(f"eval_fraction must be in [0, 1); got {eval_fraction}")
   cut, documents = 0, []
   if source == "pydoc":
-    documents = _pydoc()
+    documents = pydoc()
   else:
-    paths = _find(source)
+    paths = find(source)
     for name, content in itertools.chain.from_iterable(map(textfiles.unpack, paths)):
       if len(paths) == 1 and not documents and _is_enwik8(source, content):
         # Its last character may be cut, which no text's is.
@@ -229,12 +229,14 @@ def load_corpus(source: str, tokenizer, eval_fraction: float) -> Corpus:
                 digest[:16], not tokenizer.keeps_newlines and any(b"\n" in x for x in documents))
 
 
-def _pydoc() -> list[bytes]:
+def pydoc() -> list[bytes]:
+  """CPython's documentation prose, a document for each topic."""
   from pydoc_data import topics
   return [text.encode() for _, text in sorted(topics.topics.items())]
 
 
-def _find(source: str) -> list[str]:
+def find(source: str) -> list[str]:
+  """The files that a source names: as `textfiles.find`, and of enwik8."""
   if source != "enwik8":
     return textfiles.find(source)
   for folder in ("", "data/"):

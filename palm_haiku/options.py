@@ -1,4 +1,4 @@
-"""Options of the command line: train | generate | eval | plan | convert | info | doctor."""
+"""The options of each command of palm-haiku."""
 
 import argparse
 import difflib
@@ -38,9 +38,9 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.A
   parser = _Parser(prog="palm-haiku", description="Train a PaLM and sample from it.")
   commands = parser.add_subparsers(
       dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-  for name, add in (("train", _add_train), ("generate", _add_generate), ("eval", _add_eval),
-                    ("plan", _add_plan), ("convert", _add_convert), ("info", _add_info),
-                    ("doctor", _add_doctor)):
+  for name, add in (("train", _add_train), ("tokenize", _add_tokenize), ("data", _add_data),
+                    ("generate", _add_generate), ("eval", _add_eval), ("plan", _add_plan),
+                    ("convert", _add_convert), ("info", _add_info), ("doctor", _add_doctor)):
     command = add(commands)
     command.set_defaults(run=run[name], parser=command)
   return parser
@@ -133,6 +133,32 @@ def _add_mesh_options(train):
   group.add_argument("--process-id", type=int, metavar="I", help="with --coordinator")
   group.add_argument("--start-timeout", type=int, metavar="SECONDS", default=300,
                      help="how long to wait for all processes (default 300)")
+
+
+def _add_tokenize(commands):
+  from palm_haiku.corpus.command import add_tokenize_arguments
+  tokenize = commands.add_parser(
+      "tokenize", help="make a corpus of text", description="Tokenise text of any size, once, into "
+      "a directory that train reads.",
+      epilog="examples:\n"
+      "  palm-haiku tokenize --data 'books/*.txt' --out corpora/books\n"
+      "  palm-haiku tokenize --data web/*.jsonl.zst --tokenizer spm.model --dedupe --shuffle 0 "
+      "\\\n      --out corpora/web\n"
+      "  palm-haiku train --data corpora/web --out runs/web",
+      formatter_class=argparse.RawDescriptionHelpFormatter)
+  add_tokenize_arguments(tokenize)
+  return tokenize
+
+
+def _add_data(commands):
+  from palm_haiku.corpus.command import add_data_arguments
+  parser = commands.add_parser(
+      "data", help="describe a tokenised corpus", description="Say what is in a corpus of palm-haiku "
+      "tokenize: documents, tokens, lengths, a few samples.",
+      epilog="example: palm-haiku data corpora/web --samples 5 --check",
+      formatter_class=argparse.RawDescriptionHelpFormatter)
+  add_data_arguments(parser)
+  return parser
 
 
 def _add_generate(commands):

@@ -17,6 +17,7 @@ import re
 import stat
 import struct
 import tarfile
+import types
 import unicodedata
 import zipfile
 import zlib
@@ -25,9 +26,10 @@ from collections.abc import Iterator
 # Left by systems and editors, beside the hidden files that a glob leaves out too.
 _LITTER = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "*~", "#*#", "~$*", "@eadir",
            "icon\r")
-_SUFFIXES = (".gz", ".tgz", ".bz2", ".xz", ".lzma", ".zst", ".zip", ".tar")  # promise an archive
+SUFFIXES = (".gz", ".tgz", ".bz2", ".xz", ".lzma", ".zst", ".zip", ".tar")  # promise an archive
 _MAX_DEPTH = 4  # archives within archives
 
+ZSTD = b"\x28\xb5\x2f\xfd"
 # UTF-32 first: its mark for little endian begins with that of UTF-16.
 _MARKS = {codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
           codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
@@ -163,7 +165,7 @@ def _unpack(content, name, depth, is_named=True):
       yield from _members(members, name, depth)
   elif (inner := _decompressed(content)) is not None:
     yield from _unpack(inner, name, depth + 1, is_named=False)
-  elif content and is_named and name.lower().endswith(_SUFFIXES):
+  elif content and is_named and name.lower().endswith(SUFFIXES):
     raise RuntimeError(f"{name} is not compressed; rename it if it is plain text")
   else:
     yield name, content
@@ -182,14 +184,22 @@ def _members(members, name, depth):
       yield from _unpack(read_member(), f"{name}:{member}", depth + 1)
 
 
+def compression(head: bytes) -> types.ModuleType | None:
+  """The module of Python 3.12 that reads a compressed file, by its first bytes."""
+  if head.startswith(b"\x1f\x8b"):
+    return gzip
+  if head.startswith(b"BZh") and head[4:10] in (b"1AY&SY", b"\x17rE8P\x90"):
+    return bz2
+  if head.startswith((b"\xfd7zXZ\0", b"]\0\0")):
+    return lzma
+  return None
+
+
 def _decompressed(content) -> bytes | None:
-  if content.startswith(b"\x1f\x8b"):
-    return gzip.decompress(content)
-  if content.startswith(b"BZh") and content[4:10] in (b"1AY&SY", b"\x17rE8P\x90"):
-    return bz2.decompress(content)
-  if content.startswith((b"\xfd7zXZ\0", b"]\0\0")):
-    return lzma.decompress(content)
-  if content.startswith(b"\x28\xb5\x2f\xfd"):
+  module = compression(content)
+  if module is not None:
+    return module.decompress(content)
+  if content.startswith(ZSTD):
     try:
       from compression import zstd  # pyright: ignore[reportMissingImports]  (of Python 3.14)
     except ImportError as error:
@@ -203,7 +213,7 @@ def _decompressed(content) -> bytes | None:
 
 def decode(content: bytes, name: str) -> bytes:
   """Text in UTF-8 without a byte order mark; raises ValueError as `read`."""
-  mark = next(filter(content.startswith, _MARKS), b"")
+  mark = _mark(content)
   encoding = _MARKS.get(mark, "utf-8")
   for start, kind in _NO_TEXT.items():
     if content.startswith(start):
@@ -231,6 +241,15 @@ def decode(content: bytes, name: str) -> bytes:
         f"{name} is no text: byte {content.index(0)} is NUL; UTF-16 and UTF-32 are read with a "
         "byte order mark, or convert them: iconv -f UTF-16LE -t UTF-8")
   return content
+
+
+def encoding_of(content: bytes) -> str:
+  """The encoding that a text's byte order mark names; UTF-8 without one."""
+  return _MARKS.get(_mark(content), "utf-8")
+
+
+def _mark(content) -> bytes:
+  return next(filter(content.startswith, _MARKS), b"")
 
 
 def _within_ascii(content) -> str | None:

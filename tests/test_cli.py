@@ -61,11 +61,12 @@ def test_help_in_a_process_of_its_own():
   done = subprocess.run([sys.executable, "-m", "palm_haiku", "--help"], capture_output=True,
                         text=True, timeout=100)
   assert done.returncode == 0
-  for command in ("train", "generate", "eval", "plan", "convert", "info"):
+  for command in ("train", "tokenize", "data", "generate", "eval", "plan", "convert", "info"):
     assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "eval", "plan", "convert", "info"])
+@pytest.mark.parametrize(
+    "command", ["train", "tokenize", "data", "generate", "eval", "plan", "convert", "info"])
 def test_help_of_each_command(capsys, command):
   status, out, _ = call(capsys, command, "--help")
   assert status == 0 and command in out
