@@ -100,6 +100,8 @@ def _train(args) -> int:
 
   from palm_haiku import distributed, kernels
   from palm_haiku.checkpoint import CheckpointError
+  from palm_haiku.corpus import mixture
+  from palm_haiku.corpus.shards import DataError
   from palm_haiku.recipe import TrainConfig, load_config
   from palm_haiku.rundir import RunDirectory
   from palm_haiku.train import train
@@ -111,6 +113,8 @@ def _train(args) -> int:
   if args.resume:
     before = distributed.from_leader(directory.settings, (ValueError, OSError, CheckpointError))
   base = before and load_config(before)
+  if base is None and args.init is None and args.tokenizer is None and args.data is not None:
+    args.tokenizer = mixture.tokenizer_name(args.data)
   if args.init is not None and base is None:
     model = _initial_model(args)
   else:
@@ -131,7 +135,8 @@ def _train(args) -> int:
   try:
     with _first_use(config.implementation, config.model, config.dtype, training=True):
       result = train(config, args.out, resume=args.resume, console=console)
-  except (CheckpointError, OSError) as error:  # Of this process, perhaps: the others wait for it.
+  # Of this process, perhaps: the others wait for it.
+  except (CheckpointError, DataError, OSError) as error:
     distributed.leave(f"palm-haiku train: error: {error}")
     raise
   except jax.errors.JaxRuntimeError as error:

@@ -8,6 +8,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -177,30 +178,40 @@ class Corpus:
   """Text as tokens, documents concatenated with an end-of-document token between them."""
 
   name: str
-  train: np.ndarray  # unsigned int[N]
+  train: Any  # unsigned int[N]: an array, or `corpus.shards.Tokens`, read where it lies
   eval: np.ndarray  # unsigned int[M], held out
   eod: int
   train_bytes_per_token: float  # to turn nats per token into bits per byte
   eval_bytes_per_token: float
   fingerprint: str  # of the tokens; differs when the text or the tokenizer does
   loses_newlines: bool  # which the text has, and the tokens have not
+  max_token: int  # the largest of all
 
 
-def load_corpus(source: str, tokenizer, eval_fraction: float) -> Corpus:
-  """Reads text and holds the end of it out.
+def load_corpus(source: str, tokenizer, eval_fraction: float,
+                eval_tokens: int | None = None) -> Corpus:
+  """Reads text and holds the end of it out, or opens a corpus that is tokenised already.
 
   Args:
     source: "pydoc" (CPython's documentation prose, on every machine); "enwik8" or a file of it
       (split into 90M and 5M bytes, as PaLM-jax has it, whatever `eval_fraction` is); or a path or
-      glob of text files, plain, compressed or in archives, each a document; see `textfiles`.
+      glob of text files, plain, compressed or in archives, each a document; see `textfiles`; or
+      a directory of `palm-haiku tokenize`.
     tokenizer: of `load_tokenizer`.
-    eval_fraction: how much of the text, counted in bytes from its end, is held out.
+    eval_fraction: how much of the text, counted in bytes from its end, is held out; what a
+      tokenised corpus holds out was decided when it was made.
+    eval_tokens: at most so many of those that are held out are evaluated; None for all of a text's
+      and the first 2^20 of a tokenised corpus.
 
   Raises:
     ValueError: no such data, empty data, or text that the tokenizer cannot take.
   """
   if not 0 <= eval_fraction < 1:
     raise ValueError(f"eval_fraction must be in [0, 1); got {eval_fraction}")
+  from palm_haiku.corpus import shards, tokenised  # which import this module
+
+  if shards.is_corpus(source):
+    return tokenised.load(source, tokenizer, eval_tokens)
   cut, documents = 0, []
   if source == "pydoc":
     documents = pydoc()
@@ -218,15 +229,17 @@ def load_corpus(source: str, tokenizer, eval_fraction: float) -> Corpus:
   cut = cut or total - int(total * eval_fraction)
   train, held_out = _split(documents, cut)
   dtype = np.min_scalar_type(tokenizer.num_tokens - 1)
-  train_tokens, eval_tokens = (_tokenize(part, tokenizer, dtype) for part in (train, held_out))
-  digest = hashlib.sha256(train_tokens.tobytes() + b"|" + eval_tokens.tobytes()).hexdigest()
+  train_tokens, held_out_tokens = (_tokenize(part, tokenizer, dtype) for part in (train, held_out))
+  digest = hashlib.sha256(train_tokens.tobytes() + b"|" + held_out_tokens.tobytes()).hexdigest()
 
   def bytes_per_token(parts, tokens):
     return sum(map(len, parts)) / max(1, len(tokens))
 
-  return Corpus(source, train_tokens, eval_tokens, tokenizer.eod,
-                bytes_per_token(train, train_tokens), bytes_per_token(held_out, eval_tokens),
-                digest[:16], not tokenizer.keeps_newlines and any(b"\n" in x for x in documents))
+  largest = max(int(tokens.max(initial=0)) for tokens in (train_tokens, held_out_tokens))
+  return Corpus(source, train_tokens, held_out_tokens[:eval_tokens], tokenizer.eod,
+                bytes_per_token(train, train_tokens), bytes_per_token(held_out, held_out_tokens),
+                digest[:16], not tokenizer.keeps_newlines and any(b"\n" in x for x in documents),
+                largest)
 
 
 def pydoc() -> list[bytes]:
@@ -275,7 +288,7 @@ def _tokenize(documents, tokenizer, dtype) -> np.ndarray:
   return np.concatenate(parts[:-1]) if parts else np.zeros(0, dtype)
 
 
-def windows(tokens: np.ndarray, *, seq_len: int, seed: int,
+def windows(tokens: Any, *, seq_len: int, seed: int,
             eod: int | None = None) -> grain.MapDataset:
   """Endless training sequences; `windows(...)[k]` depends on k and the arguments alone.
 
@@ -283,7 +296,7 @@ def windows(tokens: np.ndarray, *, seq_len: int, seed: int,
   one and the input of the next; where they begin shifts from epoch to epoch.
 
   Args:
-    tokens: int[N].
+    tokens: int[N], of which slices are read.
     seq_len: tokens that a model reads; a window has one more, the last target.
     eod: end-of-document token, for segment ids.
 

@@ -67,12 +67,16 @@ def _add_train(commands):
 def _add_data_options(train):
   group = train.add_argument_group("data")
   group.add_argument("--data", metavar="SOURCE", help="text to train on: pydoc (Python's own "
-                     "documentation, the default), enwik8, or a path or quoted glob of text files; "
-                     "on --resume, where the run's data are now")
+                     "documentation, the default), enwik8, a path or quoted glob of text files, or "
+                     "a directory of palm-haiku tokenize; a:0.7,b:0.3 mixes some by weight; on "
+                     "--resume, where the run's data are now")
   group.add_argument("--tokenizer", metavar="NAME", help="bytes (the default), a SentencePiece "
-                     "model file or a tokenizer.json, of which the run keeps a copy")
+                     "model file or a tokenizer.json, of which the run keeps a copy; a tokenised "
+                     "directory has its own")
   group.add_argument("--eval-fraction", type=float, metavar="F", help="how much of the end of the "
-                     "data is held out (default 0.1)")
+                     "data is held out (default 0.1); a tokenised directory has its own part")
+  group.add_argument("--eval-tokens", type=int, metavar="N", help="evaluate at most N held-out "
+                     "tokens (default: all of a text's, 2^20 of a tokenised directory's)")
   group.add_argument("--mask-documents", action="store_true", default=None,
                      help="let no token attend to another document")
 
@@ -153,8 +157,8 @@ def _add_tokenize(commands):
 def _add_data(commands):
   from palm_haiku.corpus.command import add_data_arguments
   parser = commands.add_parser(
-      "data", help="describe a tokenised corpus", description="Say what is in a corpus of palm-haiku "
-      "tokenize: documents, tokens, lengths, a few samples.",
+      "data", help="describe a tokenised corpus", description="Say what is in a corpus of "
+      "palm-haiku tokenize: documents, tokens, lengths, a few samples.",
       epilog="example: palm-haiku data corpora/web --samples 5 --check",
       formatter_class=argparse.RawDescriptionHelpFormatter)
   add_data_arguments(parser)

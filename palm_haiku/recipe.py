@@ -27,9 +27,10 @@ class TrainConfig:
   """
 
   model: PaLMConfig
-  data: str = "pydoc"  # see `data.load_corpus`
+  data: str = "pydoc"  # see `corpus.mixture.parse` and `data.load_corpus`
   tokenizer: str = "bytes"  # see `data.load_tokenizer`
   eval_fraction: float = 0.1
+  eval_tokens: int | None = None  # see `data.load_corpus`
   mask_documents: bool = False  # attention stays within a document
   steps: int = 2000
   batch_size: int = 16  # sequences in a step
@@ -60,6 +61,8 @@ class TrainConfig:
         raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
       if getattr(self, name) >= 2**31:
         raise ValueError(f"{name} must be less than 2^31; got {getattr(self, name)}")
+    if self.eval_tokens is not None and self.eval_tokens < 2:
+      raise ValueError(f"eval_tokens must be at least 2; got {self.eval_tokens}")
     for size in self.batch_sizes.values():
       if size % self.accumulate:
         raise ValueError(f"accumulate must divide batch_size; got {self.accumulate} and {size}")
@@ -160,9 +163,9 @@ class TrainConfig:
 
 # What may differ when a run is resumed, because it changes how a step is computed or logged, how
 # many there are, or where files are; docs/training.md has the table.
-FREE_ON_RESUME = {"data", "tokenizer", "steps", "accumulate", "remat", "implementation", "mesh",
-                  "shard_residual", "skip_batches", "spike", "log_every", "eval_every",
-                  "checkpoint_every"}
+FREE_ON_RESUME = {"data", "tokenizer", "eval_tokens", "steps", "accumulate", "remat",
+                  "implementation", "mesh", "shard_residual", "skip_batches", "spike", "log_every",
+                  "eval_every", "checkpoint_every"}
 
 # The way out for those who want to change what a run keeps.
 _NEW_RUN = "for another, begin a new run from these weights with --init, in another --out"

@@ -194,6 +194,8 @@ def _status(row) -> str:
     parts.append(f"held out {row['eval_loss']:.3f}")
   if "tokens_per_second" in row:
     parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+  if row.get("data_wait", 0) > 0.02:
+    parts.append(f"{row['data_wait']:.0%} of the time waiting for data")
   if "mfu" in row:
     parts.append(f"MFU {row['mfu']:.1%}")
   if "memory_bytes" in row:

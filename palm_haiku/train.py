@@ -15,9 +15,20 @@ import jax
 import numpy as np
 import rich.console
 
-from palm_haiku import data, distributed, lora, memory, pretrained, runlog, sharding, terminal
+from palm_haiku import (
+  data,
+  distributed,
+  lora,
+  memory,
+  prefetch,
+  pretrained,
+  runlog,
+  sharding,
+  terminal,
+)
 from palm_haiku.checkpoint import CheckpointError
 from palm_haiku.config import PaLMConfig
+from palm_haiku.corpus import mixture, verify
 from palm_haiku.kernels.core import chips
 from palm_haiku.recipe import TrainConfig, change_of_rate, load_config, resumed
 from palm_haiku.rundir import RunDirectory
@@ -85,6 +96,8 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
 class _Run:
   """What the parts of the loop share."""
 
+  read_ahead: prefetch.Prefetch | None = None  # while it trains
+
   def __init__(self, config, mesh, directory, before, console, warn):
     self.start = 0
     if before is not None:
@@ -97,13 +110,15 @@ class _Run:
     self.program = program(config, mesh)
     self.tokenizer = directory.tokenizer(config.tokenizer, before)
     self.corpus = _corpus(config, self.tokenizer, before)
-    _check_vocabulary(config.model, self.corpus)
+    _check_vocabulary(config.model, self.corpus.max_token)
     if self.corpus.loses_newlines:
       warn(f"{self.tokenizer.name} drops line breaks: the model can't learn them, and bits per "
            "byte count them all the same")
     self.eod = self.corpus.eod if config.mask_documents else None
-    self.windows = data.windows(
-        self.corpus.train, seq_len=config.seq_len, seed=config.seed, eod=self.eod)
+    self.verification = verify.Verification()
+    distributed.from_leader(
+        lambda: self.verification.begin(corpus for corpus, _ in self.corpus.parts), _ERRORS)
+    self.windows = self.corpus.windows(seq_len=config.seq_len, seed=config.seed, eod=self.eod)
 
   def go(self, resume) -> Result:
     start, config = self.start, self.config
@@ -118,16 +133,18 @@ class _Run:
       self.state = self._initial_state()
     recent = self._recent(start)
     any_process = distributed.AnyProcess()
-    with _Interrupts() as interrupts, self._log(start) as log:
+    with (_Interrupts() as interrupts, self._log(start) as log, self.verification,
+          prefetch.Prefetch(self._rows, config.steps) as self.read_ahead):
       saved = step = start
       clock, tokens = None, 0
       while step < config.steps and not any_process(self._stopped_by(interrupts) is not None):
+        self.verification.raise_problem()
         batch = self._batch(step)
         self.state, metrics = self.program.step(self.state, batch)
         step += 1
         tokens += batch["tokens"].shape[0] * config.seq_len
         last = step == config.steps
-        evaluated = len(self.corpus.eval) > 1 and (last or step % config.eval_every == 0)
+        evaluated = bool(self.corpus.held_out) and (last or step % config.eval_every == 0)
         saves = last or step % config.checkpoint_every == 0
         # To go back from what is not finite, it must be seen before it is saved.
         if (evaluated or last or step == 1 or step % config.log_every == 0
@@ -140,11 +157,13 @@ class _Run:
               saved = step = back
               recent = self._recent(back)
               clock, tokens = None, 0
+              self.read_ahead.forget()
               continue
           _check_finite(row, step, saved)
           now = time.perf_counter()
           if clock is not None:  # The first interval would count compilation.
             row |= self._speed(tokens / (now - clock))
+            row["data_wait"] = self.read_ahead.waited / (now - clock)
           used = memory.peak(jax.local_devices()[0])
           if used is not None:
             row["memory_bytes"] = used
@@ -152,7 +171,7 @@ class _Run:
             row["eval_loss"] = self._evaluate()
           if log:
             log.write(row)
-          clock, tokens = time.perf_counter(), 0
+          clock, tokens, self.read_ahead.waited = time.perf_counter(), 0, 0.0
         if log:
           log.advance(step)
         if saves:
@@ -192,30 +211,35 @@ class _Run:
     return state._replace(params=lora.join(adapters, start.params))
 
   def _batch(self, step):
-    """The batch of a step; on a mesh, this process reads the sequences of its own devices."""
-    numbers = self.config.sequences_of(self.config.batch_of(step))  # mutant: batch of a step
-    read = {}
-
-    def rows(name, wanted):
-      for number in wanted:
-        if number not in read:
-          read[number] = self.windows[number]
-      return np.stack([read[number][name] for number in wanted])
-
-    where = self.program.batch_sharding
+    """The batch of a step, where its devices take it."""
+    rows = self._rows(step) if self.read_ahead is None else self.read_ahead(step)
+    where, numbers = self.program.batch_sharding, self._numbers(step)
+    stack = lambda name, wanted: np.stack([rows[number][name] for number in wanted])
     shape = (len(numbers), self.config.seq_len + 1)
-    names = ("tokens",) if self.eod is None else ("tokens", "segment_ids")
     return {
-        name: rows(name, numbers) if where is None else jax.make_array_from_callback(
-            shape, where, lambda index, name=name: rows(name, numbers[index[0]]))
-        for name in names}
+        name: stack(name, numbers) if where is None else jax.make_array_from_callback(
+            shape, where, lambda index, name=name: stack(name, numbers[index[0]]))
+        for name in next(iter(rows.values()))}
+
+  def _rows(self, step) -> dict[int, dict[str, np.ndarray]]:
+    """The sequences of a step by number; on a mesh, those of this process's devices alone."""
+    numbers, where = self._numbers(step), self.program.batch_sharding
+    parts = [numbers] if where is None else [numbers[index[0]] for index in (
+        where.addressable_devices_indices_map((len(numbers), self.config.seq_len + 1)).values())]
+    return {number: self.windows[number] for number in sorted(set().union(*parts))}
+
+  def _numbers(self, step) -> range:
+    return self.config.sequences_of(self.config.batch_of(step))  # mutant: batch of a step
 
   def _evaluate(self) -> float:
+    return self.corpus.mean_held_out(lambda corpus: self._evaluate_on(corpus.eval))
+
+  def _evaluate_on(self, tokens) -> float:
     where = self.program.batch_sharding
     sums = [
         self.program.evaluate(
             self.state.params, {name: distributed.place(x, where) for name, x in batch.items()})
-        for batch in data.eval_batches(self.corpus.eval, batch_size=self.config.batch_size,
+        for batch in data.eval_batches(tokens, batch_size=self.config.batch_size,
                                        seq_len=self.config.seq_len, eod=self.eod)]
     nll, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)  # mutant: evaluation
     return float(nll / count)
@@ -323,10 +347,10 @@ def _check_finite(metrics, step, saved):
           + "; a lower learning rate or another seed may help")
 
 
-def _corpus(config, tokenizer, before) -> data.Corpus:
+def _corpus(config, tokenizer, before) -> mixture.Mixture:
   """The data of a run, known by their fingerprint wherever they are if it goes on."""
   try:
-    corpus = data.load_corpus(config.data, tokenizer, config.eval_fraction)
+    corpus = mixture.load(config.data, tokenizer, config.eval_fraction, config.eval_tokens)
   except ValueError as error:
     if before is None:
       raise
@@ -338,12 +362,10 @@ def _corpus(config, tokenizer, before) -> data.Corpus:
   return corpus
 
 
-def _check_vocabulary(model: PaLMConfig, corpus):
-  for tokens in (corpus.train, corpus.eval):
-    if len(tokens) and int(tokens.max()) >= model.num_tokens:
-      raise ValueError(f"the data hold token {int(tokens.max())}, outside the model's vocabulary "
-                       f"of {model.num_tokens}; use num_tokens of at least "
-                       f"{int(tokens.max()) + 1}")
+def _check_vocabulary(model: PaLMConfig, largest: int):
+  if largest >= model.num_tokens:
+    raise ValueError(f"the data hold token {largest}, outside the model's vocabulary of "
+                     f"{model.num_tokens}; use num_tokens of at least {largest + 1}")
 
 
 class _Interrupts:

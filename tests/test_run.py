@@ -170,9 +170,9 @@ def test_evaluation_is_the_mean_over_held_out_tokens():
       params * (batch["tokens"][:, 1:] * batch["weights"]).sum(), batch["weights"].sum())
   whole = part_of_a_run(
       TrainConfig(model=MODEL, batch_size=2, seq_len=4), eod=None,
-      state=train_step.TrainState(0.5, None), corpus=types.SimpleNamespace(eval=tokens),
+      state=train_step.TrainState(0.5, None),
       program=types.SimpleNamespace(batch_sharding=None, evaluate=evaluate))
-  assert whole._evaluate() == pytest.approx(0.5 * tokens[1:].mean(), rel=1e-6)
+  assert whole._evaluate_on(tokens) == pytest.approx(0.5 * tokens[1:].mean(), rel=1e-6)
 
 
 def test_bits_per_byte():
@@ -240,7 +240,7 @@ OTHER = dict(
     batch_ramp="50:32", accumulate=4, seq_len=128, optimizer="palm", learning_rate=0.5,
     z_loss=1e-3, seed=1, dtype="bfloat16", remat="full", implementation="xla", mesh="fsdp",
     shard_residual=True, init="other", lora_rank=2, skip_batches="9:10", spike=1.0,
-    log_every=3, eval_every=3, checkpoint_every=3)
+    log_every=3, eval_every=3, checkpoint_every=3, eval_tokens=9)
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainConfig)])
@@ -251,7 +251,8 @@ def test_what_decides_the_weights_cannot_change_on_resume(name):
                                          {name: OTHER[name]}))
   if name in ("data", "tokenizer",  # They are known by what they hold.
               "steps", "accumulate", "remat", "implementation", "mesh", "shard_residual",
-              "skip_batches", "spike", "log_every", "eval_every", "checkpoint_every"):
+              "skip_batches", "spike", "log_every", "eval_every", "eval_tokens",
+              "checkpoint_every"):
     assert recipe.resumed(other, config, 5) == other
   else:
     changed = "norm_eps" if name == "model" else name
