@@ -290,3 +290,24 @@ def test_the_command(lines, tmp_path, capsys):
                           ("--tokenizer=absent", "no SentencePiece model")):
     assert cli.main(["tokenize", "--data", str(lines), "--out", str(tmp_path / "bad"), option]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "bad").exists()
+
+
+def test_the_description_of_a_corpus(lines, tmp_path, capsys):
+  index = make(lines, tmp_path / "out", held_out=0.3)
+  assert cli.main(["data", str(tmp_path / "out"), "--samples=2", "--check",
+                   f"--plot={tmp_path / 'lengths.png'}"]) == 0
+  out = capsys.readouterr().out
+  lengths = [len(text) + 1 for text in texts(tmp_path / "out")]
+  for k in range(2, 8):
+    count = sum(2**k <= length < 2 ** (k + 1) for length in lengths)
+    want = [str(2**k), "to", str(2 ** (k + 1) - 1), str(count)]
+    assert count == 0 or any(line.split()[:4] == want for line in out.splitlines()), (k, out)
+  assert f"train     {index['totals']['train']['documents']} documents" in out
+  shown = [line.partition(" tokens: ") for line in out.splitlines() if " tokens: " in line]
+  whole = [" ".join(map(str.strip, text.decode().splitlines())) for text in texts(tmp_path / "out")]
+  assert len(shown) == 2 and all(
+      any(text.startswith(line[2].removesuffix("...")) for text in whole) for line in shown)
+  assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+  (tmp_path / "out" / "train-00000.npy").unlink()
+  assert cli.main(["data", str(tmp_path / "out")]) == 2
+  assert "train-00000.npy is missing" in capsys.readouterr().err
