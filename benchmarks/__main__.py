@@ -12,6 +12,7 @@ _COMMANDS = {
     "generate": "generation against PaLM-jax",
     "train": "the whole model against PaLM-jax",
     "static": "kernels compiled for chips that are not here: static [WHAT]",
+    "calibrate": "predicted times of kernels that others timed, and the error",
     "plan": "plans of published training runs, against what was measured",
     "suite": "everything worth running on a borrowed machine",
     "plot": "draws the results",

@@ -2,7 +2,8 @@
 
 One bundle issues per cycle, an empty one too. So the bundles of a loop's body times its trips are
 the cycles of the core's issue slots. What waits for memory (DMA, instruction fetch, bank
-conflicts) and what launches the kernel is not in them: they rank inner loops, they are no time.
+conflicts) and what launches the kernel is not in them: they rank inner loops. `times` makes times
+of them for the kinds of kernels that were calibrated.
 """
 
 import dataclasses
@@ -101,6 +102,18 @@ class Schedule:
   @property
   def cycles(self) -> float:
     return sum(runs * region.bundles for region, runs in _executed(self.root))
+
+  @property
+  def grid(self) -> tuple[float, float]:
+    """(turns, cycles) of the outermost loop with matrix work, that over the grid.
+
+    One turn of the whole kernel where there is none.
+    """
+    for region, times in _executed(self.root):
+      if region.kind == "loop" and region.total(_MATMUL):
+        inside = _executed(region, times / region.runs)
+        return times, sum(runs * part.bundles for part, runs in inside)
+    return 1.0, self.cycles
 
   def busy(self, slot: str) -> float:
     """The fraction of the kernel's cycles in which a kind of slot is taken, over all of its kind.

@@ -3,7 +3,7 @@
 import dataclasses
 
 from ..core.chips import Gpu, Tpu
-from . import llo, ptxas, sass
+from . import llo, ptxas, sass, times
 from .hlo import Buffer
 from .targets import chip
 
@@ -146,6 +146,22 @@ class Report:
       return None
     return sum(k.cycles * k.calls for k in kernels) / self.chip.clock
 
+  def predicted(self, part: str = "") -> times.Prediction | None:
+    """TPU: the time of the kernels with matrix work whose name holds `part`, with an error bar.
+
+    None without such kernels, where the chip has no model of one's kind (`times.MODELS`), or where
+    a loop's trips are not known.
+    """
+    seconds, errors = 0.0, []
+    for kernel in self.kernels_named(part):
+      if isinstance(kernel, TpuKernel) and kernel.matrix:
+        model = times.model(self.chip.name, kernel.name)
+        if model is None or kernel.schedule.unknown:
+          return None
+        seconds += model.seconds(kernel.cycles, kernel.schedule.grid[0]) * kernel.calls
+        errors.append(model.ninetieth)
+    return times.Prediction(seconds, max(errors)) if errors else None
+
   def utilization(self, part: str = "") -> float | None:
     """TPU: `flops` over what the whole chip could do in `seconds`."""
     seconds = self.seconds(part)
@@ -169,6 +185,8 @@ class Report:
       elif self.loops:
         text += " with loops counted once that the program does not count itself"
       lines.append(text + " (issue cycles only: no wait for memory is in it)" * bool(seconds))
+      if predicted := self.predicted():
+        lines.append(f"predicted time of the kernels with matrix work: {predicted}")
     lines += [f"PROBLEM: {problem}" for problem in self.problems]
     return "\n".join(lines)
 

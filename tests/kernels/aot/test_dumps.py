@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from palm_haiku.kernels.aot import child, elf, hlo, llo, ptxas, sass, targets
+from palm_haiku.kernels.aot import child, elf, hlo, llo, ptxas, sass, targets, times
 from palm_haiku.kernels.aot.errors import AotError, UnknownDump
+from palm_haiku.kernels.aot.report import Report, TpuKernel
 from palm_haiku.kernels.core import chips
 
 _DATA = pathlib.Path(__file__).parent / "data"
@@ -433,3 +434,27 @@ def test_what_is_in_a_loop_runs_as_often_as_the_loop():
                  ("%one = s32[] constant(1)", "%one = s32[] copy(%count)")):
     calls, known = hlo.calls(LOOP.replace(*change))
     assert not known and calls["product.1"] == 1
+
+
+# ---- predicted times
+
+
+def test_a_prediction_is_of_kinds_of_kernels_that_were_calibrated(monkeypatch):
+  monkeypatch.setattr(times, "MODELS", {("v5e", "loss"): times.Model(2e9, 1e-6, 5e-6, 0.01, 0.03)})
+
+  def predicted(name="cross_entropy_forward", calls=1, bundles=None):
+    schedule = _loop_schedule(bundles)
+    schedule.set_runs(llo.Steps())
+    return Report("v5e", {}, (TpuKernel(name, schedule, calls),), {}, ())
+
+  schedule = predicted().kernels[0].schedule
+  expected = 5e-6 + schedule.cycles / 2e9 + 10 * 1e-6  # 8 steps, and 2 to fill and drain
+  assert predicted().predicted().seconds == pytest.approx(expected)
+  turns, cycles = schedule.grid
+  assert turns == 10 and schedule.cycles - cycles == schedule.root.bundles
+  assert predicted(calls=3).predicted().seconds == pytest.approx(3 * expected)
+  assert f"{expected * 1e6:.1f} us +- 3.0%" in str(predicted())
+  unknown = recorded("loop.bundles").replace("%s209_s17 = sadd.s32 1, ",
+                                             "%s209_s17 = sadd.s32 %s7, ")
+  for other in (predicted("attention_forward"), predicted(bundles=unknown)):
+    assert other.predicted() is None and "predicted" not in str(other)
