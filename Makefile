@@ -1,4 +1,5 @@
 # make demo      train a small PaLM on this machine's CPU, look at it, sample from it
+# make length    the figure of docs/evaluate.md: rotary and ALiBi beyond the trained length
 # make test      the suite that shows that everything works here
 # make test-all  all tests
 # make lint      ruff and pyright
@@ -12,7 +13,7 @@ WORKERS ?= 2
 # for no newer jax.
 TRITON ?= $(if $(filter jax==0.11.2,$(JAX)),jax-triton==0.3.1 triton==3.6.0)
 
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo length test test-all lint clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -47,6 +48,9 @@ lint: $(VENV)/installed
 
 demo: $(VENV)/installed-base
 	@$(VENV)/bin/python -m palm_haiku.demo
+
+length: $(VENV)/installed-base
+	@$(VENV)/bin/python examples/train_short_test_long.py
 
 clean:
 	rm -rf .venv* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

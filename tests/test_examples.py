@@ -1,11 +1,13 @@
+import dataclasses
 import importlib.util
+import json
 import pathlib
 import re
 import shlex
 
 import pytest
 
-from palm_haiku import cli
+from palm_haiku import cli, configs
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
@@ -39,6 +41,26 @@ def test_judge_a_kernel(capsys):
   (kernel,) = report.kernels_named("flash_attention_forward")
   assert kernel.source == "mosaic_gpu" and not report.problems
   assert "registers, spills 0/0 bytes" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_train_short_test_long(tmp_path, capsys, monkeypatch):
+  (tmp_path / "text").write_text("All work and no play makes Jack a dull boy. " * 50)
+  example = load("train_short_test_long")
+  monkeypatch.setattr(example, "TRAINED", 8)
+  monkeypatch.setattr(example, "LENGTHS", (8, 128))
+  sizes = dict(dim=16, depth=1, heads=1, dim_head=16)
+  monkeypatch.setattr(example, "configs", {
+      name: dataclasses.replace(configs[name], **sizes) for name in example.MODELS.values()})
+  ratios = example.main(["--data", str(tmp_path / "text"), "--steps", "2", "--batch-size", "2",
+                         "--seeds", "1", "--out", str(tmp_path / "out")])
+  assert set(ratios) == {"rotary", "alibi"} and "at 128 tokens" in capsys.readouterr().out
+  fields = json.loads((tmp_path / "out/length.json").read_text())
+  losses = {(row["position"], row["seq_len"]): row["nats_per_token"] for row in fields["rows"]}
+  assert len(losses) == 4 and "jax" in fields["versions"]
+  for position, ratio in ratios.items():
+    assert ratio == pytest.approx(losses[position, 128] / losses[position, 8])
+  assert (tmp_path / "out/length.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("name", ["cloud_tpu.sh", "jobset.yaml", "slurm.sh"])
