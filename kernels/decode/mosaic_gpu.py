@@ -170,11 +170,10 @@ def _kernel(operands, out_ref, lse_ref, scratch, *, kv_heads, tiles_of_rows, gro
       if k_scale is not None:
         if v_scale_ref is not None:  # mutant: values' scales
           k_scale = plgpu.load(v_scale_smem.at[at], layout=COL, optimized=False)
-        if masked:
-          k_scale = jnp.where(fixed + lane < filled.astype(jnp.float32), k_scale, 0.0)
-          if unseen is not None:
-            k_scale = jnp.where(fixed + lane >= unseen.astype(jnp.float32), k_scale, 0.0)
+        unscaled = weights
         weights *= down(k_scale, shape)  # mutant: value scales
+        if masked:  # a scale behind the end may be NaN
+          weights = jnp.where(unscaled == 0, 0.0, weights)
       weights = weights.astype(q_smem.dtype)
       acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))
       v_tile = k_tile if v_ref is None else _widened(v_smem, v_wide, at)
