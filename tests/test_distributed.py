@@ -1,5 +1,6 @@
 """Real processes on this machine, joined by `jax.distributed`."""
 
+import json
 import os
 import pathlib
 import random
@@ -12,6 +13,7 @@ import time
 import pytest
 
 from palm_haiku import checkpoint, cli, runlog
+from palm_haiku.corpus import build
 from tests.short_runs import TEXT
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -189,3 +191,22 @@ def test_killed_at_twenty_random_moments(text, tmp_path):
       break
   alone(text, out, "--steps=400", "--resume")
   assert_same(losses(out), losses(reference))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_four_processes_train_on_shards_as_one(tmp_path):
+  for name, text in (("a", TEXT), ("b", TEXT.upper())):
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text("".join(json.dumps({"text": text[k: k + 200]}) + "\n"
+                            for k in range(0, len(text), 200)))
+    build.build(build.Settings((str(path),), held_out=0.2, unit_bytes=2000), "bytes",
+                tmp_path / name)
+  source, out = f"{tmp_path / 'a'}:0.7,{tmp_path / 'b'}:0.3", tmp_path / "out"
+  alone(source, tmp_path / "one", "--steps=20", "--batch-size=8", CONSTANT)
+  statuses, texts = Job(source, out, "--steps=12", "--batch-size=8", CONSTANT,
+                        "--mesh=data=4,fsdp=2", processes=4, devices=2).wait()
+  assert statuses == [0] * 4, texts
+  assert_same(losses(out), {k: x for k, x in losses(tmp_path / "one").items() if k <= 12})
+  alone(source, out, "--steps=20", "--batch-size=8", "--resume")
+  assert_same(losses(out), losses(tmp_path / "one"))
