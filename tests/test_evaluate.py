@@ -8,6 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from palm_haiku import PaLM, PaLMConfig, cli, data, hub, runlog
 from palm_haiku.evaluate import Text, evaluate, num_batches, num_windows, prepare
+from palm_haiku.evaluate.command import held_out
 from palm_haiku.recipe import TrainConfig
 from tests import numpy_palm
 from tests.short_runs import TEXT, run
@@ -190,6 +191,20 @@ def test_eval_of_the_hub_and_of_other_text(runs, capsys, tmp_path):
   assert call(capsys, "eval", tmp_path / "hub")[::2] == (
       2, f"palm-haiku eval: error: {tmp_path / 'hub'} does not say what it was trained on; name a "
       "text with --data\n")
+
+
+def test_the_text_of_a_run_on_a_mixture(tmp_path):
+  for name in "ab":
+    (tmp_path / name).write_text(f"text {name} " * 20)
+  a, b = (str(tmp_path / name) for name in "ab")
+  settings = TrainConfig(model=PaLMConfig(**SIZES | {"num_tokens": 256}), data=f"{a}:1,{b}:3",
+                         eval_fraction=0.25)
+  tokenizer = data.ByteTokenizer()
+  with pytest.raises(ValueError, match="trained on a mixture; name one of its sources .*: .*a, "):
+    held_out(tmp_path, (settings, "x"), None, tokenizer)
+  assert len(held_out(tmp_path, (settings, "x"), b, tokenizer).tokens) == 35
+  (tmp_path / "c").write_text("other text")
+  assert len(held_out(tmp_path, (settings, "x"), str(tmp_path / "c"), tokenizer).tokens) == 10
 
 
 @pytest.mark.full

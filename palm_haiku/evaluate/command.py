@@ -13,6 +13,7 @@ import rich.progress
 import rich.table
 
 from palm_haiku import data, distributed, evaluate, kernels, pretrained, terminal
+from palm_haiku.corpus import mixture
 from palm_haiku.evaluate import Evaluation, Text, draw
 from palm_haiku.recipe import TrainConfig
 
@@ -135,11 +136,16 @@ def held_out(path: pathlib.Path, settings: tuple[TrainConfig, str] | None, sourc
   eod = tokenizer.eod if settings and settings[0].mask_documents else None
   if settings is not None:
     config, fingerprint = settings
-    corpus = data.load_corpus(source or config.data, tokenizer, config.eval_fraction)
-    if corpus.fingerprint == fingerprint:
-      if not len(corpus.eval):
-        raise ValueError(f"{path} held nothing out of its data; name another text with --data")
-      return Text(source or config.data, corpus.eval, corpus.eval_bytes_per_token, eod)
+    parts = [name for name, _ in mixture.parse(config.data)]
+    if source is None and len(parts) > 1:
+      raise ValueError(f"{path} was trained on a mixture; name one of its sources with --data: "
+                       + ", ".join(parts))
+    name = source or parts[0]
+    corpus = data.load_corpus(name, tokenizer, config.eval_fraction, config.eval_tokens)
+    if corpus.fingerprint == fingerprint or len(parts) > 1 and name in parts:
+      if len(corpus.eval) < 2:
+        raise ValueError(f"{path} held nothing out of {name}; name another text with --data")
+      return Text(name, corpus.eval, corpus.eval_bytes_per_token, eod)
     if source is None:
       raise ValueError(f"{path} was trained on other data than {config.data} holds now; name a "
                        "text with --data")
