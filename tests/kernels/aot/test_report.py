@@ -80,10 +80,11 @@ def test_a_planted_square_buffer_is_flagged(target):
   assert any("as large as T x S" in problem for problem in report.problems)
   assert report.memory["temp"] >= 1920**2 * 16 * 2
   assert report.memory["argument"] == (16 + 2) * 1920 * 128 * 2
-  from palm_haiku.kernels import flash_attention
-  report = aot.report(flash_attention, *arguments(384), target=target, square=(384, 384),
-                      implementation="xla")
-  assert not report.square
+  if target == "v5e":  # XLA's attention of a block at a time is the same program everywhere
+    from palm_haiku.kernels import flash_attention
+    report = aot.report(flash_attention, *arguments(384), target=target, square=(384, 384),
+                        implementation="xla")
+    assert not report.square
 
 
 # ---- figures that are known
