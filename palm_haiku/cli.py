@@ -6,9 +6,7 @@ import difflib
 import os
 import pathlib
 import shutil
-import signal
 import sys
-import threading
 import time
 import warnings
 from typing import Any
@@ -252,11 +250,11 @@ def _generate(args) -> int:
   def show(token):
     times.append(time.perf_counter())
     if token != tokenizer.eod:
-      with _ending_at_errors():
+      with terminal.ending_at_errors():
         print(decoder.feed(int(token)), end="", flush=True)
 
   first_use = _first_use(args.implementation or "auto", model.config, args.dtype, training=False)
-  with first_use, _as_a_filter():
+  with first_use, terminal.as_a_filter():
     print(args.prompt, end="", flush=True)
     generate(
         model.params, model.config, prompt, length, key=jax.random.key(args.seed),
@@ -275,35 +273,6 @@ def _generate(args) -> int:
     print(f"{len(times)} tokens, {(len(times) - 1) / (times[-1] - times[0]):.0f} a second",
           file=sys.stderr)
   return 0
-
-
-@contextlib.contextmanager
-def _as_a_filter():
-  """Lets Ctrl-C, and a reader that goes away, end the process at once.
-
-  While XLA computes, Python handles no signal; and an error of `print` would come out of XLA as
-  the traceback of a callback.
-  """
-  before = {}
-  if threading.current_thread() is threading.main_thread():  # No other may set signals.
-    signals = [getattr(signal, name, None) for name in ("SIGINT", "SIGPIPE")]  # Windows: no SIGPIPE
-    before = {one: signal.signal(one, signal.SIG_DFL) for one in signals if one is not None}
-  try:
-    yield
-  finally:
-    for one, handler in before.items():
-      signal.signal(one, handler)
-
-
-@contextlib.contextmanager
-def _ending_at_errors():
-  """Ends the process with a line when output fails where XLA would make a traceback of it."""
-  try:
-    yield
-  except OSError as error:
-    print(f"palm-haiku generate: error: standard output: {error.strerror}", file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(1)
 
 
 def _eval(args) -> int:

@@ -1,9 +1,12 @@
 """Output for people and shells: literal text, commands that can be pasted, readers that leave."""
 
+import contextlib
 import io
 import os
 import shlex
+import signal
 import sys
+import threading
 import warnings
 
 import rich.console
@@ -116,3 +119,32 @@ def size(count: float) -> str:
 def _discard(stream):
   """Points a stream at nothing, so that what it still holds is no error at the end."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextlib.contextmanager
+def as_a_filter():
+  """Lets Ctrl-C, and a reader that goes away, end the process at once.
+
+  While XLA computes, Python handles no signal; and an error of `print` would come out of XLA as
+  the traceback of a callback.
+  """
+  before = {}
+  if threading.current_thread() is threading.main_thread():  # No other may set signals.
+    signals = [getattr(signal, name, None) for name in ("SIGINT", "SIGPIPE")]  # Windows: no SIGPIPE
+    before = {one: signal.signal(one, signal.SIG_DFL) for one in signals if one is not None}
+  try:
+    yield
+  finally:
+    for one, handler in before.items():
+      signal.signal(one, handler)
+
+
+@contextlib.contextmanager
+def ending_at_errors():
+  """Ends the process with a line when output fails where XLA would make a traceback of it."""
+  try:
+    yield
+  except OSError as error:
+    print(f"palm-haiku generate: error: standard output: {error.strerror}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)
