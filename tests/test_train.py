@@ -23,6 +23,8 @@ from palm_haiku.recipe import TrainConfig
 from tests.short_runs import TEXT, run
 
 MODEL = PaLMConfig(128, 16, 2, 2, 8)
+# Columns of a row that depend on the machine.
+MEASURED = ("tokens_per_second", "data_wait", "memory_bytes")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def whole(config, tmp_path_factory):
 
 def losses(out):
   """Every number of every row that does not depend on the clock."""
-  return [{name: x for name, x in row.items() if name not in ("tokens_per_second", "memory_bytes")}
+  return [{name: x for name, x in row.items() if name not in MEASURED}
           for row in runlog.read_metrics(out / "metrics.jsonl")]
 
 
@@ -63,10 +65,11 @@ def test_a_short_training(long):
   assert 4 < rows[0]["loss"] < 7
   assert rows[-1]["loss"] < 2 and rows[-1]["eval_loss"] < 2.2
   for row in rows:
-    assert row.keys() - {"eval_loss", "tokens_per_second", "memory_bytes"} == {
+    assert row.keys() - {"eval_loss", *MEASURED} == {
         "step", "loss", "log_z_squared", "grad_norm"}
     assert ("eval_loss" in row) == (row["step"] % 16 == 0 or row["step"] == 150)
-    assert ("tokens_per_second" in row) == (row["step"] > 1)
+    assert ("tokens_per_second" in row) == ("data_wait" in row) == (row["step"] > 1)
+    assert 0 <= row.get("data_wait", 0) <= 1
   assert result.step == 150 and result.interrupted_by is None
   assert result.train.nats_per_token == rows[-1]["loss"]
   assert result.held_out.nats_per_token == rows[-1]["eval_loss"]
@@ -78,8 +81,7 @@ def test_a_short_training(long):
   # Another resume has nothing to do and says how it went.
   again, _ = run(config, out, resume=True)
   assert again == result and losses(out) == [
-      {k: v for k, v in row.items() if k not in ("tokens_per_second", "memory_bytes")}
-      for row in rows]
+      {k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def test_steps_that_are_logged_and_evaluated(whole):
