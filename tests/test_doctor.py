@@ -46,6 +46,7 @@ def test_a_check_that_hangs_or_dies_is_a_result_and_the_next_one_runs(tmp_path):
     assert worker.ask(fine, 30) == {"status": "passed"}
 
 
+@pytest.mark.full
 def test_a_kernel_passes_and_a_broken_one_fails(monkeypatch):
   found = check.run(ATTENTION)
   assert found["status"] == "passed" and found["implementation"] == "mosaic_tpu"

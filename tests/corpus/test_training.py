@@ -50,6 +50,7 @@ def test_shards_give_the_sequences_of_an_array(corpora):
       np.testing.assert_array_equal(read[k][name], held[k][name])
 
 
+@pytest.mark.full
 def test_a_run_on_shards_is_that_on_their_tokens(corpora, tmp_path, monkeypatch):
   config = dataclasses.replace(CONFIG, data=str(corpora / "a"), mask_documents=True)
   run(config, tmp_path / "shards")
@@ -65,6 +66,7 @@ def test_a_run_on_shards_is_that_on_their_tokens(corpora, tmp_path, monkeypatch)
   assert 0 <= row["data_wait"] <= 1
 
 
+@pytest.mark.full
 def test_a_mixture_goes_on_where_it_stopped(corpora, tmp_path):
   source = f"{corpora / 'a'}:0.7,{corpora / 'b'}:0.3"
   config = dataclasses.replace(CONFIG, data=source)
@@ -185,6 +187,7 @@ def test_bad_corpora_are_one_line_before_a_run_begins(corpora, tmp_path, pieces,
   assert "is not whole" in error(source=out)
 
 
+@pytest.mark.full
 def test_a_corpus_brings_its_tokenizer(tmp_path, pieces, capsys):
   (tmp_path / "t").write_text("the dog sat on the fox. " * 100)
   out = tokenise(tmp_path / "t", tmp_path / "out", pieces, held_out=0)

@@ -66,7 +66,7 @@ def backward_of_exact(case, arrays):
 
 
 def verify_variants(case, data, variants):
-  """A compilation takes seconds, a run tenths of one: each program has several inputs.
+  """A compilation takes seconds, a run one: each program has several inputs.
 
   Fewer where segments and offset, which decide what is visible, can't vary.
   """
@@ -81,7 +81,7 @@ def verify_variants(case, data, variants):
 @given(contract.cases(max_queries=40, max_keys=140, max_batch=1,
                       groups=((1, 1), (1, 3), (1, 5), (2, 2), (2, 1))), st.data())
 def test_drawn_cases(case, data):
-  verify_variants(case, data, variants=7)
+  verify_variants(case, data, variants=4)
 
 
 @pytest.mark.slow
