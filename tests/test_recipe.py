@@ -73,6 +73,27 @@ def test_the_model_and_the_optimizer_get_the_runs_settings(monkeypatch):
     assert change(optimizer=optimizer)[1].get("learning_rate", rate) == rate
 
 
+def test_runs_whose_steps_are_the_same_share_a_program():
+  base = TrainConfig(model=MODEL)
+  of_step = dict(
+      steps=7, accumulate=2, seq_len=8, optimizer="palm", learning_rate=0.1, z_loss=0.0, seed=1,
+      dtype="bfloat16", remat="full", implementation="xla", mesh="fsdp", shard_residual=True,
+      init="other", model=dataclasses.replace(MODEL, depth=2))
+  of_run = dict(
+      data="text", tokenizer="pieces", eval_fraction=0.5, eval_tokens=9, mask_documents=True,
+      batch_size=8, batch_ramp="5:8", skip_batches="3:4", spike=1.0, log_every=1, eval_every=1,
+      checkpoint_every=1)
+  fields = {field.name for field in dataclasses.fields(TrainConfig)}
+  assert fields == {*of_step, *of_run, "lora_rank"}
+  for name, value in (of_step | of_run).items():
+    changed = dataclasses.replace(base, **{name: value}).of_step
+    assert (changed == base.of_step) == (name in of_run), name
+  adapted = dataclasses.replace(base, init="other", lora_rank=2).of_step
+  assert adapted != dataclasses.replace(base, init="other").of_step
+  whole = dataclasses.replace(base, accumulate=4, batch_size=8, batch_ramp="5:12").of_step
+  assert whole.accumulate == 4
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(batch_ramp="50000"), "batch_ramp must be written BATCH:SIZE, such as .*got '50000'"),
     (dict(batch_ramp="9:8,5:16"), "growing batches"),
