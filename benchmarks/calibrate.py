@@ -44,7 +44,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-  """What somebody measured."""
+  """A published measurement."""
 
   kernel: Kernel
   tokens: int
@@ -145,7 +145,7 @@ def program(*, dtype, tokens, dim, vocabulary, blocks):
 
 
 def job(timing: Timing, chip: str) -> aot.Job:
-  """What compiles the kernel of a timing."""
+  """The compilation of a timing's kernel."""
   kernel = timing.kernel
   parts = -(-kernel.dim // kernel.blocks[1])
   # Of a product's steps one begins the sums, the others add; the last makes the loss of them.
@@ -215,7 +215,7 @@ def judged(timings, cycles, chip) -> tuple[times.Model, list[dict], list[dict]]:
 
 
 def _ranked(rows) -> str:
-  """How many pairs of configurations of one problem come in the order that was measured."""
+  """The number of pairs of one problem's configurations that are predicted in the right order."""
   right = every = 0
   for i, a in enumerate(rows):
     for b in rows[:i]:

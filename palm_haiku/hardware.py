@@ -1,4 +1,4 @@
-"""What is known from measurements: of published training runs, and of chips the kernels ran on."""
+"""Facts from measurements: of published training runs, and of chips the kernels ran on."""
 
 # The share of the peak at which a step's products run, where published training runs tell: one
 # constant for a chip, the geometric mean of what each of its runs needs, which stands beside it.

@@ -19,7 +19,7 @@ import numpy as np
 
 from palm_haiku import decoder, failures, pretrained
 from palm_haiku.cache import empty_cache
-from palm_haiku.config import PaLMConfig
+from palm_haiku.evaluate import Options
 from palm_haiku.generate import generate
 from palm_haiku.kernels import Implementation
 from palm_haiku.kernels.core.compat import promoting
@@ -86,7 +86,7 @@ class PaLMHaiku(TemplateLM):
     if min(self.batch_size, self.max_length, max_gen_toks) < 1:
       raise ValueError("batch_size, max_length and max_gen_toks must be at least 1")
     self._tokenizer = model.tokenizer
-    self._options = _Options(model.config, jnp.dtype(dtype), implementation)
+    self._options = Options(model.config, jnp.dtype(dtype), implementation)
     self._weights = jax.jit(decoder.prepare, static_argnums=(1, 2, 3))(
         model.params, model.config, jnp.dtype(dtype), weights)
 
@@ -253,14 +253,6 @@ class _Sampling(NamedTuple):
     temperature = float(options.get("temperature", 1.0)) if sampled else 0.0
     return cls(length, until, temperature, options.get("top_k") or None if sampled else None,
                options.get("top_p") if sampled else None, seed)
-
-
-class _Options(NamedTuple):
-  """What programs are compiled for, besides shapes."""
-
-  config: PaLMConfig
-  dtype: np.dtype
-  implementation: Implementation
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -146,7 +146,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def choices():
-  """What `auto` takes on an H100."""
+  """The choices of `auto` on an H100."""
   return {op: dispatch.choose(OPS[op], "auto", on=dispatch.Target("gpu", "h100")).implementation
           for op in OPS}
 

@@ -24,7 +24,7 @@ def model(config, scale=1.0):
 
 
 def losses(params, config, seq_len, stride):
-  """What `Evaluation.nats` and `.tokens` must be, token by token in float64."""
+  """The right `Evaluation.nats` and `.tokens`, token by token in float64."""
   nats, count = np.zeros(seq_len), np.zeros(seq_len, int)
   counted, start = 0, 0
   while counted < len(TOKENS) - 1:

@@ -87,7 +87,7 @@ def program(*, step, shape, implementation, chip, norm="layer", rotary=True, val
 
 
 class Runs(NamedTuple):
-  """How often the guards of a kernel run, as shares of the steps of its grid.
+  """Frequencies of a kernel's guards, as shares of the steps of its grid.
 
   Attributes:
     products: of those that multiply.

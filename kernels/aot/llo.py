@@ -290,7 +290,7 @@ def _trips(code, loop, own, definitions) -> int | None:
 
 
 def _carried(register, slot, code, loop, own) -> list[str]:
-  """What a loop's first bundles read from a spill slot: at its start, and after a turn.
+  """Values that a loop's first bundles read from a spill slot: at its start, and after a turn.
 
   Empty unless each turn reads the slot before it writes it, and writes it without a condition.
   """

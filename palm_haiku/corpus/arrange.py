@@ -15,7 +15,7 @@ _AT_ONCE = 2**22  # hashes that are sorted at one time
 
 
 def num_shards(units: int, shuffle: int | None) -> int:
-  """How many shards the documents of some units are arranged in."""
+  """The number of shards that the documents of some units are arranged in."""
   return units if shuffle is None else min(units, _MOST_SHUFFLED)
 
 

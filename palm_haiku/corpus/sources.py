@@ -102,7 +102,7 @@ def _pieces(path, field, unit_bytes) -> Iterator[tuple[Piece, int]]:
 
 
 def _kind(head: bytes, name: str, field: str | None) -> str:
-  """What a file holds, by its first bytes: those within, where it is compressed."""
+  """The kind of a file, by its first bytes: those within, where it is compressed."""
   if head.startswith(_PARQUET):
     return "parquet"
   if (head.startswith(_ARCHIVES) or head[257:262] == b"ustar"

@@ -30,7 +30,7 @@ _SHOW_SECONDS = 0.5
 
 @dataclasses.dataclass
 class Progress:
-  """How far a tokenisation is."""
+  """Progress of a tokenisation."""
 
   stage: str  # "encode" or "arrange"
   total_bytes: float  # of the sources
@@ -195,7 +195,7 @@ class Job:
 
 
 def _processes():
-  """How processes begin: as copies of one that has imported this, or else each on its own."""
+  """The start method of processes: forks of one that has imported this, or else spawned."""
   if "forkserver" not in multiprocessing.get_all_start_methods():
     return multiprocessing.get_context("spawn")
   context = multiprocessing.get_context("forkserver")
@@ -238,7 +238,7 @@ def _do(stage, number):
 
 
 def read_note(draft: pathlib.Path, stage: str, number: int) -> dict[str, Any] | None:
-  """What a unit or shard that is done has left; None where it is not done."""
+  """The note of a finished unit or shard; None where it is not finished."""
   path = _note_path(draft, stage, number)
   return json.loads(path.read_text()) if path.exists() else None
 

@@ -42,7 +42,7 @@ class Case:
 
   @property
   def name(self) -> str:
-    """What the check is of, in words."""
+    """The check's subject, in words."""
     return (f"{self.op} {self.implementation}, {'backward' if self.backward else 'forward'}, "
             f"{self.label}" + ", interpreted" * self.interpreted)
 
@@ -80,7 +80,7 @@ CPU_REAL = {
 
 
 def all_for(platform: str, chip: str | None) -> list[Case]:
-  """What doctor checks on a machine: small ones first, then real ones; on a CPU XLA's, then what
+  """Doctor's checks on a machine: small ones first, then real ones; on a CPU XLA's, then what
   interpreters run.
 
   Args:

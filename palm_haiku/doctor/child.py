@@ -56,7 +56,7 @@ def _answer(request) -> dict[str, Any]:
 
 
 def request(case: cases.Case) -> dict[str, Any]:
-  """What asks for a check."""
+  """The request for a check."""
   return {"case": dataclasses.asdict(case)}
 
 

@@ -145,7 +145,7 @@ def evaluate(params: Any, config: PaLMConfig, text: Text, *, seq_len: int,
   stride = seq_len if stride is None else stride
   batch_size = _batch_size(num_windows(len(text.tokens), seq_len, stride), seq_len, batch_tokens)
   nats, count = np.zeros(seq_len), np.zeros(seq_len, np.int64)
-  options = _Options(config, jnp.dtype(dtype), implementation)
+  options = Options(config, jnp.dtype(dtype), implementation)
   for batch in data.eval_batches(text.tokens, batch_size=batch_size, seq_len=seq_len,
                                  stride=stride, eod=text.eod):
     counted = batch.pop("weights") > 0
@@ -158,8 +158,8 @@ def evaluate(params: Any, config: PaLMConfig, text: Text, *, seq_len: int,
   return Evaluation(seq_len, stride, nats, count, text.bytes_per_token)
 
 
-class _Options(NamedTuple):
-  """What a program is compiled for, besides shapes."""
+class Options(NamedTuple):
+  """Static arguments of a compiled program."""
 
   config: PaLMConfig
   dtype: np.dtype

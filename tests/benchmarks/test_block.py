@@ -1,4 +1,4 @@
-"""How often the static figures of the parallel block count the guards of a kernel."""
+"""Frequencies of a kernel's guards in the static figures of the parallel block."""
 
 import pytest
 

@@ -17,7 +17,7 @@ TRUE = times.Model(chips.tpu("v6e").clock, 0.3e-6, 9e-6, 0.0, 0.0)
 
 
 def timings(model, cores=1, wrong=1.0):
-  """What a chip would take that is just like the model, but for one kernel."""
+  """Times of a chip that is just like the model, but for one kernel."""
   found = []
   for kernel in KERNELS:
     for tokens in (1024, 4096, 5000):
