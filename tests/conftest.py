@@ -55,6 +55,11 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
+def pytest_make_parametrize_id(val, argname):
+  """Names bytes after their argument: gzip's hold the time, and workers must agree on names."""
+  return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _no_programs_of_other_files():
   """Frees a file's compiled programs at its end: a worker grew to 5 GB."""
