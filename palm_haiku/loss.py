@@ -50,16 +50,18 @@ def next_token_loss(logits: jax.Array, targets: jax.Array, *, weights: jax.Array
 
 
 def mean_loss(nll: jax.Array, log_z: jax.Array, *, weights: jax.Array | None = None,
-              z_loss: float = 0.0) -> Loss:
+              count: jax.Array | None = None, z_loss: float = 0.0) -> Loss:
   """The same from what `PaLM.loss` returns, which never holds the logits.
 
   Args:
     nll: float[..., T], negative log-likelihood of each target.
     log_z: float[..., T], log of each softmax normaliser.
     weights, z_loss: as for `next_token_loss`.
+    count: float[], what sums are divided by; None for the sum of the weights.
   """
   weights = jnp.ones_like(nll) if weights is None else weights.astype(nll.dtype)
-  count = jnp.maximum(weights.sum(), jnp.finfo(nll.dtype).tiny)  # mutant: weighted tokens
+  count = weights.sum() if count is None else count  # mutant: weighted tokens
+  count = jnp.maximum(count, jnp.finfo(nll.dtype).tiny)
 
   def mean(x):
     x = jnp.where((weights == 0) & ~jnp.isfinite(x), 0, x)

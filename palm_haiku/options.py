@@ -79,6 +79,9 @@ def _add_data_options(train):
                      "tokens (default: all of a text's, 2^20 of a tokenised directory's)")
   group.add_argument("--mask-documents", action="store_true", default=None,
                      help="let no token attend to another document")
+  group.add_argument("--packing", choices=("end-to-end", "best-fit"), help="end-to-end: sequences "
+                     "cut from the documents in a row (default); best-fit: whole documents that "
+                     "fit together, none split that is not longer than a sequence")
 
 
 def _add_run_options(train):

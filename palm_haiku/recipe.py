@@ -32,6 +32,7 @@ class TrainConfig:
   eval_fraction: float = 0.1
   eval_tokens: int | None = None  # see `data.load_corpus`
   mask_documents: bool = False  # attention stays within a document
+  packing: str = "end-to-end"  # of documents in sequences; see `corpus.mixture.Mixture.windows`
   steps: int = 2000
   batch_size: int = 16  # sequences in a step
   batch_ramp: str = ""  # "50000:1024,115000:2048": from these batches on, these sizes
@@ -66,6 +67,8 @@ class TrainConfig:
     for size in self.batch_sizes.values():
       if size % self.accumulate:
         raise ValueError(f"accumulate must divide batch_size; got {self.accumulate} and {size}")
+    if self.packing not in ("end-to-end", "best-fit"):
+      raise ValueError(f"packing must be end-to-end or best-fit; got {self.packing!r}")
     if not 0 <= self.seed < 2**32:
       raise ValueError(f"seed must be from 0 to 2^32 - 1; got {self.seed}")
     if self.optimizer not in ("adamw", "palm"):

@@ -118,7 +118,8 @@ class _Run:
     self.verification = verify.Verification()
     distributed.from_leader(
         lambda: self.verification.begin(corpus for corpus, _ in self.corpus.parts), _ERRORS)
-    self.windows = self.corpus.windows(seq_len=config.seq_len, seed=config.seed, eod=self.eod)
+    self.windows = self.corpus.windows(
+        seq_len=config.seq_len, seed=config.seed, eod=self.eod, packing=config.packing)
 
   def go(self, resume) -> Result:
     start, config = self.start, self.config
@@ -131,18 +132,20 @@ class _Run:
       if resume:
         terminal.say(self.console, f"no checkpoint in {self.out}: beginning anew")
       self.state = self._initial_state()
+    if config.packing == "best-fit":
+      terminal.say(self.console, f"packing leaves {self.windows.padding:.2%} of the targets empty")
     recent = self._recent(start)
     any_process = distributed.AnyProcess()
     with (_Interrupts() as interrupts, self._log(start) as log, self.verification,
           prefetch.Prefetch(self._rows, config.steps) as self.read_ahead):
       saved = step = start
-      clock, tokens = None, 0
+      clock, tokens = None, []
       while step < config.steps and not any_process(self._stopped_by(interrupts) is not None):
         self.verification.raise_problem()
         batch = self._batch(step)
         self.state, metrics = self.program.step(self.state, batch)
         step += 1
-        tokens += batch["tokens"].shape[0] * config.seq_len
+        tokens.append(metrics.pop("targets", batch["tokens"].shape[0] * config.seq_len))
         last = step == config.steps
         evaluated = bool(self.corpus.held_out) and (last or step % config.eval_every == 0)
         saves = last or step % config.checkpoint_every == 0
@@ -156,13 +159,13 @@ class _Run:
               self._go_back(back, step, row["loss"], log)
               saved = step = back
               recent = self._recent(back)
-              clock, tokens = None, 0
+              clock, tokens = None, []
               self.read_ahead.forget()
               continue
           _check_finite(row, step, saved)
           now = time.perf_counter()
           if clock is not None:  # The first interval would count compilation.
-            row |= self._speed(tokens / (now - clock))
+            row |= self._speed(sum(map(float, tokens)) / (now - clock))
             row["data_wait"] = self.read_ahead.waited / (now - clock)
           used = memory.peak(jax.local_devices()[0])
           if used is not None:
@@ -171,7 +174,7 @@ class _Run:
             row["eval_loss"] = self._evaluate()
           if log:
             log.write(row)
-          clock, tokens, self.read_ahead.waited = time.perf_counter(), 0, 0.0
+          clock, tokens, self.read_ahead.waited = time.perf_counter(), [], 0.0
         if log:
           log.advance(step)
         if saves:
@@ -215,11 +218,11 @@ class _Run:
     rows = self._rows(step) if self.read_ahead is None else self.read_ahead(step)
     where, numbers = self.program.batch_sharding, self._numbers(step)
     stack = lambda name, wanted: np.stack([rows[number][name] for number in wanted])
-    shape = (len(numbers), self.config.seq_len + 1)
     return {
         name: stack(name, numbers) if where is None else jax.make_array_from_callback(
-            shape, where, lambda index, name=name: stack(name, numbers[index[0]]))
-        for name in next(iter(rows.values()))}
+            (len(numbers), *row.shape), where,
+            lambda index, name=name: stack(name, numbers[index[0]]))
+        for name, row in next(iter(rows.values())).items()}
 
   def _rows(self, step) -> dict[int, dict[str, np.ndarray]]:
     """The sequences of a step by number; on a mesh, those of this process's devices alone."""

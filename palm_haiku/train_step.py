@@ -35,19 +35,24 @@ def train_step(config: TrainConfig, state: TrainState,
   """One step of the optimizer on one batch, divided over the mesh in context.
 
   Args:
-    batch: {"tokens": int[B, T + 1]} and, to keep attention within documents,
-      "segment_ids": int[B, T + 1].
+    batch: {"tokens": int[B, T + 1]}; to keep attention within documents, "segment_ids":
+      int[B, T + 1]; where not every target counts, "weights": float[B, T].
 
   Returns:
-    The new state, and scalars: loss (negative log-likelihood), log_z_squared, grad_norm.
+    The new state, and scalars: loss (negative log-likelihood), log_z_squared, grad_norm and, of
+    targets with weights, their sum as "targets".
   """
   model = config.build_model()
   trained, frozen = lora.split(state.params)
+  targets = batch["weights"].sum() if "weights" in batch else None
+  # A part of a batch is divided by an equal share, not by what counts in it.
+  count = None if targets is None else targets / config.accumulate
 
   def loss_of(trained, batch):
     params = lora.join(trained, frozen)
     nll, log_z = model.apply(params, *_inputs_and_targets(batch))
-    loss = mean_loss(nll, log_z, z_loss=config.z_loss)  # mutant: z-loss
+    loss = mean_loss(  # mutant: z-loss
+        nll, log_z, weights=batch.get("weights"), count=count, z_loss=config.z_loss)
     return loss.total, loss
 
   if config.accumulate == 1:
@@ -57,6 +62,8 @@ def train_step(config: TrainConfig, state: TrainState,
   updates, opt_state = config.build_optimizer().update(grads, state.opt_state, trained)
   metrics = {"loss": loss.nll, "log_z_squared": loss.log_z_squared,
              "grad_norm": optax.tree.norm(grads)}
+  if targets is not None:
+    metrics["targets"] = targets
   trained = optax.apply_updates(trained, updates)
   # mutant: new state
   return TrainState(lora.join(trained, frozen), opt_state), metrics

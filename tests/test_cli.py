@@ -93,12 +93,14 @@ def test_options_reach_the_run(text, tmp_path, capsys):
       "--shared-kv", "--data", text, "--out", out, "--steps", 1, "--eval-fraction", 0.2,
       "--optimizer", "palm", "--learning-rate", 0.02, "--seed", 5, "--log-every", 1,
       "--eval-every", 1, "--checkpoint-every", 1, "--resume", "--implementation", "xla",
-      "--dtype", "bfloat16", "--accumulate", 2, "--remat", "full", "--mask-documents")
+      "--dtype", "bfloat16", "--accumulate", 2, "--remat", "full", "--mask-documents",
+      "--packing", "best-fit")
   assert status == 0
   config = checkpoint.Checkpoints(out / "checkpoints").metadata(1)["config"]
   want = dict(data=text, steps=1, eval_fraction=0.2, optimizer="palm", learning_rate=0.02, seed=5,
               log_every=1, eval_every=1, checkpoint_every=1, implementation="xla",
-              dtype="bfloat16", accumulate=2, remat="full", mask_documents=True)
+              dtype="bfloat16", accumulate=2, remat="full", mask_documents=True,
+              packing="best-fit")
   assert {name: config[name] for name in want} == want
   want = dict(num_tokens=300, dim=16, position="alibi", norm="rms", shared_kv=True)
   assert {name: config["model"][name] for name in want} == want

@@ -81,8 +81,8 @@ def test_runs_whose_steps_are_the_same_share_a_program():
       init="other", model=dataclasses.replace(MODEL, depth=2))
   of_run = dict(
       data="text", tokenizer="pieces", eval_fraction=0.5, eval_tokens=9, mask_documents=True,
-      batch_size=8, batch_ramp="5:8", skip_batches="3:4", spike=1.0, log_every=1, eval_every=1,
-      checkpoint_every=1)
+      packing="best-fit", batch_size=8, batch_ramp="5:8", skip_batches="3:4", spike=1.0,
+      log_every=1, eval_every=1, checkpoint_every=1)
   fields = {field.name for field in dataclasses.fields(TrainConfig)}
   assert fields == {*of_step, *of_run, "lora_rank"}
   for name, value in (of_step | of_run).items():
@@ -108,6 +108,7 @@ def test_runs_whose_steps_are_the_same_share_a_program():
     (dict(seed=2**64), r"seed must be from 0 to 2\^32 - 1; got 18446744073709551616"),
     (dict(steps=2**31), r"steps must be less than 2\^31; got 2147483648"),
     (dict(seq_len=10**20), r"seq_len must be less than 2\^31"),
+    (dict(packing="best"), "packing must be end-to-end or best-fit; got 'best'"),
     (dict(spike=-1.0), "spike must not be negative; got -1"),
 ])
 def test_bad_settings_are_named(change, message):

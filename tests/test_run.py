@@ -237,9 +237,10 @@ def test_batches_up_to_the_spike_are_left_out(spike, end):
 
 OTHER = dict(
     data="other", tokenizer="other", eval_fraction=0.2, mask_documents=True, steps=99, batch_size=8,
-    batch_ramp="50:32", accumulate=4, seq_len=128, optimizer="palm", learning_rate=0.5,
-    z_loss=1e-3, seed=1, dtype="bfloat16", remat="full", implementation="xla", mesh="fsdp",
-    shard_residual=True, init="other", lora_rank=2, skip_batches="9:10", spike=1.0,
+    packing="best-fit", batch_ramp="50:32", accumulate=4, seq_len=128, optimizer="palm",
+    learning_rate=0.5, z_loss=1e-3, seed=1, dtype="bfloat16", remat="full",
+    implementation="xla", mesh="fsdp", shard_residual=True, init="other",
+    lora_rank=2, skip_batches="9:10", spike=1.0,
     log_every=3, eval_every=3, checkpoint_every=3, eval_tokens=9)
 
 

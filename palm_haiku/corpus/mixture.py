@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from palm_haiku import data
+from palm_haiku.corpus.packing import Packed
 
 
 def parse(source: str) -> list[tuple[str, Fraction]]:
@@ -79,6 +80,12 @@ class _Turns:
   def __init__(self, windows, proportions):
     self._windows, self._proportions = windows, proportions
 
+  @property
+  def padding(self) -> float:
+    """As of `packing.Packed`: the mean by share."""
+    shares = zip(self._windows, self._proportions)
+    return sum(part.padding * n for part, n in shares) / sum(self._proportions)
+
   def __getitem__(self, k):
     number, place = turn(k, self._proportions)
     return self._windows[number][place]
@@ -133,10 +140,21 @@ class Mixture:
     total = float(sum(share for _, share in self.held_out))
     return sum(float(share) * value(corpus) for corpus, share in self.held_out) / total
 
-  def windows(self, *, seq_len: int, seed: int, eod: int | None = None) -> Any:
-    """Endless training sequences, by number; see `data.windows`."""
-    windows = [data.windows(corpus.train, seq_len=seq_len, seed=seed, eod=eod)
-               for corpus, _ in self.parts]
+  def windows(self, *, seq_len: int, seed: int, eod: int | None = None,
+              packing: str = "end-to-end") -> Any:
+    """Endless training sequences, by number.
+
+    Args:
+      seq_len, seed: see `data.windows`.
+      eod: end-of-document token, for segment ids; None for none.
+      packing: "end-to-end" for `data.windows`, "best-fit" for `packing.Packed`.
+    """
+    if packing == "best-fit":
+      windows = [Packed(corpus.train, seq_len=seq_len, seed=seed, eod=corpus.eod,
+                        mask=eod is not None) for corpus, _ in self.parts]
+    else:
+      windows = [data.windows(corpus.train, seq_len=seq_len, seed=seed, eod=eod)
+                 for corpus, _ in self.parts]
     if len(windows) == 1:
       return windows[0]
     scale = math.lcm(*(share.denominator for _, share in self.parts))

@@ -79,6 +79,9 @@ def compile_step(config: TrainConfig, machine: Machine) -> dict[str, Any]:
   batch = {"tokens": jax.ShapeDtypeStruct(shape, "int32", sharding=run.batch_sharding)}
   if config.mask_documents:
     batch["segment_ids"] = batch["tokens"]
+  if config.packing == "best-fit":
+    batch["weights"] = jax.ShapeDtypeStruct(
+        (config.batch_size, config.seq_len), "float32", sharding=run.batch_sharding)
   start = time.perf_counter()
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     choices = _choices(config)
