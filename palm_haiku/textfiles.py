@@ -7,6 +7,7 @@ a file's first bytes, and what is no text in a Unicode encoding is refused by it
 import bz2
 import codecs
 import collections
+import contextlib
 import fnmatch
 import glob
 import gzip
@@ -29,7 +30,6 @@ _LITTER = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "*~", "#*#", "
 SUFFIXES = (".gz", ".tgz", ".bz2", ".xz", ".lzma", ".zst", ".zip", ".tar")  # promise an archive
 _MAX_DEPTH = 4  # archives within archives
 
-ZSTD = b"\x28\xb5\x2f\xfd"
 # UTF-32 first: its mark for little endian begins with that of UTF-16.
 _MARKS = {codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
           codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
@@ -38,11 +38,13 @@ _NO_TEXT = {b"%PDF-": "a PDF", b"{\\rtf": "a Rich Text file", b"7z\xbc\xaf'\x1c"
             b"Rar!": "a RAR archive", b"!<arch>\n": "an ar archive", b"PAR1": "a Parquet file",
             b"\x04\x22\x4d\x18": "lz4; unpack it with `lz4 -d`",
             b"LZIP": "lzip; unpack it with `lzip -d`",
-            b"\x1f\x9d": "compress; unpack it with `uncompress`",
+            b"\x1f\x9d": "compress; unpack it with `uncompress`", b"%!PS": "PostScript",
             b"SQLite format 3\0": "an SQLite database",
-            b"version https://git-lfs": "a Git LFS pointer, which `git lfs pull` replaces"}
+            b"version https://git-lfs": "a Git LFS pointer, which `git lfs pull` replaces",
+            b"/annex/objects/": "a git-annex pointer, which `git annex get` replaces"}
 _ISO_2022 = re.compile(rb"\x1b(\$[@AB()]|\(I)")  # shifts from ASCII to other characters
 _SAMPLE = 2**20  # bytes that tell whether ASCII is what it seems
+_CONTROLS = bytes({*range(32)} - {*b"\t\n\v\f\r\x1a\x1b"})  # which no encoding of text has
 
 
 def find(source: str) -> list[str]:
@@ -150,7 +152,7 @@ def unpack(path: str) -> Iterator[tuple[str, bytes]]:
 def _unpack(content, name, depth, is_named=True):
   if depth > _MAX_DEPTH:
     raise RuntimeError(f"{name} is within more than {_MAX_DEPTH} others")
-  if content.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+  if is_zip(content):
     with zipfile.ZipFile(io.BytesIO(content)) as zipped:
       names = zipped.namelist()
       if "[Content_Types].xml" in names or names[:1] == ["mimetype"]:
@@ -158,7 +160,7 @@ def _unpack(content, name, depth, is_named=True):
       members = [(member.filename, lambda member=member: zipped.read(member))
                  for member in zipped.infolist() if not member.is_dir()]
       yield from _members(members, name, depth)
-  elif content[257:262] == b"ustar":
+  elif is_tar(content):
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
       members = [(member.name, lambda member=member: _content(archive, member))
                  for member in archive if member.isfile()]
@@ -166,7 +168,8 @@ def _unpack(content, name, depth, is_named=True):
   elif (inner := _decompressed(content)) is not None:
     yield from _unpack(inner, name, depth + 1, is_named=False)
   elif content and is_named and name.lower().endswith(SUFFIXES):
-    raise RuntimeError(f"{name} is not compressed; rename it if it is plain text")
+    raise RuntimeError(f"{name} is not compressed, nor an archive that is known here; rename it if "
+                       "it is plain text")
   else:
     yield name, content
 
@@ -184,6 +187,26 @@ def _members(members, name, depth):
       yield from _unpack(read_member(), f"{name}:{member}", depth + 1)
 
 
+def is_zip(head: bytes) -> bool:
+  """Whether a file is a zip archive, by its first bytes."""
+  return head.startswith((b"PK\x03\x04", b"PK\x05\x06"))
+
+
+def is_tar(head: bytes) -> bool:
+  """Whether a file is a tar archive, by its first 512 bytes; old ones have nothing but a sum."""
+  try:
+    tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")
+  except tarfile.HeaderError:
+    return False
+  return True
+
+
+def is_zstd(head: bytes) -> bool:
+  """Whether a file is compressed by zstd, by its first bytes; pzstd begins with a frame to skip."""
+  return head.startswith(b"\x28\xb5\x2f\xfd") or (
+      head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50)
+
+
 def compression(head: bytes) -> types.ModuleType | None:
   """The module of Python 3.12 that reads a compressed file, by its first bytes."""
   if head.startswith(b"\x1f\x8b"):
@@ -199,7 +222,7 @@ def _decompressed(content) -> bytes | None:
   module = compression(content)
   if module is not None:
     return module.decompress(content)
-  if content.startswith(ZSTD):
+  if is_zstd(content):
     try:
       from compression import zstd  # pyright: ignore[reportMissingImports]  (of Python 3.14)
     except ImportError as error:
@@ -215,14 +238,15 @@ def decode(content: bytes, name: str) -> bytes:
   """Text in UTF-8 without a byte order mark; raises ValueError as `read`."""
   mark = _mark(content)
   encoding = _MARKS.get(mark, "utf-8")
+  content = content[len(mark):]
+  head = content[:1024].lstrip()  # a PDF may begin there
   for start, kind in _NO_TEXT.items():
-    if content.startswith(start):
+    if head.startswith(start):
       raise ValueError(f"{name} is no text but {kind}")
   if (other := _within_ascii(content)) is not None:
     raise ValueError(f"{name} is in {other}, not UTF-8; convert it first, such as"
                      + (" in Python: open(name, encoding='hz').read()" if other == "HZ" else
                         f": iconv -f {other.replace('2022', '2022-JP')} -t UTF-8"))
-  content = content[len(mark):]
   try:
     if encoding != "utf-8":
       content = content.decode(encoding).encode()
@@ -233,14 +257,27 @@ def decode(content: bytes, name: str) -> bytes:
       size = len(mark) + error.start
       raise ValueError(f"{name} ends within a character, at byte {size}; leave that out, such as: "
                        f"head -c {size}") from error
-    raise ValueError(
-        f"{name} is no text in {encoding.upper()}: {error.reason} at byte {error.start}; convert "
-        "text in another encoding first, such as: iconv -f LATIN1 -t UTF-8") from error
+    advice = f"; {_advice(content)}" if encoding == "utf-8" else ""
+    raise ValueError(f"{name} is no text in {encoding.upper()}: {error.reason} at byte "
+                     f"{error.start}{advice}") from error
   if b"\0" in content:
-    raise ValueError(
-        f"{name} is no text: byte {content.index(0)} is NUL; UTF-16 and UTF-32 are read with a "
-        "byte order mark, or convert them: iconv -f UTF-16LE -t UTF-8")
+    raise ValueError(f"{name} is no text: byte {content.index(0)} is NUL; {_advice(content)}")
   return content
+
+
+def _advice(content) -> str:
+  """A guess at what is no UTF-8, and what to do with it."""
+  sample = content[:2**12]
+  is_binary = sample.replace(b"\0", b"").translate(None, _CONTROLS) != sample.replace(b"\0", b"")
+  for encoding in () if is_binary else ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE"):
+    with contextlib.suppress(UnicodeDecodeError):
+      text = codecs.getincrementaldecoder(encoding)().decode(sample)
+      if sum(character.isascii() for character in text) > 0.3 * len(text) > 0:
+        return (f"it looks like {encoding} without a byte order mark; convert it first: iconv -f "
+                f"{encoding} -t UTF-8")
+  if is_binary or b"\0" in sample:
+    return "it looks like a binary file"
+  return "convert text in another encoding first: iconv -f ITS_ENCODING -t UTF-8"
 
 
 def encoding_of(content: bytes) -> str:
@@ -259,7 +296,9 @@ def _within_ascii(content) -> str | None:
   sample = content[:_SAMPLE]
   if content.startswith((b"+/v8", b"+/v9", b"+/v+", b"+/v/")) or _is_utf7(sample):
     return "UTF-7"
-  return "HZ" if b"~{" in sample and _foreign(sample, "hz") else None
+  # A format of Lisp, ~{ab~}, could be a character.
+  is_hz = b"~{" in sample and _foreign(sample, "hz") > 0.02 * len(sample)
+  return "HZ" if is_hz else None
 
 
 def _is_utf7(sample) -> bool:

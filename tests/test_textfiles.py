@@ -4,6 +4,7 @@ import gzip
 import io
 import lzma
 import os
+import pickle
 import sys
 import tarfile
 import zipfile
@@ -32,6 +33,14 @@ def tarred(**members):
       info.size = len(content)
       archive.addfile(info, io.BytesIO(content))
   return stream.getvalue()
+
+
+def without_magic(archive):
+  """A tar archive of one member as it was before POSIX: only the sum over its header tells."""
+  header = bytearray(archive[:512])
+  header[148:156], header[257:265] = b" " * 8, bytes(8)
+  header[148:156] = b"%06o\0 " % sum(header)
+  return bytes(header) + archive[512:]
 
 
 def test_a_file_counts_once_and_links_do_not_loop(tmp_path, monkeypatch):
@@ -111,6 +120,7 @@ def test_pipes_and_home_directories_are_read(tmp_path, monkeypatch):
     ("twice.gz.bz2", bz2.compress(gzip.compress(UTF8))),
     ("no.suffix", zipped(t=UTF8)),
     ("t.tar", tarred(t=UTF8)),
+    ("old.tar", without_magic(tarred(t=UTF8))),
     ("t.tar.xz", lzma.compress(tarred(t=UTF8))),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_text_is_read_whatever_holds_it(tmp_path, name, content):
@@ -120,12 +130,14 @@ def test_text_is_read_whatever_holds_it(tmp_path, name, content):
 
 def test_zst(tmp_path):
   # RFC 8878: a raw block of three bytes, the last, in a frame that says its content's size.
-  (tmp_path / "t").write_bytes(b"\x28\xb5\x2f\xfd\x20\x03\x19\x00\x00abc")
-  if sys.version_info >= (3, 14):
-    assert textfiles.read(str(tmp_path / "t")) == [b"abc"]
-  else:
-    with pytest.raises(ValueError, match="t cannot be unpacked: Python reads zst from 3.14 on"):
-      textfiles.read(str(tmp_path / "t"))
+  frame = b"\x28\xb5\x2f\xfd\x20\x03\x19\x00\x00abc"
+  for content in (frame, b"\x50\x2a\x4d\x18\2\0\0\0xx" + frame):  # after one to skip, as pzstd's
+    (tmp_path / "t.zst").write_bytes(content)
+    if sys.version_info >= (3, 14):
+      assert textfiles.read(str(tmp_path / "t.zst")) == [b"abc"]
+    else:
+      with pytest.raises(ValueError, match="t.zst cannot be .*: Python reads zst from 3.14 on"):
+        textfiles.read(str(tmp_path / "t.zst"))
 
 
 @pytest.mark.parametrize("pack", [zipped, tarred])
@@ -146,7 +158,7 @@ def nested(depth):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("t.txt", "café au lait".encode("latin-1"), r"t.txt is no text in UTF-8: .* at byte 3; conv"),
+    ("t.txt", "café au lait".encode("latin-1"), r"at byte 3; convert .* iconv -f ITS_ENC"),
     ("t.txt", "日本".encode("shift-jis"), "t.txt is no text in UTF-8"),
     ("t.txt", UTF8 + b"\xe6\x95", f"t.txt ends within a character, at byte {len(UTF8)}; .*head -c"),
     ("t.txt", "日本".encode("iso2022-jp"), "t.txt is in ISO-2022, not UTF-8"),
@@ -158,20 +170,25 @@ def nested(depth):
     ("t.txt", "a~b 数据".encode("hz"), "t.txt is in HZ, not UTF-8; .*encoding='hz'"),
     ("t.lz4", b"\x04\x22\x4d\x18d@\xa7", "t.lz4 is no text but lz4; unpack it with"),
     ("t.a", b"!<arch>\na.txt/", "t.a is no text but an ar archive"),
-    ("t.txt", "text".encode("utf-16-le"), "t.txt is no text: byte 1 is NUL; UTF-16 and UTF-32"),
-    ("t.txt", "text".encode("utf-16-be"), "t.txt is no text: byte 0 is NUL"),
-    ("t.txt", "text".encode("utf-32-le"), "t.txt is no text: byte 1 is NUL"),
-    ("t.txt", codecs.BOM_UTF16_LE + b"abc", "t.txt is no text in UTF-16-LE: truncated data"),
+    ("t.txt", "text".encode("utf-16-le"), "byte 1 is NUL; it looks like UTF-16LE without"),
+    ("t.txt", "text".encode("utf-16-be"), "t.txt is no text: byte 0 is NUL; .* iconv -f UTF-16BE"),
+    ("t.txt", TEXT.encode("utf-16-le"), "t.txt is no text in UTF-8: .* it looks like UTF-16LE"),
+    ("t.txt", "text".encode("utf-32-le"), "t.txt is no text: byte 1 is NUL; .* iconv -f UTF-32LE"),
+    ("t.txt", TEXT.encode("utf-32-be"), "t.txt is no text in UTF-8: .* it looks like UTF-32BE"),
+    ("t.txt", codecs.BOM_UTF16_LE + b"abc", "t.txt is no text in UTF-16-LE: truncated data at .*$"),
     ("t.txt", codecs.BOM_UTF16_LE + b"\0\xd8ab", "t.txt is no text in UTF-16-LE"),
-    ("t.png", b"\x89PNG\r\n\x1a\n", "t.png is no text"),
+    ("t.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\1", "t.png is .* looks like a binary file$"),
+    ("t.elf", b"\x7fELF\2\1\1" + bytes(9) + b"\3\0\x3e\0", "byte 7 is NUL; it looks like a binary"),
+    ("t.bin", pickle.dumps(["text"], 4), "t.bin is no text .* it looks like a binary file$"),
     ("t.pdf", b"%PDF-1.4\nascii", "t.pdf is no text but a PDF"),
+    ("t.pdf", codecs.BOM_UTF8 + b"\n%PDF-1.4\nascii", "t.pdf is no text but a PDF"),
     ("t.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
     ("t.docx", zipped(**{"_rels/.rels": "<x/>", "[Content_Types].xml": "<x/>"}), "an Office"),
     ("t.epub", zipped(mimetype="application/epub+zip", a="<x/>"), "an Office.* or EPUB file"),
     ("t.zip", zipped(**{"a.txt": b"fine", "b.bin": b"\1\0"}), "t.zip:b.bin is no text: byte 1"),
     ("t.zip", nested(6), "cannot be unpacked: .* is within more than 4 others"),
     ("t.zip", zipped(t=UTF8)[:-30], "t.zip cannot be unpacked"),
-    ("t.zip", b"<html>404</html>", "t.zip cannot be unpacked: .* is not compressed; rename"),
+    ("t.zip", b"<html>404</html>", "t.zip cannot be unpacked: .* is not compressed, .* rename"),
     ("t.tar", tarred(t=UTF8)[:700], "t.tar cannot be unpacked"),
     ("t.gz", gzip.compress(UTF8)[:-9], "t.gz cannot be unpacked"),
     ("t.bz2", bz2.compress(UTF8)[:-9], "t.bz2 cannot be unpacked"),
@@ -189,6 +206,7 @@ def test_what_is_no_text_is_refused_by_name(tmp_path, name, content, message):
 @pytest.mark.parametrize("text", [
     "a+b=c x+y", "Google+document", "C++ +1 555 123", "x += i; ++j; a+B+C", "a ~{b~} Fig.~{\\bf 3}",
     "[a-z]+ f(a+bcd)", "foo+Bar and foo+Baz", "~~{a}~", "\x1b(B\x1b[0m", "1+2+3000",
+    '(format t "~{ab~}, ~{<li>~a</li>~}" xs)',
     "one +A00 of a long text " + "without any " * 99])
 def test_plain_ascii_is_text(tmp_path, text):
   (tmp_path / "t").write_text(text)

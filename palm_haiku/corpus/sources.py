@@ -22,7 +22,6 @@ from palm_haiku import data, textfiles
 # A text file is a document, and a longer one is cut at ends of lines into several of this size.
 LONGEST_TEXT = 2**22  # bytes
 _LINES = re.compile(r"\.(jsonl|ndjson|jsonlines)\b", re.IGNORECASE)
-_ARCHIVES = (b"PK\x03\x04", b"PK\x05\x06")
 _PARQUET = b"PAR1"
 _PYDOC = "pydoc"
 
@@ -105,15 +104,18 @@ def _kind(head: bytes, name: str, field: str | None) -> str:
   """The kind of a file, by its first bytes: those within, where it is compressed."""
   if head.startswith(_PARQUET):
     return "parquet"
-  if (head.startswith(_ARCHIVES) or head[257:262] == b"ustar"
+  if (textfiles.is_zip(head) or textfiles.is_tar(head)
       or textfiles.encoding_of(head) != "utf-8"):
     return "whole"
-  if textfiles.compression(head) or head.startswith(textfiles.ZSTD):
+  if textfiles.compression(head) or textfiles.is_zstd(head):
     return "packed"
-  first = head.removeprefix(codecs.BOM_UTF8).lstrip()
-  if _LINES.search(os.path.basename(name)) or field is not None and first.startswith(b"{"):
-    return "lines"
-  return "text"
+  return "lines" if _is_lines(head.removeprefix(codecs.BOM_UTF8), name, field) else "text"
+
+
+def _is_lines(text: bytes, name: str, field: str | None) -> bool:
+  """Whether a text is JSON lines: by its file's name, or by how it begins if a field is named."""
+  return (_LINES.search(os.path.basename(name)) is not None
+          or field is not None and text[:512].lstrip().startswith(b"{"))
 
 
 def documents(piece: Piece, field: str | None) -> Iterator[bytes]:
@@ -148,11 +150,21 @@ def documents(piece: Piece, field: str | None) -> Iterator[bytes]:
     if kind == "parquet":
       yield from _rows(piece, field or "text")
     elif kind == "whole":
-      yield from filter(None, textfiles.read(path))
+      yield from _members(path, field)
     else:
       with _unpacking(path) if is_packed else contextlib.nullcontext():
         yield from _lines(stream, piece, field or "text") if kind == "lines" else (
             _texts(stream, piece))
+
+
+def _members(path, field) -> Iterator[bytes]:
+  """The documents of a file that is read whole, such as an archive."""
+  for name, content in textfiles.unpack(path):
+    text = textfiles.decode(content, name)
+    if _is_lines(text, name, field):
+      yield from _lines(io.BytesIO(text), Piece(name, 0, None), field or "text")
+    elif text:
+      yield text
 
 
 def _head(stream) -> bytes:

@@ -151,6 +151,21 @@ def test_lines_are_counted_from_the_start_of_the_file(tmp_path):
       read(path, unit_bytes=unit_bytes)
 
 
+def test_lines_that_must_be_read_whole(tmp_path):
+  content = write_lines(tmp_path / "t.jsonl").read_bytes()
+  (tmp_path / "t.jsonl").write_bytes(content.decode().encode("utf-16"))
+  assert read(tmp_path / "t.jsonl") == TEXTS
+  with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
+    archive.writestr("a/one.jsonl", content)
+    archive.writestr("two.txt", b"plain")
+    archive.writestr("three", content)
+  assert read(tmp_path / "t.zip") == [*TEXTS, b"plain", content]
+  assert read(tmp_path / "t.zip", field="text") == [*TEXTS, b"plain", *TEXTS]
+  (tmp_path / "bad.jsonl").write_bytes((content + b"\n{").decode().encode("utf-16"))
+  with pytest.raises(ValueError, match=f"bad.jsonl, line {len(TEXTS) + 1}, is no JSON"):
+    read(tmp_path / "bad.jsonl")
+
+
 def test_bad_texts_are_named(tmp_path, monkeypatch):
   monkeypatch.setattr(sources, "LONGEST_TEXT", 64)
   (tmp_path / "t").write_bytes(b"line\n" * 30 + b"\xff\n")
