@@ -215,7 +215,7 @@ def _pretrained(path: pathlib.Path, tokenizer: str | None = None):
 def _generate(args) -> int:
   import jax
 
-  from palm_haiku import cache, distributed, kernels
+  from palm_haiku import cache, distributed, kernels, pretrained
   from palm_haiku.generate import generate
 
   distributed.start_backend()
@@ -265,10 +265,8 @@ def _generate(args) -> int:
     jax.effects_barrier()
     print(decoder.flush(), flush=True)
   read = len(prompt) + length - 1  # The last token is not read again.
-  if trained is not None and read > trained:
-    warnings.warn(f"the model was trained at {trained} tokens and {read} are asked for: rotary "
-                  "positions do not reach beyond what was trained, and the text gets worse there",
-                  stacklevel=2)
+  if beyond := pretrained.beyond_training(model, read):
+    warnings.warn(beyond, stacklevel=2)
   if len(times) > 1:
     print(f"{len(times)} tokens, {(len(times) - 1) / (times[-1] - times[0]):.0f} a second",
           file=sys.stderr)
@@ -300,8 +298,14 @@ def _convert(args) -> int:
 
   if args.out.exists():
     raise ValueError(f"{args.out} exists already; choose another --out")
-  if "hub" not in (args.from_peer, args.to_peer):
-    interop.layout_of(args.from_peer or args.to_peer)
+  peer = args.from_peer or args.to_peer
+  for name in ("heads", "gain_offset", "xpos_scale_base"):
+    if getattr(args, name) is not None and (
+        peer == "hub" or args.to_peer and name != "gain_offset"):
+      raise ValueError(f"--{name.replace('_', '-')} has no meaning for "
+                       f"{'--to' if args.to_peer else '--from'} {peer}")
+  if peer != "hub":
+    interop.layout_of(peer)
   distributed.start_backend()
   if args.to_peer:
     model = _pretrained(args.source, args.tokenizer)

@@ -88,7 +88,8 @@ class PaLMConfig:
       raise ValueError(f"rotary positions need an even dim_head; got {self.dim_head}")
     if not self.norm_eps >= 0:
       raise ValueError(f"norm_eps must not be negative; got {self.norm_eps}")
-    if self.xpos_scale_base is not None and (self.position != "rotary" or self.xpos_scale_base < 1):
+    if self.xpos_scale_base is not None and (
+        self.position != "rotary" or not 1 <= self.xpos_scale_base < math.inf):
       raise ValueError("xpos_scale_base must be positive and needs position='rotary'")
 
   @classmethod

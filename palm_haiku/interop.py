@@ -213,7 +213,7 @@ def load(peer: str, arrays: Mapping[str, Any], heads: int | None = None, *,
       position=layout.position, norm=layout.norm,
       shared_kv=layout.shared_kv, norm_eps=layout.norm_eps(dim), logits_scale=1.0,
       qk_norm="l2" if qk_norm else None,
-      xpos_scale_base=xpos_scale_base or layout.xpos_scale_base)
+      xpos_scale_base=layout.xpos_scale_base if xpos_scale_base is None else xpos_scale_base)
   stacked = {name: jnp.asarray(np.stack([layer[name] for layer in layers])) for name in layers[0]}
   return config, {
       "palm": {"embedding": jnp.asarray(embedding), "norm": jnp.asarray(final_gain)},
@@ -358,11 +358,13 @@ def _gain_offset(layout, peer, arrays, depth, given) -> int:
   if given is not None or len(layout.gain_offsets) == 1:
     return _allowed(layout, peer, given)
   names = [_name(layout.gain, i) for i in range(depth)] + [_name(layout.final_gain, 0, depth)]
-  means = [float(np.mean(np.asarray(arrays[name]), dtype=np.float64))
-           for name in names if name in arrays]
+  gains = [arrays[name] for name in names if name in arrays]
+  means = [float(np.mean(np.asarray(gain), dtype=np.float64)) for gain in gains]
   middle = statistics.median(means)
   near = {0: [abs(mean) < 0.35 for mean in means], 1: [abs(mean - 1) < 0.35 for mean in means]}
   stored = 0 if abs(middle) < 0.35 else 1 if abs(middle - 1) < 0.35 else None
+  if middle > 0.15 and stored == 0 and all(np.all(np.asarray(gain) > 0) for gain in gains):
+    stored = None  # They may be small ones, as they are: those minus 1 seldom have one sign.
   if stored is None or any(near[1 - stored]):
     raise ValueError(
         f"the gains of {peer} are near 0 (stored minus 1, from 0.2.4 on) or near 1 (before); the "
@@ -388,7 +390,8 @@ def _other_model(peer, rest, inner) -> str:
   if other is None:
     return ""
   dim_head, odd = divmod(rest, 1 if PEERS[other].shared_kv else 2)
-  if dim_head < 1 or odd or inner % dim_head:
+  if dim_head < 1 or odd or inner % dim_head or (
+      PEERS[other].position == "rotary" and dim_head % 2):
     return ""
   return f"; as {other} they have {inner // dim_head} heads of {dim_head}"
 

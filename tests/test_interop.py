@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from palm_haiku import PaLM, PaLMConfig, array_files, decoder, interop
+from palm_haiku import PaLM, PaLMConfig, array_files, cli, decoder, interop
 from palm_haiku.generate import generate
 from palm_haiku.loss import next_token_loss
 from tests import numpy_peers
@@ -243,6 +243,14 @@ def test_gains_are_told_apart_by_their_means():
     with pytest.raises(ValueError, match="near 0 .* or near 1 .* say which with gain_offset"):
       interop.load(peer, bad)
     assert interop.load(peer, bad, gain_offset=0)[0] == want[0]
+  # Small gains as they are, or large ones minus 1; with a negative one among them the latter.
+  small = {k: 0.25 + 0.1 * np.sin(np.arange(x.size)) if k.endswith("gamma") else x
+           for k, x in arrays.items()}
+  with pytest.raises(ValueError, match="are 0.2.* say which with gain_offset"):
+    interop.load(peer, small)
+  np.testing.assert_allclose(interop.load(peer, small | {
+      "norm.gamma": small["norm.gamma"] - 0.3})[1]["palm"]["norm"], 1 + small["norm.gamma"] - 0.3,
+                             atol=1e-6)
   # A final gain that training has moved far away decides nothing.
   assert interop.load(peer, old(arrays) | {"norm.gamma": np.full(12, 3.0)})[0] == want[0]
   with pytest.raises(ValueError, match="gain_offset of palm-jax is 0; got 1"):
@@ -254,6 +262,9 @@ def test_scale_bases_of_xpos():
   assert interop.load("palm-rlhf-pytorch", arrays)[0].xpos_scale_base == 512
   assert interop.load(
       "palm-rlhf-pytorch", arrays, xpos_scale_base=64)[0].xpos_scale_base == 64
+  for wrong in (0, -1, float("nan"), float("inf")):
+    with pytest.raises(ValueError, match="xpos_scale_base must be positive"):
+      interop.load("palm-rlhf-pytorch", arrays, xpos_scale_base=wrong)
   with pytest.raises(ValueError, match="palm-flax does not have xPos; got xpos_scale_base = 64"):
     interop.load("palm-flax", {}, xpos_scale_base=64)
 
@@ -277,6 +288,19 @@ def test_conversion_names_what_arrays_of_the_other_model_would_be():
   config = PaLMConfig(37, 32, 2, 4, 8)
   assert interop.other_reading("palm-jax", config) == "; as palm-jax-lite they have 2 heads of 16"
   assert interop.other_reading("palm-flax", config) == ""
+  # As palm-jax they would have 16 heads of 1, which rotary positions can't turn.
+  lite = PaLMConfig(37, 32, 2, 8, 2, position="alibi", shared_kv=True)
+  assert interop.other_reading("palm-jax-lite", lite) == ""
+
+
+@pytest.mark.parametrize("options", [
+    ["--from", "hub", "--heads", "2"], ["--from", "hub", "--gain-offset", "1"],
+    ["--to", "hub", "--gain-offset", "0"], ["--to", "palm-jax", "--heads", "2"],
+    ["--to", "palm-rlhf-pytorch", "--xpos-scale-base", "64"]])
+def test_options_without_meaning_are_refused(options, tmp_path, capsys):
+  assert cli.main(["convert", *options, str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+  assert capsys.readouterr().err == (
+      f"palm-haiku convert: error: {options[2]} has no meaning for {options[0]} {options[1]}\n")
 
 
 @pytest.mark.parametrize("peer", list(interop.PEERS))
