@@ -242,6 +242,12 @@ def load_corpus(source: str, tokenizer, eval_fraction: float,
                 largest)
 
 
+def losing_newlines(tokenizer: str) -> str:
+  """What to warn of where `Corpus.loses_newlines`."""
+  return (f"{tokenizer} drops line breaks: the model can't learn them, and bits per byte count "
+          "them all the same")
+
+
 def pydoc() -> list[bytes]:
   """CPython's documentation prose, a document for each topic."""
   from pydoc_data import topics

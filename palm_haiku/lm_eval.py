@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palm_haiku import decoder, failures, pretrained
+from palm_haiku import data, decoder, failures, pretrained
 from palm_haiku.cache import empty_cache
 from palm_haiku.evaluate import Options
 from palm_haiku.generate import generate
@@ -85,10 +85,18 @@ class PaLMHaiku(TemplateLM):
     self.max_gen_toks, self._seed = max_gen_toks, seed
     if min(self.batch_size, self.max_length, max_gen_toks) < 1:
       raise ValueError("batch_size, max_length and max_gen_toks must be at least 1")
-    self._tokenizer = model.tokenizer
+    self._tokenizer, self._said = model.tokenizer, set()
+    if beyond := pretrained.beyond_training(model, self.max_length):
+      self._warn_once(beyond)
     self._options = Options(model.config, jnp.dtype(dtype), implementation)
     self._weights = jax.jit(decoder.prepare, static_argnums=(1, 2, 3))(
         model.params, model.config, jnp.dtype(dtype), weights)
+
+  def _warn_once(self, kind: str, more: str = "") -> None:
+    """Warns of what a task may hold a thousand times; `more` is of the first time."""
+    if kind not in self._said:
+      self._said.add(kind)
+      logging.warning("palm-haiku: %s%s", kind, more)
 
   @property
   def eot_token_id(self) -> int:
@@ -116,6 +124,8 @@ class PaLMHaiku(TemplateLM):
     """Log-likelihood of whole texts, in windows that end with the text."""
     windows, texts = [], []
     for number, request in enumerate(requests):
+      if not self._tokenizer.keeps_newlines and "\n" in request.args[0]:
+        self._warn_once(data.losing_newlines(self._tokenizer.name))
       tokens = self.tok_encode(request.args[0], add_special_tokens=False)
       for window in get_rolling_token_windows(
           tokens, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1):
@@ -165,8 +175,8 @@ class PaLMHaiku(TemplateLM):
     context = context or [self.prefix_token_id]
     tokens = tuple(context + continuation)
     if len(tokens) > self.max_length + 1:
-      logging.warning("palm-haiku: a request of %d tokens is cut to its last %d", len(tokens),
-                      self.max_length + 1)
+      self._warn_once("requests are cut to the end that the model's length has room for",
+                      f", the first from {len(tokens)} to {self.max_length + 1} tokens")
       tokens = tokens[-(self.max_length + 1):]
     count = len(continuation)
     split = len(tokens) - 1 - count
@@ -201,6 +211,9 @@ class PaLMHaiku(TemplateLM):
         raise ValueError(f"max_gen_toks = {settings.length} must be less than the model's length, "
                          f"{self.max_length}")
       tokens = self.tok_encode(context) or [self.prefix_token_id]
+      if len(tokens) > room:
+        self._warn_once("contexts are cut to the end that the model's length has room for",
+                        f", the first from {len(tokens)} to {room} tokens")
       groups[settings].append((number, tuple(tokens[-room:])))
     texts = [""] * len(requests)
     with tqdm(total=len(requests), disable=disable_tqdm, desc="texts") as progress:

@@ -37,6 +37,15 @@ def load_run(path: str | os.PathLike) -> tuple[PaLMConfig, Any, Any]:
   return model.config, model.params, model.tokenizer
 
 
+def beyond_training(model: Pretrained, tokens: int) -> str | None:
+  """What to warn of where a model reads so many tokens at once; None where nothing is amiss."""
+  trained = model.seq_len if model.config.position == "rotary" else None
+  if trained is None or tokens <= trained:
+    return None
+  return (f"the model was trained at {trained} tokens and {tokens} are asked for: rotary positions "
+          "do not reach beyond what was trained, and predictions get worse there")
+
+
 class Description(NamedTuple):
   """A model without its weights."""
 

@@ -112,8 +112,7 @@ class _Run:
     self.corpus = _corpus(config, self.tokenizer, before)
     _check_vocabulary(config.model, self.corpus.max_token)
     if self.corpus.loses_newlines:
-      warn(f"{self.tokenizer.name} drops line breaks: the model can't learn them, and bits per "
-           "byte count them all the same")
+      warn(data.losing_newlines(self.tokenizer.name))
     self.eod = self.corpus.eod if config.mask_documents else None
     self.verification = verify.Verification()
     distributed.from_leader(

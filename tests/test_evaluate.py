@@ -162,7 +162,7 @@ def test_eval_of_runs(runs, capsys, tmp_path):
   picture = tmp_path / "losses.png"
   status, out, err = call(capsys, "eval", runs / "rotary", runs / "alibi", "--seq-len", "16,64",
                           "--json", "--plot", picture)
-  assert status == 0 and not err and picture.read_bytes()[:4] == b"\x89PNG"
+  assert status == 0 and picture.read_bytes()[:4] == b"\x89PNG"
   fields = json.loads(out)
   assert {"jax", "jaxlib"} <= fields["versions"].keys()
   for number, name in enumerate(("rotary", "alibi")):
@@ -213,6 +213,9 @@ def test_beyond_its_length_a_rotary_model_is_warned_of_once(runs, capsys):
     status, _, err = call(capsys, "generate", runs / name, "--prompt", "1", "--length", 20)
     assert status == 0
     assert err.count("the model was trained at 16 tokens and 20 are asked for") == times
+    assert err.count("warning") == times
+    status, _, err = call(capsys, "eval", runs / name, "--seq-len", "16,64,32")
+    assert status == 0 and err.count("trained at 16 tokens and 64 are asked for") == times
     assert err.count("warning") == times
 
 

@@ -163,6 +163,29 @@ def test_shared_contexts_score_as_contexts_apart(fields, options, tmp_path):
   assert model.loglikelihood([Asked("a", "")], disable_tqdm=True) == [(0.0, True)]
 
 
+def test_limits_are_told_once(run, caplog, monkeypatch):
+  from palm_haiku.lm_eval import PaLMHaiku
+  path = str(run[0] / "run")
+  model = PaLMHaiku(path)
+  long = Asked("x" * 30, " y")
+  model.loglikelihood([long, long, Asked("x" * 40, "z")], disable_tqdm=True)
+  model.loglikelihood_rolling([Asked("two\nlines")], disable_tqdm=True)
+  for _ in range(2):
+    model.generate_until([Asked("x" * 30, {"max_gen_toks": 4})] * 2, disable_tqdm=True)
+  assert [record.message[:41] for record in caplog.records] == [
+      "palm-haiku: requests are cut to the end t", "palm-haiku: contexts are cut to the end t"]
+  assert "the first from 32 to 25 tokens" in caplog.messages[0]
+  assert "the first from 30 to 20 tokens" in caplog.messages[1]
+  caplog.clear()
+  model = PaLMHaiku(path, max_length=LENGTH + 1)
+  (said,) = caplog.messages
+  assert f"trained at {LENGTH} tokens and {LENGTH + 1} are asked for" in said
+  monkeypatch.setattr(data.ByteTokenizer, "keeps_newlines", False)
+  for _ in range(2):
+    model.loglikelihood_rolling([Asked("two\nlines"), Asked("a\n\nb")], disable_tqdm=True)
+  assert [text.split(":")[1] for text in caplog.messages[1:]] == [" bytes drops line breaks"]
+
+
 def test_the_command(run, monkeypatch, capsys, tmp_path):
   from palm_haiku import lm_eval
   folder, _ = run

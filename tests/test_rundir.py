@@ -15,6 +15,7 @@ import sentencepiece
 
 from palm_haiku import PaLMConfig, array_files, cli, data, generate, recipe, rundir, runlog, train
 from palm_haiku.checkpoint import CheckpointError
+from palm_haiku.evaluate.command import held_out
 from palm_haiku.recipe import TrainConfig
 from palm_haiku.rundir import RunDirectory
 from tests import numpy_peers
@@ -194,6 +195,8 @@ def test_a_tokenizer_that_drops_line_breaks_is_told_once(place):
   for name, loses in (("a.model", True), ("identity.model", False), ("bytes", False)):
     tokenizer = data.load_tokenizer(name)
     assert data.load_corpus("t.txt", tokenizer, 0.1).loses_newlines == loses
+  with pytest.warns(UserWarning, match="a.model drops line breaks"):
+    held_out(place, None, "t.txt", data.load_tokenizer("a.model"))
   (place / "line.txt").write_text("one line")
   assert not data.load_corpus("line.txt", data.load_tokenizer("a.model"), 0.1).loses_newlines
 

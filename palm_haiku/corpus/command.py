@@ -4,6 +4,7 @@ import argparse
 import os
 import pathlib
 import time
+import warnings
 from typing import Any
 
 import rich.progress
@@ -82,6 +83,7 @@ def _describe(args) -> int:
 
 
 def _tokenize(args) -> int:
+  from palm_haiku import data
   from palm_haiku.corpus import build
 
   workers = _cores() if args.workers is None else args.workers
@@ -97,6 +99,8 @@ def _tokenize(args) -> int:
     index = build.build(settings, args.tokenizer, args.out, workers=workers, show=shown)
   for line in summary(index):
     terminal.say(console, line)
+  if index["loses_newlines"]:
+    warnings.warn(data.losing_newlines(args.tokenizer), stacklevel=2)
   return 0
 
 

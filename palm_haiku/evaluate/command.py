@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import sys
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -116,6 +117,8 @@ def _subject(path, args, lengths) -> Subject:
     except ValueError as error:
       raise ValueError(f"{error}; name another --seq-len"
                        + (", --stride" if args.stride else "") + " or --data") from None
+  if beyond := pretrained.beyond_training(model, max(lengths)):
+    warnings.warn(f"{path}: {beyond}", stacklevel=2)
   dtype = args.dtype or (settings[0].dtype if settings else "float32")
   return Subject(terminal.quoted(path), model, text, lengths, dtype)
 
@@ -141,7 +144,7 @@ def held_out(path: pathlib.Path, settings: tuple[TrainConfig, str] | None, sourc
       raise ValueError(f"{path} was trained on a mixture; name one of its sources with --data: "
                        + ", ".join(parts))
     name = source or parts[0]
-    corpus = data.load_corpus(name, tokenizer, config.eval_fraction, config.eval_tokens)
+    corpus = _corpus(name, tokenizer, config.eval_fraction, config.eval_tokens)
     if corpus.fingerprint == fingerprint or len(parts) > 1 and name in parts:
       if len(corpus.eval) < 2:
         raise ValueError(f"{path} held nothing out of {name}; name another text with --data")
@@ -151,10 +154,17 @@ def held_out(path: pathlib.Path, settings: tuple[TrainConfig, str] | None, sourc
                        "text with --data")
   elif source is None:
     raise ValueError(f"{path} does not say what it was trained on; name a text with --data")
-  corpus = data.load_corpus(source, tokenizer, 0.0)
+  corpus = _corpus(source, tokenizer, 0.0)
   if len(corpus.eval):  # enwik8, whose division is fixed
     return Text(source, corpus.eval, corpus.eval_bytes_per_token, eod)
   return Text(source, corpus.train, corpus.train_bytes_per_token, eod)
+
+
+def _corpus(source, tokenizer, *division):
+  corpus = data.load_corpus(source, tokenizer, *division)
+  if corpus.loses_newlines:
+    warnings.warn(data.losing_newlines(tokenizer.name), stacklevel=2)
+  return corpus
 
 
 def _described(results: list[tuple[Subject, Evaluation]], args) -> dict[str, Any]:

@@ -90,6 +90,17 @@ def test_pieces_are_tokens_of_each_document(lines, tmp_path, pieces):
   assert index["dtype"] == "uint8" and not len(shards.open_tokens(tmp_path / "out", "held_out"))
 
 
+@pytest.mark.full
+def test_dropped_line_breaks_are_told_once(lines, tmp_path, pieces, capsys):
+  command = ["tokenize", "--data", str(lines), "--tokenizer", pieces, "--workers=2"]
+  assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
+  assert capsys.readouterr().err.count("drops line breaks") == 1
+  (tmp_path / "line").write_text("one line")
+  command[2] = str(tmp_path / "line")
+  assert cli.main([*command, "--out", str(tmp_path / "other")]) == 0
+  assert "line breaks" not in capsys.readouterr().err
+
+
 def test_duplicates_are_dropped(lines, tmp_path, monkeypatch):
   monkeypatch.setattr(arrange, "_AT_ONCE", 30)  # so that hashes are sorted in parts
   make(lines, tmp_path / "out", dedupe=True, held_out=0.2)
