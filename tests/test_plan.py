@@ -12,6 +12,7 @@ import pytest
 
 from palm_haiku import PaLMConfig, cli, configs, plan, sharding
 from palm_haiku.kernels.aot import hlo, targets
+from palm_haiku.kernels.core import chips
 from palm_haiku.kernels.explain import OPS
 from palm_haiku.plan import child, command, flops, machine, transfers
 from palm_haiku.recipe import TrainConfig
@@ -192,7 +193,7 @@ PLAN = ["plan", *TINY, "--batch-size", "8"]
 
 @pytest.mark.parametrize("argv, message", [
     ([*PLAN, "--topology", "v9:2x2"], "no topology is called 'v9:2x2'"),
-    ([*PLAN, "--topology", "v5e:two"], "is written like v5p:4x4x4; got 'v5e:two'"),
+    ([*PLAN, "--topology", "v5e:two"], "is written like v5e:2x2 or v5e:16; got 'v5e:two'"),
     ([*PLAN, "--topology", "h200:2x4"], "is written like h200:8; got 'h200:2x4'"),
     ([*PLAN, "--topology", "v5e:2x2", "--slices", "0"], "slices must be at least 1; got 0"),
     ([*PLAN, "--topology", "v5e:2x2", "--mesh", "fsdp=8"], "is for 8 devices; there are 4"),
@@ -326,12 +327,14 @@ def test_every_chip_that_is_planned_for_has_a_network():
   for name, chip in machine.PLANNED.items():
     assert chip.memory and chip.network.inside > chip.network.between
     assert chip.network.dims == {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}.get(name, 1)
+    if isinstance(chip, chips.Tpu):
+      assert len(targets.slice_shape(chip, "8")) == chip.network.dims
 
 
 @pytest.mark.parametrize("written, shape", [
     ("v5e:1", (1, 1)), ("v5e:2", (1, 2)), ("v6e:4", (2, 2)), ("v5e:8", (2, 4)),
     ("v5e:256", (16, 16)),
-    ("v5e:2x2", (2, 2)), ("v5p:1", (1, 1, 1)), ("v4:4", (2, 2, 1)), ("v5p:8", (2, 2, 2)),
+    ("v5e:2x2", (2, 2)), ("v5e:2x4x1", (2, 4)), ("v5p:1", (1, 1, 1)), ("v4:4", (2, 2, 1)), ("v5p:8", (2, 2, 2)),
     ("v4:16", (2, 2, 4)), ("v5p:2x2", (2, 2, 1)), ("v4:12x16x16", (12, 16, 16)), ("h200:8", (8,))])
 def test_topologies_may_be_numbers_of_chips(written, shape):
   machine = plan.Machine(written)
@@ -339,9 +342,13 @@ def test_topologies_may_be_numbers_of_chips(written, shape):
   assert machine.topology == written.partition(":")[0] + ":" + "x".join(map(str, shape))
 
 
-@pytest.mark.parametrize("written", ["v5e:3", "v5e:0", "v5e:", "v5e", "v5e:²", "v4:12"])
-def test_other_numbers_of_chips_need_a_shape(written):
-  with pytest.raises(ValueError, match="is written like v5p:4x4x4"):
+@pytest.mark.parametrize("written, example", [
+    *((text, "v5e:2x2 or v5e:16") for text in (
+        "v5e:3", "v5e:0", "v5e:", "v5e", "v5e:²", "v5e:0x1", "v5e:2x2x2", "v5e:4x", "v5e:4*2")),
+    ("v4:12", "v4:2x2x1 or v4:16"), ("h100", "h100:8"), ("h100:0", "h100:8"), ("h100:٨", "h100:8")])
+def test_other_numbers_of_chips_need_a_shape(written, example):
+  with pytest.raises(ValueError, match=f"is written like {example}; got '{written}'".replace(
+      "*", r"[*]")):
     plan.Machine(written)
 
 

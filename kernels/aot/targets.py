@@ -40,6 +40,26 @@ def chip(target: str) -> Gpu | Tpu:
   return chips.ALL[name]
 
 
+def slice_shape(what: Tpu, written: str) -> tuple[int, ...] | None:
+  """The chips of a TPU slice by dimension: of "2x4", "8" or "2x2x1"; None if it is no shape."""
+  dims = what.topology.partition(":")[2].count("x") + 1
+  if not re.fullmatch("[0-9]{1,6}(x[0-9]{1,6})*", written):
+    return None
+  sizes = tuple(map(int, written.split("x")))
+  if len(sizes) == 1:
+    (size,) = sizes
+    if size.bit_count() != 1:
+      return None
+    power = size.bit_length() - 1
+    # Four are the chips of one host.
+    return (2, 2, 1)[:dims] if size == 4 else tuple(
+        sorted(2 ** ((power + i) // dims) for i in range(dims)))
+  sizes += (1,) * (dims - len(sizes))
+  while len(sizes) > dims and sizes[-1] == 1:
+    sizes = sizes[:-1]
+  return sizes if len(sizes) == dims and 0 not in sizes else None
+
+
 def platform(target: str) -> str:
   """The lowering platform of a target: "cuda" or "tpu"."""
   return "cuda" if isinstance(chip(target), Gpu) else "tpu"
@@ -82,6 +102,8 @@ def devices(target: str) -> list:
 
   what = chip(target)
   if isinstance(what, Gpu):
+    if ":" in target:
+      raise AotError(f"a GPU target is one device; got {target!r}")
     if not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13)
                if importlib.util.find_spec("jax_plugins")):
       raise missing_wheel("XLA's CUDA compiler", "'jax[cuda13-local]'")
@@ -98,13 +120,15 @@ def devices(target: str) -> list:
     raise missing_wheel("the TPU compiler", "libtpu")
   options, name = {}, what.topology
   if ":" in target:
-    shape = re.fullmatch(r"\w+:(\d+(?:x\d+)*)(?:\*(\d+))?", target)
-    if not shape:
-      raise AotError(f"a TPU pod is CHIP:AxB or CHIP:AxBxC, with *N for N slices; got {target!r}")
-    name = target.partition("*")[0]
-    if shape[2]:
+    written, star, slices = target.partition(":")[2].partition("*")
+    shape = slice_shape(what, written)
+    if not shape or star and not re.fullmatch("[1-9][0-9]{0,5}", slices):
+      raise AotError(f"a TPU pod is written like {what.topology}, with *N for N slices; got "
+                     f"{target!r}")
+    name = f"{what.name}:{'x'.join(map(str, shape))}"
+    if star:
       # A slice is joined to the others host by host; 2x2x1 chips make a host.
-      options = {"num_slices": int(shape[2]), "chips_per_host_bounds": (2, 2, 1)}
+      options = {"num_slices": int(slices), "chips_per_host_bounds": (2, 2, 1)}
     if target.startswith("v4:"):
       options["chip_config_name"] = "megacore"  # both cores of a chip as one device
   try:

@@ -29,29 +29,18 @@ class Machine:
     if self.chip not in PLANNED:
       raise ValueError(f"no topology is called {self.topology!r}; there are slices of TPUs such as "
                        f"v5p:4x4x4, and GPUs such as h200:8, of {', '.join(PLANNED)}")
-    if self.platform == "tpu":
-      object.__setattr__(self, "topology", f"{self.chip}:{self._slice()}")
-    form = r"\d+(x\d+){1,2}" if self.platform == "tpu" else r"\d+"
-    shape = self.topology.partition(":")[2]
-    if not re.fullmatch(form, shape) or 0 in self.shape:
-      raise ValueError(f"the topology of a {self.chip} is written like "
-                       f"{'v5p:4x4x4' if self.platform == 'tpu' else 'h200:8'}; "
-                       f"got {self.topology!r}")
+    chip, written = chips.ALL[self.chip], self.topology.partition(":")[2]
+    if isinstance(chip, chips.Tpu):
+      shape, example = targets.slice_shape(chip, written), f"{chip.topology} or {self.chip}:16"
+    else:
+      shape = (int(written),) if re.fullmatch("[1-9][0-9]{0,5}", written) else None
+      example = f"{self.chip}:8"
+    if not shape:
+      raise ValueError(f"the topology of a {self.chip} is written like {example}; got "
+                       f"{self.topology!r}")
+    object.__setattr__(self, "topology", f"{self.chip}:{'x'.join(map(str, shape))}")
     if self.slices < 1:
       raise ValueError(f"slices must be at least 1; got {self.slices}")
-
-  def _slice(self) -> str:
-    """The shape in full, where the topology has a number of chips or leaves out a 1."""
-    shape = self.topology.partition(":")[2]
-    dims = self.network.dims
-    if re.fullmatch("[0-9]+", shape) and (size := int(shape)).bit_count() == 1:
-      power = size.bit_length() - 1
-      sizes = sorted(2 ** ((power + i) // dims) for i in range(dims))
-      if size == 4:
-        sizes = [2, 2, 1][:dims]  # the chips of one host
-      return "x".join(map(str, sizes))
-    missing = dims - len(shape.split("x"))
-    return shape + "x1" * missing if missing < dims - 1 else shape
 
   @property
   def chip(self) -> str:

@@ -341,8 +341,16 @@ def test_unknown_executables_are_refused(change):
 def test_unknown_targets_are_named():
   with pytest.raises(AotError, match="no target is called 'h900'.*v5e:16x16"):
     targets.chip("h900")
-  with pytest.raises(AotError, match="CHIP:AxB"):
-    targets.devices("v5e:big")
+  # A dimension of 0 would end libtpu, and with it this process, by a division.
+  for target in ("v5e:big", "v5e:", "v5e:0x1", "v5e:1x0", "v5e:3", "v5e:2x2*0", "v5e:2x2*",
+                 "v5e:2x2x2", "v4:2x2x1*-1", "v5e:99999999x1"):
+    with pytest.raises(AotError, match="a TPU pod is written like v[54]"):
+      targets.devices(target)
+  with pytest.raises(AotError, match="a GPU target is one device; got 'a100:8'"):
+    targets.devices("a100:8")
+  assert len(targets.devices("v5e:8")) == 8
+  for name, chip in chips.TPUS.items():
+    assert "x".join(map(str, targets.slice_shape(chip, "4"))) == chip.topology.partition(":")[2]
 
 
 @pytest.mark.parametrize("target", ["h200", "v5e"])
