@@ -1,7 +1,7 @@
 """python benchmarks/compare_code.py OLD NEW: whether two commits compile to the same machine code.
 
-Every op by every backend, forward and backward, is compiled ahead of time from both: PTX of GPU
-kernels, bundles of TPU kernels and of what surrounds them, StableHLO of plain JAX. Locations in the
+Every op by every backend, forward and backward, on one device and on a mesh of 2 x 2, is compiled
+ahead of time from both: PTX of GPU kernels, bundles of TPU kernels and of what surrounds them, StableHLO of plain JAX. Locations in the
 source are left out, for moving a line is no change. Exit status: 0 the same, 1 different.
 """
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.diff:
           _leave(pathlib.Path(args.diff) / target / case, theirs - ours, ours - theirs)
       changed += not same
-      print(f"{target:5} {BACKENDS[target]:10} {case:33} {len(old[case]):3} codes  {word}",
+      print(f"{target:5} {BACKENDS[target]:10} {case:43} {len(old[case]):3} codes  {word}",
             flush=True)
   return int(changed > 0)
 
@@ -96,12 +96,28 @@ def _compile(target: str, folder: str, *ops: str) -> None:
       if target == "cpu":
         codes[f"{op} {case}"] = [jax.jit(f).lower(*arguments).as_text()]
         continue
-      placed, mesh = build.place(arguments, target)
-      lowered = build.lower(f, placed, {}, target, mesh)
-      if BACKENDS[target] != "triton":  # Triton has compiled its kernels by now
-        lowered.compile()
-      codes[f"{op} {case}"] = _take(dumps)
+      for where, given in ((case, arguments), (f"{case} on a mesh", _on_mesh(arguments, target))):
+        placed, mesh = build.place(given, target)
+        lowered = build.lower(f, placed, {}, target, mesh)
+        if BACKENDS[target] != "triton":  # Triton has compiled its kernels by now
+          lowered.compile()
+        codes[f"{op} {where}"] = _take(dumps)
   (pathlib.Path(folder) / "codes").write_bytes(pickle.dumps(codes))
+
+
+def _on_mesh(arguments, target):
+  """The arguments on 2 x 2 devices, over which the ops divide sequences and heads themselves."""
+  import jax
+  import numpy as np
+  from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+  from palm_haiku.kernels.aot import targets
+
+  devices = targets.devices(target if target == "v5e" else f"{target}:4")
+  mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "model"))
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), arguments)
 
 
 def _take(dumps) -> list[str]:
@@ -133,19 +149,19 @@ def _program(op, implementation):
   if op == "flash_attention":
     slopes = kernels.alibi_slopes(8)
     return lambda *arrays: function(*arrays, alibi_slopes=slopes), (
-        array(1, 1024, 8, 128), *[array(1, 1024, 1, 128)] * 2)
+        array(2, 1024, 8, 128), *[array(2, 1024, 1, 128)] * 2)
   if op == "decode_attention":
     return function, (array(4, 1, 16, 128), *[array(4, 4096, 1, 128)] * 2,
                       array(4, dtype=jnp.int32))
   if op == "linear_cross_entropy":
     return lambda *arrays: function(*arrays)[0], (
-        array(1, 2048, 1024), array(8192, 1024), array(1, 2048, dtype=jnp.int32))
+        array(2, 1024, 1024), array(8192, 1024), array(2, 1024, dtype=jnp.int32))
   dim, heads, dim_head, hidden = 1024, 8, 128, 4096
   params = dict(
       norm=array(dim, dtype=jnp.float32), query=array(dim, heads, dim_head),
       key=array(dim, dim_head), value=array(dim, dim_head), gate=array(dim, hidden),
       up=array(dim, hidden), attn_out=array(heads, dim_head, dim), ff_out=array(hidden, dim))
-  return function, (array(1, 1024, dim), params)
+  return function, (array(2, 1024, dim), params)
 
 
 def _gradient(function, arguments):

@@ -93,7 +93,7 @@ def _environment_of(target):
 
 
 def devices(target: str) -> list:
-  """The compile-only devices of a target, one for a GPU.
+  """The compile-only devices of a target: one for a GPU, eight for "h100:8".
 
   Raises:
     AotError: an unknown target, or the compiler's wheel is not installed.
@@ -102,15 +102,16 @@ def devices(target: str) -> list:
 
   what = chip(target)
   if isinstance(what, Gpu):
-    if ":" in target:
-      raise AotError(f"a GPU target is one device; got {target!r}")
+    count = re.fullmatch(r"\w+(?::([1-9]\d{0,3}))?", target)
+    if not count:
+      raise AotError(f"several GPUs are CHIP:COUNT, such as h100:8; got {target!r}")
     if not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13)
                if importlib.util.find_spec("jax_plugins")):
       raise missing_wheel("XLA's CUDA compiler", "'jax[cuda13-local]'")
     try:
       return list(topologies.get_topology_desc(
           platform="cuda", topology_name=target, target_config=target_config(what),
-          topology="1x1x1").devices)
+          topology=f"1x1x{count[1] or 1}").devices)
     except Exception as error:  # NotImplementedError: the plugin was not loaded.
       message = (f"XLA's CUDA compiler does not start for {target!r}; set JAX_PLATFORMS=cpu before "
                  f"jax is imported, as targets.environment says: {error!r}")

@@ -41,6 +41,62 @@ def _rows(first, T, GROUP: tl.constexpr, BLOCK: tl.constexpr, CLAMP: tl.constexp
 
 
 @triton.jit
+def _load(pointers, inside, MASKED: tl.constexpr):
+  """A tile, under MASKED with zeros in the rows that are not inside."""
+  if MASKED:
+    tile = tl.load(pointers, mask=inside[:, None], other=0.0)
+  else:
+    tile = tl.load(pointers)
+  return tile
+
+
+@triton.jit
+def _row_tile(T, S, num_groups, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+              BLOCK_Q: tl.constexpr):
+  """The program's rows and where they, their keys and their lse lie: the last rows start first."""
+  pid = tl.program_id(0)
+  group = pid % num_groups
+  batch = group // KV_HEADS
+  head = group % KV_HEADS
+  first = (tl.num_programs(0) // num_groups - 1 - pid // num_groups) * BLOCK_Q  # they see the most
+  t_first, t, g, inside = _rows(first, T, GROUP, BLOCK_Q, True)
+  g += head * GROUP
+  heads = KV_HEADS * GROUP
+  tile = t[:, None] * (heads * DIM) + g[:, None] * DIM + tl.arange(0, DIM)[None, :]
+  q_start = (tl.cast(batch, tl.int64) * T + t_first) * (heads * DIM)
+  kv_start = tl.cast(batch, tl.int64) * S * (KV_HEADS * DIM) + head * DIM
+  lse_row = (tl.cast(batch, tl.int64) * heads + g) * T + t_first + t
+  return batch, first, t_first, t, g, inside, q_start + tile, kv_start, lse_row
+
+
+@triton.jit
+def _row_mask(batch, first, t_first, t, g, T, S, offset_ptr, slope_ptr, q_segment_ptr, k_range_ptr,
+              HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr,
+              BLOCK_K: tl.constexpr, SCALE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+              ALIBI: tl.constexpr, SEGMENTS: tl.constexpr):
+  """Slopes over scale, positions and segments of a tile of rows, and the keys that they see.
+
+  The keys lie in [lo, hi); those of the blocks in [mid, end) are seen by every row.
+  """
+  offset = tl.load(offset_ptr + batch)
+  origin = offset + t_first
+  last = tl.minimum((first + BLOCK_Q - 1) // GROUP, T - 1)
+  lo, mid, end, hi = _key_range(origin, offset + last, S, LEFT, RIGHT, BLOCK_K)
+  slope = tl.zeros([BLOCK_Q], tl.float32)
+  if ALIBI:
+    slope = tl.load(slope_ptr + batch * HEADS + g) * (1 / SCALE)  # mutant: slopes
+  q_segment = t
+  if SEGMENTS:
+    q_segment = tl.load(q_segment_ptr + tl.cast(batch, tl.int64) * T + t_first + t)
+    blocks = tl.cdiv(S, BLOCK_K)
+    lo, hi = _segment_hull(k_range_ptr + batch * 2 * blocks, blocks, tl.min(q_segment),
+                           tl.max(q_segment), lo, tl.maximum(lo, hi), BLOCK_K)
+    mid = lo
+    end = lo
+  return origin, origin + t, slope, q_segment, lo, mid, end, hi
+
+
+@triton.jit
 def _segment_hull(ranges, count, low, high, lo, hi, BLOCK: tl.constexpr):
   """[lo, hi) cut to the first and last block whose ids can meet the ids [low, high].
 
@@ -92,6 +148,29 @@ def _sees(p, j, q_segment, k_segment, LEFT: tl.constexpr, RIGHT: tl.constexpr,
 
 
 @triton.jit
+def _sees_keys(p, j, q_segment, segment_ptr, S, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+               SEGMENTS: tl.constexpr):
+  """[rows, keys]: what rows at positions p see of the keys j, of which those from S on are none."""
+  k_segment = j
+  if SEGMENTS:
+    k_segment = tl.load(segment_ptr + j, mask=j < S, other=0)
+  return _sees(p[:, None], j[None, :], q_segment[:, None], k_segment[None, :],
+               LEFT, RIGHT, SEGMENTS) & (j < S)[None, :]  # mutant: end of the keys
+
+
+@triton.jit
+def _scores(q, k, slope, cols, distance, ALIBI: tl.constexpr, PRECISION: tl.constexpr):
+  """q.k, with ALiBi for keys whose first one is `distance` behind the tile's origin."""
+  scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+  if ALIBI:
+    # Float columns leave the loop; converting the distance is one instruction a block, not one a
+    # column. An FMA, since Triton would make a sum the initial accumulator of the product.
+    from_origin = cols.to(tl.float32) + tl.cast(distance, tl.float32)
+    scores = tl.fma(slope[:, None], from_origin[None, :], scores)
+  return scores
+
+
+@triton.jit
 def _forward_blocks(acc, top, total, q, k_ptr, v_ptr, segment_ptr, slope, p, q_segment, origin, S,
                     lo, hi, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_K: tl.constexpr,
                     SCALE2: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
@@ -102,22 +181,10 @@ def _forward_blocks(acc, top, total, q, k_ptr, v_ptr, segment_ptr, slope, p, q_s
   for n in range(lo, hi, BLOCK_K):
     j = n + cols
     start = tl.cast(n, tl.int64) * (KV_HEADS * DIM)
+    k = _load(k_ptr + start + tile, j < S, MASKED)
+    scores = _scores(q, k, slope, cols, n - origin, ALIBI, PRECISION)
     if MASKED:
-      k = tl.load(k_ptr + start + tile, mask=(j < S)[:, None], other=0.0)
-    else:
-      k = tl.load(k_ptr + start + tile)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if ALIBI:
-      # Float columns leave the loop; converting n is one instruction a block, not one a column. An
-      # FMA, since Triton would make a sum the initial accumulator of the product.
-      distance = cols.to(tl.float32) + tl.cast(n - origin, tl.float32)
-      scores = tl.fma(slope[:, None], distance[None, :], scores)
-    if MASKED:
-      k_segment = j
-      if SEGMENTS:
-        k_segment = tl.load(segment_ptr + j, mask=j < S, other=0)
-      visible = _sees(p[:, None], j[None, :], q_segment[:, None], k_segment[None, :],
-                      LEFT, RIGHT, SEGMENTS) & (j < S)[None, :]  # mutant: end of the keys
+      visible = _sees_keys(p, j, q_segment, segment_ptr, S, LEFT, RIGHT, SEGMENTS)
       scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * SCALE2)
     shift = new_top
@@ -127,12 +194,9 @@ def _forward_blocks(acc, top, total, q, k_ptr, v_ptr, segment_ptr, slope, p, q_s
     fade = tl.exp2(top - shift)
     total = total * fade + tl.sum(weights, 1)
     acc = acc * fade[:, None]
-    if SHARED:
-      v = k
-    elif MASKED:
-      v = tl.load(v_ptr + start + tile, mask=(j < S)[:, None], other=0.0)
-    else:
-      v = tl.load(v_ptr + start + tile)
+    v = k
+    if not SHARED:
+      v = _load(v_ptr + start + tile, j < S, MASKED)
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     top = new_top
   return acc, top, total
@@ -146,37 +210,12 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, offset_ptr, slope_ptr, q_segment_ptr, k_
                    RIGHT: tl.constexpr, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr,
                    SHARED: tl.constexpr, PRECISION: tl.constexpr):
   """out, lse of BLOCK_Q rows of one key/value head; num_groups = batch * KV_HEADS."""
-  HEADS: tl.constexpr = KV_HEADS * GROUP
-  pid = tl.program_id(0)
-  group = pid % num_groups
-  batch = group // KV_HEADS
-  head = group % KV_HEADS
-  # The last rows see the most keys: they start first.
-  first = (tl.num_programs(0) // num_groups - 1 - pid // num_groups) * BLOCK_Q
-
-  t_first, t, g, inside = _rows(first, T, GROUP, BLOCK_Q, True)
-  tile = t[:, None] * (HEADS * DIM) + (head * GROUP + g)[:, None] * DIM + tl.arange(0, DIM)[None, :]
-  q_start = (tl.cast(batch, tl.int64) * T + t_first) * (HEADS * DIM)
-  kv_start = tl.cast(batch, tl.int64) * S * (KV_HEADS * DIM) + head * DIM
-  q = tl.load(q_ptr + q_start + tile, mask=inside[:, None], other=0.0)
-
-  offset = tl.load(offset_ptr + batch)
-  origin = offset + t_first
-  p = origin + t
-  last = tl.minimum((first + BLOCK_Q - 1) // GROUP, T - 1)
-  lo, mid, end, hi = _key_range(origin, offset + last, S, LEFT, RIGHT, BLOCK_K)
-
-  slope = tl.zeros([BLOCK_Q], tl.float32)
-  if ALIBI:
-    slope = tl.load(slope_ptr + batch * HEADS + head * GROUP + g) * (1 / SCALE)  # mutant: slopes
-  q_segment = t
-  if SEGMENTS:
-    q_segment = tl.load(q_segment_ptr + tl.cast(batch, tl.int64) * T + t_first + t)
-    blocks = tl.cdiv(S, BLOCK_K)
-    lo, hi = _segment_hull(k_range_ptr + batch * 2 * blocks, blocks, tl.min(q_segment),
-                           tl.max(q_segment), lo, tl.maximum(lo, hi), BLOCK_K)
-    mid = lo
-    end = lo
+  batch, first, t_first, t, g, inside, tile, kv_start, lse_row = _row_tile(
+      T, S, num_groups, GROUP, KV_HEADS, DIM, BLOCK_Q)
+  q = tl.load(q_ptr + tile, mask=inside[:, None], other=0.0)
+  origin, p, slope, q_segment, lo, mid, end, hi = _row_mask(
+      batch, first, t_first, t, g, T, S, offset_ptr, slope_ptr, q_segment_ptr, k_range_ptr,
+      KV_HEADS * GROUP, GROUP, BLOCK_Q, BLOCK_K, SCALE, LEFT, RIGHT, ALIBI, SEGMENTS)
 
   acc = tl.zeros([BLOCK_Q, DIM], tl.float32)
   top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -191,11 +230,10 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, offset_ptr, slope_ptr, q_segment_ptr, k_
 
   empty = total == 0
   out = acc / tl.where(empty, 1.0, total)[:, None]
-  tl.store(out_ptr + q_start + tile, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+  tl.store(out_ptr + tile, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
   lse = (top + tl.log2(tl.where(empty, 1.0, total))) * LN2
   if ALIBI:
     lse -= slope * SCALE * t.to(tl.float32)  # mutant: lse
-  lse_row = (tl.cast(batch, tl.int64) * HEADS + head * GROUP + g) * T + t_first + t
   tl.store(lse_ptr + lse_row, tl.where(empty, float("-inf"), lse), mask=inside)
 
 
@@ -210,27 +248,14 @@ def _dq_blocks(dq, q, dout, lse2, delta, k_ptr, v_ptr, segment_ptr, slope, p, q_
   for n in range(lo, hi, BLOCK_K):
     j = n + cols
     start = tl.cast(n, tl.int64) * (KV_HEADS * DIM)
-    if MASKED:
-      k = tl.load(k_ptr + start + tile, mask=(j < S)[:, None], other=0.0)
-    else:
-      k = tl.load(k_ptr + start + tile)
-    if SHARED:
-      v = k
-    elif MASKED:
-      v = tl.load(v_ptr + start + tile, mask=(j < S)[:, None], other=0.0)
-    else:
-      v = tl.load(v_ptr + start + tile)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if ALIBI:
-      distance = cols.to(tl.float32) + tl.cast(n - origin, tl.float32)
-      scores = tl.fma(slope[:, None], distance[None, :], scores)
+    k = _load(k_ptr + start + tile, j < S, MASKED)
+    v = k
+    if not SHARED:
+      v = _load(v_ptr + start + tile, j < S, MASKED)
+    scores = _scores(q, k, slope, cols, n - origin, ALIBI, PRECISION)
     weights = tl.exp2(tl.fma(scores, SCALE2, -lse2[:, None]))
     if MASKED:
-      k_segment = j
-      if SEGMENTS:
-        k_segment = tl.load(segment_ptr + j, mask=j < S, other=0)
-      visible = _sees(p[:, None], j[None, :], q_segment[:, None], k_segment[None, :],
-                      LEFT, RIGHT, SEGMENTS) & (j < S)[None, :]  # mutant: end of the keys
+      visible = _sees_keys(p, j, q_segment, segment_ptr, S, LEFT, RIGHT, SEGMENTS)
       weights = tl.where(visible, weights, 0.0)
     dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     dscores = weights * (dweights - delta[:, None])
@@ -246,43 +271,19 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, dout_ptr, offset_ptr, slop
               LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr,
               SEGMENTS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr):
   """dq, and delta = sum(out * dout) for `dkv_kernel`; a program has the rows of the forward's."""
-  HEADS: tl.constexpr = KV_HEADS * GROUP
-  pid = tl.program_id(0)
-  group = pid % num_groups
-  batch = group // KV_HEADS
-  head = group % KV_HEADS
-  first = (tl.num_programs(0) // num_groups - 1 - pid // num_groups) * BLOCK_Q
-
-  t_first, t, g, inside = _rows(first, T, GROUP, BLOCK_Q, True)
-  tile = t[:, None] * (HEADS * DIM) + (head * GROUP + g)[:, None] * DIM + tl.arange(0, DIM)[None, :]
-  q_start = (tl.cast(batch, tl.int64) * T + t_first) * (HEADS * DIM)
-  kv_start = tl.cast(batch, tl.int64) * S * (KV_HEADS * DIM) + head * DIM
-  lse_row = (tl.cast(batch, tl.int64) * HEADS + head * GROUP + g) * T + t_first + t
-  q = tl.load(q_ptr + q_start + tile, mask=inside[:, None], other=0.0)
-  dout = tl.load(dout_ptr + q_start + tile, mask=inside[:, None], other=0.0)
-  out = tl.load(out_ptr + q_start + tile, mask=inside[:, None], other=0.0)
+  batch, first, t_first, t, g, inside, tile, kv_start, lse_row = _row_tile(
+      T, S, num_groups, GROUP, KV_HEADS, DIM, BLOCK_Q)
+  q = tl.load(q_ptr + tile, mask=inside[:, None], other=0.0)
+  dout = tl.load(dout_ptr + tile, mask=inside[:, None], other=0.0)
+  out = tl.load(out_ptr + tile, mask=inside[:, None], other=0.0)
   delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
   tl.store(delta_ptr + lse_row, delta, mask=inside)
-
-  offset = tl.load(offset_ptr + batch)
-  origin = offset + t_first
-  p = origin + t
-  last = tl.minimum((first + BLOCK_Q - 1) // GROUP, T - 1)
-  lo, mid, end, hi = _key_range(origin, offset + last, S, LEFT, RIGHT, BLOCK_K)
-
   lse2 = tl.load(lse2_ptr + lse_row)
-  slope = tl.zeros([BLOCK_Q], tl.float32)
+  origin, p, slope, q_segment, lo, mid, end, hi = _row_mask(
+      batch, first, t_first, t, g, T, S, offset_ptr, slope_ptr, q_segment_ptr, k_range_ptr,
+      KV_HEADS * GROUP, GROUP, BLOCK_Q, BLOCK_K, SCALE, LEFT, RIGHT, ALIBI, SEGMENTS)
   if ALIBI:
-    slope = tl.load(slope_ptr + batch * HEADS + head * GROUP + g) * (1 / SCALE)  # mutant: slopes
     lse2 += slope * (SCALE * LOG2E) * t.to(tl.float32)
-  q_segment = t
-  if SEGMENTS:
-    q_segment = tl.load(q_segment_ptr + tl.cast(batch, tl.int64) * T + t_first + t)
-    blocks = tl.cdiv(S, BLOCK_K)
-    lo, hi = _segment_hull(k_range_ptr + batch * 2 * blocks, blocks, tl.min(q_segment),
-                           tl.max(q_segment), lo, tl.maximum(lo, hi), BLOCK_K)
-    mid = lo
-    end = lo
 
   dq = tl.zeros([BLOCK_Q, DIM], tl.float32)
   k_segments = k_segment_ptr + tl.cast(batch, tl.int64) * S
@@ -292,7 +293,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, dout_ptr, offset_ptr, slop
                     slope, p, q_segment, origin, S, edges[part], edges[part + 1], KV_HEADS, DIM,
                     BLOCK_K, SCALE * LOG2E, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION,
                     part != 1)
-  tl.store(dq_ptr + q_start + tile, (dq * SCALE).to(dq_ptr.dtype.element_ty),
+  tl.store(dq_ptr + tile, (dq * SCALE).to(dq_ptr.dtype.element_ty),
            mask=inside[:, None])
 
 
@@ -312,12 +313,8 @@ def _dkv_blocks(dk, dv, k, v, q_ptr, dout_ptr, lse2_ptr, delta_ptr, slope_ptr, s
     t_first, t, g, inside = _rows(first, T, GROUP, BLOCK_Q, MASKED)
     rows = t[:, None] * (HEADS * DIM) + g[:, None] * DIM + d[None, :]
     start = tl.cast(t_first, tl.int64) * (HEADS * DIM)
-    if MASKED:
-      q = tl.load(q_ptr + start + rows, mask=inside[:, None], other=0.0)
-      dout = tl.load(dout_ptr + start + rows, mask=inside[:, None], other=0.0)
-    else:
-      q = tl.load(q_ptr + start + rows)
-      dout = tl.load(dout_ptr + start + rows)
+    q = _load(q_ptr + start + rows, inside, MASKED)
+    dout = _load(dout_ptr + start + rows, inside, MASKED)
     lse2 = tl.load(lse2_ptr + t_first + g * T + t)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [keys, rows]
     if ALIBI:

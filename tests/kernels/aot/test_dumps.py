@@ -346,9 +346,9 @@ def test_unknown_targets_are_named():
                  "v5e:2x2x2", "v4:2x2x1*-1", "v5e:99999999x1"):
     with pytest.raises(AotError, match="a TPU pod is written like v[54]"):
       targets.devices(target)
-  with pytest.raises(AotError, match="a GPU target is one device; got 'a100:8'"):
-    targets.devices("a100:8")
-  assert len(targets.devices("v5e:8")) == 8
+  with pytest.raises(AotError, match="several GPUs are CHIP:COUNT, such as h100:8; got 'a100:2x2'"):
+    targets.devices("a100:2x2")
+  assert len(targets.devices("v5e:8")) == len(targets.devices("h100:8")) == 8
   for name, chip in chips.TPUS.items():
     assert "x".join(map(str, targets.slice_shape(chip, "4"))) == chip.topology.partition(":")[2]
 
