@@ -1,8 +1,9 @@
 """python benchmarks/compare_code.py OLD NEW: whether two commits compile to the same machine code.
 
 Every op by every backend, forward and backward, on one device and on a mesh of 2 x 2, is compiled
-ahead of time from both: PTX of GPU kernels, bundles of TPU kernels and of what surrounds them, StableHLO of plain JAX. Locations in the
-source are left out, for moving a line is no change. Exit status: 0 the same, 1 different.
+ahead of time from both: PTX of GPU kernels, bundles of TPU kernels and of what surrounds them,
+StableHLO of plain JAX. Locations in the source are left out, for moving a line is no change. Exit
+status: 0 the same, 1 different.
 """
 
 import argparse

@@ -349,7 +349,7 @@ def test_unknown_targets_are_named():
   with pytest.raises(AotError, match="several GPUs are CHIP:COUNT, such as h100:8; got 'a100:2x2'"):
     targets.devices("a100:2x2")
   assert len(targets.devices("v5e:8")) == len(targets.devices("h100:8")) == 8
-  for name, chip in chips.TPUS.items():
+  for chip in chips.TPUS.values():
     assert "x".join(map(str, targets.slice_shape(chip, "4"))) == chip.topology.partition(":")[2]
 
 
