@@ -19,6 +19,7 @@ os.environ["XLA_FLAGS"] = (
 import jax  # noqa: E402  (after the settings that it reads)
 
 import palm_haiku  # noqa: E402, F401  (leaves out platforms without a chip)
+from palm_haiku.kernels.aot import server  # noqa: E402
 from palm_haiku.kernels.interpreters import triton  # noqa: E402
 
 # The same for processes that tests start, which do not import this project first.
@@ -69,6 +70,7 @@ def _no_programs_of_other_files():
 
 @pytest.fixture(autouse=True, scope="session")
 def _processes_end():
-  """Ends the process of Triton's interpreter, so that its coverage is counted."""
+  """Ends the processes of interpreters and compilers, so that their coverage is counted."""
   yield
   triton.stop()
+  server.stop()

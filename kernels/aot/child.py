@@ -1,17 +1,12 @@
-"""The process that compiles: python -m ...aot.child FOLDER PARENT, where FOLDER/job holds a `Job`.
+"""The part of a compilation in its own process: folder/job holds a `Job`.
 
-It leaves FOLDER/result, a pickled ("report", Report) or ("error", AotError).
+It leaves folder/result, a pickled ("report", Report) or ("error", AotError).
 """
 
 import glob
-import os
 import pathlib
 import pickle
 import re
-import subprocess
-import sys
-import threading
-import time
 
 import jax
 
@@ -20,8 +15,7 @@ from .errors import AotError
 from .report import GpuKernel, Report, TpuKernel
 
 
-def main(folder: pathlib.Path, parent: int) -> None:
-  _die_with(parent, folder)
+def main(folder: pathlib.Path) -> None:
   job = pickle.loads((folder / "job").read_bytes())
   try:
     result = ("report", _report(job, folder))
@@ -32,18 +26,6 @@ def main(folder: pathlib.Path, parent: int) -> None:
                                 f"{type(error).__name__}: {_first_lines(str(error))}"))
   (folder / "result.part").write_bytes(pickle.dumps(result))
   (folder / "result.part").rename(folder / "result")
-
-
-def _die_with(parent, folder):
-  def watch():
-    while os.getppid() == parent:
-      time.sleep(1)
-    # Somebody else has to sweep: the compiler writes its dumps as long as this process lives.
-    sweep = "import shutil, sys, time; time.sleep(1); shutil.rmtree(sys.argv[1], True)"
-    subprocess.Popen([sys.executable, "-c", sweep, str(folder)], start_new_session=True)
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
 
 
 def _first_lines(text, limit=600):
@@ -166,7 +148,3 @@ def _launches(folder):
   return {name: int(shared) for path in folder.glob("*thunk_sequence.txt")
           for name, shared in re.findall(
               r"\] (\S+) grid: .* shared_memory: (\d+) bytes", path.read_text())}
-
-
-if __name__ == "__main__":
-  main(pathlib.Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,4 +1,7 @@
-"""Compiles in processes of their own, so that no compiler can take the caller down with it."""
+"""Compiles in processes of their own, so that no compiler can take the caller down with it.
+
+They are forks of one that has imported JAX and waits for the next job; see server.py.
+"""
 
 import concurrent.futures
 import dataclasses
@@ -6,13 +9,12 @@ import os
 import pathlib
 import pickle
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from . import build, ptxas, targets
+from . import build, ptxas, server, targets
 from .errors import AotError
 from .llo import Steps
 from .report import Report
@@ -88,21 +90,10 @@ def run(job: Job, timeout: float = 600) -> Report:
   with tempfile.TemporaryDirectory(prefix="palm-haiku-aot-") as folder:
     folder = pathlib.Path(folder)
     (folder / "job").write_bytes(pickled)
-    with open(folder / "log", "w") as log:
-      process = subprocess.Popen(
-          [sys.executable, "-m", f"{__package__}.child", str(folder), str(os.getpid())],
-          stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(job, folder),
-          start_new_session=True)
-      try:
-        process.wait(timeout)
-      except subprocess.TimeoutExpired:
-        raise AotError(f"{job.name} for {job.target}: not compiled after {timeout:.0f} s") from None
-      finally:
-        if process.poll() is None:
-          os.killpg(process.pid, signal.SIGKILL)
-          process.wait()
+    status = server.run(f"{__package__}.child", folder, _environment(job, folder), timeout)
+    if status is None:
+      raise AotError(f"{job.name} for {job.target}: not compiled after {timeout:.0f} s")
     if not (folder / "result").exists():
-      status = process.returncode
       how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
       tail = " | ".join((folder / "log").read_text(errors="replace").split("\n"))[-600:]
       raise AotError(f"{job.name} for {job.target}: the compiler died ({how}): {tail}")

@@ -175,16 +175,38 @@ def test_a_killed_caller_leaves_nothing(tmp_path):
   caller = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=os.getcwd(),
                             env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)))
 
-  def wait_for(found, seconds=60):
+  def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
-    while time.monotonic() < end and bool(list(tmp_path.glob("palm-haiku-aot-*/*"))) != found:
+    while not condition() and time.monotonic() < end:
       time.sleep(0.2)
-    assert bool(list(tmp_path.glob("palm-haiku-aot-*/*"))) == found
+    assert condition()
 
-  wait_for(True)
-  caller.send_signal(signal.SIGKILL)
-  caller.wait()
-  wait_for(False)
+  def processes(*which):
+    listed = subprocess.run(["ps", *which, "-o", "pid="], capture_output=True, text=True)
+    return listed.stdout.split()
+
+  folders = lambda: list(tmp_path.glob("palm-haiku-aot-*/*"))
+  try:
+    wait_for(folders)
+    server, = processes("--ppid", str(caller.pid))
+    wait_for(lambda: len(processes("-s", server)) == 3)  # it, the one that waits, the compiler
+    assert len(os.listdir(f"/proc/{server}/task")) == 1  # else forks may hang
+  finally:
+    caller.send_signal(signal.SIGKILL)
+    caller.wait()
+  wait_for(lambda: not folders() and not processes("-s", server))
+
+
+@pytest.mark.full
+def test_settings_that_jax_reads_when_it_is_imported(monkeypatch):
+  output = lambda: aot.report(programs.widest, array(2), target="v5e").memory["output"]
+  monkeypatch.setenv("JAX_ENABLE_X64", "1")
+  wide = output()
+  monkeypatch.setenv("JAX_ENABLE_X64", "0")
+  assert wide == 2 * output()
+  monkeypatch.setenv("JAX_ENABLE_X64", "perhaps")
+  with pytest.raises(aot.AotError, match="the compiler died .exit status 1.*invalid truth value"):
+    output()
 
 
 def test_functions_that_no_process_could_find_are_refused():
