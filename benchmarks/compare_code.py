@@ -110,11 +110,17 @@ def _on_mesh(arguments, target):
   """The arguments on 2 x 2 devices, over which the ops divide sequences and heads themselves."""
   import jax
   import numpy as np
+  from jax.experimental import topologies
   from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
   from palm_haiku.kernels.aot import targets
 
-  devices = targets.devices(target if target == "v5e" else f"{target}:4")
+  if target == "v5e":
+    devices = targets.devices(target)
+  else:  # not through `targets`, which in old commits knows one GPU alone
+    devices = topologies.get_topology_desc(
+        platform="cuda", topology_name=target, topology="1x1x4",
+        target_config=targets.target_config(targets.chip(target))).devices
   mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "model"))
   everywhere = NamedSharding(mesh, PartitionSpec())
   return jax.tree.map(
