@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 OPS = ("flash_attention", "linear_cross_entropy", "decode_attention", "parallel_attention_ffn")
 BACKENDS = {"h200": "mosaic_gpu", "a100": "triton", "v5e": "mosaic_tpu", "cpu": "xla"}
@@ -115,12 +116,10 @@ def _on_mesh(arguments, target):
 
   from palm_haiku.kernels.aot import targets
 
-  if target == "v5e":
+  # Old commits know one GPU alone; four chips are the smallest topology of a TPU.
+  one, more = topologies.get_topology_desc, {} if target == "v5e" else {"topology": "1x1x4"}
+  with mock.patch.object(topologies, "get_topology_desc", lambda **given: one(**given | more)):
     devices = targets.devices(target)
-  else:  # not through `targets`, which in old commits knows one GPU alone
-    devices = topologies.get_topology_desc(
-        platform="cuda", topology_name=target, topology="1x1x4",
-        target_config=targets.target_config(targets.chip(target))).devices
   mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "model"))
   everywhere = NamedSharding(mesh, PartitionSpec())
   return jax.tree.map(
