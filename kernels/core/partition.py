@@ -89,17 +89,24 @@ def reshard(array: jax.Array, spec: PartitionSpec, mesh: jax.sharding.AbstractMe
   return jax.reshard(array, jax.sharding.NamedSharding(mesh, wanted))
 
 
-def partitioned(f: Callable, array: jax.Array, *arrays) -> Any:
-  """f(array, *arrays), laid out as `array`; within f, all layouts are XLA's partitioner's choice.
+def partitioned(f: Callable, *arguments: Any, like: Any = None) -> Any:
+  """f(*arguments); within f, all layouts are XLA's partitioner's choice.
 
   For what is sharded over Explicit axes in ways that the operations of f have no rule for.
+
+  Args:
+    like: arrays in the shape of the result, which is laid out as they are; None for the first
+      argument.
   """
-  mesh = current(array, *arrays)
+  like = arguments[0] if like is None else like
+  arrays = jax.tree.leaves((like, arguments))
+  mesh = next((m for m in map(current, arrays) if not m.empty), current())
   explicit = axes_of_kind(mesh, AxisType.Explicit)
   if not explicit:
-    return f(array, *arrays)
-  sharding = jax.sharding.NamedSharding(mesh, jax.typeof(array).sharding.spec)
-  return jax.sharding.auto_axes(f, axes=explicit, out_sharding=sharding)(array, *arrays)
+    return f(*arguments)
+  shardings = jax.tree.map(
+      lambda x: jax.sharding.NamedSharding(mesh, jax.typeof(x).sharding.spec), like)
+  return jax.sharding.auto_axes(f, axes=explicit, out_sharding=shardings)(*arguments)
 
 
 def out_shape(shape: tuple[int, ...], dtype, *arrays: jax.Array | None) -> jax.ShapeDtypeStruct:

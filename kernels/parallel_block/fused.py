@@ -191,9 +191,13 @@ class Layer(NamedTuple):
         implementation=self.implementation)
 
 
-def _plain(route, layer, x, params, *others):
-  return xla.parallel_attention_ffn(
-      x, params, norm=layer.norm, **layer.positions() | layer.attention(*others))
+def _plain(route, layer, x, params, kv_cache, *others):
+  def run(x, params, *others):
+    return xla.parallel_attention_ffn(
+        x, params, norm=layer.norm, **layer.positions() | layer.attention(*others))
+
+  like = x if kv_cache is None else (x, kv_cache)
+  return partition.partitioned(run, x, params, kv_cache, *others, like=like)
 
 
 def parallel_attention_ffn(route, layer, x, params, *others):

@@ -230,9 +230,11 @@ def test_a_device_makes_the_keys_of_its_queries(plain, kind, heads, kv_heads, mo
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("heads, offset, on_mesh", [
-    ((2,), 3, True), ((2,), (0, 2, 3, 1), True), ((4,), 3, False), ((), 3, True)])
-def test_a_cache_over_explicit_axes(plain, heads, offset, on_mesh):
+@pytest.mark.parametrize("heads, offset, on_mesh, name", [
+    ((2,), 3, True, "mosaic_gpu"), ((2,), (0, 2, 3, 1), True, "mosaic_gpu"),
+    ((4,), 3, False, "mosaic_gpu"), ((), 3, True, "mosaic_gpu"), ((2,), 3, True, "xla"),
+    ((), (0, 2, 3, 1), False, "xla")])
+def test_a_cache_over_explicit_axes(plain, heads, offset, on_mesh, name):
   x, params, options = problem(dict(kv_heads=heads[0] if heads else 1), heads=8)
   cache = tuple(draws.normal(n, (4, 16, *heads, 8), jnp.float32) for n in (5, 6))
   run = lambda implementation: jax.jit(functools.partial(
@@ -246,13 +248,14 @@ def test_a_cache_over_explicit_axes(plain, heads, offset, on_mesh):
   if on_mesh:
     x, *cache = (place(a, P("data")) for a in (x, *cache))
   with jax.set_mesh(mesh):
-    got = run("mosaic_gpu")(x, params, kv_cache=tuple(cache))
+    got = run(name)(x, params, kv_cache=tuple(cache))
   assert_close(got, want)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("tokens", [P("data", "model"), P("model")], ids=str)
-def test_tokens_may_be_divided_over_the_model_axis(plain, tokens):
+@pytest.mark.parametrize("tokens, name", [
+    (P("data", "model"), "mosaic_gpu"), (P("model"), "mosaic_gpu"), (P("data", "model"), "xla")])
+def test_tokens_may_be_divided_over_the_model_axis(plain, tokens, name):
   x, params, options = problem(LITE, lead=(4, 8))
   want = jax.jit(gradients(options, "xla"))(x, params)
   mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
@@ -260,7 +263,7 @@ def test_tokens_may_be_divided_over_the_model_axis(plain, tokens):
   by_columns = fused.Division(columns=("model",))
   params = {name: place(w, by_columns.weight(name)) for name, w in params.items()}
   with jax.set_mesh(mesh):
-    assert_close(jax.jit(gradients(options))(place(x, tokens), params), want)
+    assert_close(jax.jit(gradients(options, name))(place(x, tokens), params), want)
 
 
 def test_a_device_sums_its_share_once(plain):
