@@ -106,11 +106,14 @@ class SentencePieceTokenizer:
   def encode(self, text: str | bytes) -> np.ndarray:
     """int32[T]; raises ValueError for bytes that are not UTF-8."""
     try:
-      text = text.decode() if isinstance(text, bytes) else text.encode().decode()
+      if isinstance(text, str):
+        text = text.encode()
+      elif not text.isascii():
+        text.decode()  # The library replaces what is no UTF-8.
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
       raise ValueError(f"text is not valid UTF-8: {error.reason} at position "
                        f"{error.start}") from error
-    return np.asarray(self._model.EncodeAsIds(text), np.int32)
+    return self._model.EncodeAsNumpy(text)
 
   def prompt(self, text: str) -> np.ndarray:
     """int32[T] of a text to continue."""

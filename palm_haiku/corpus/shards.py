@@ -48,7 +48,7 @@ class ShardWriter:
     """
     self._stem, self._dtype = stem, np.dtype(dtype)
     self._rows = array.array("q")
-    self._pending, self._waiting = [], 0  # documents, and how many tokens they are
+    self._pending, self._waiting = [], 0  # tokens, and how many they are
     self._tokens = self._bytes = self._largest = 0
     self._draft = _file(stem, ".npy.draft")
     self._stream = open(self._draft, "wb", buffering=0)
@@ -61,18 +61,20 @@ class ShardWriter:
   def __exit__(self, *_):
     self._stream.close()
 
-  def add(self, tokens: np.ndarray, num_bytes: int) -> None:
+  def add(self, *tokens: np.ndarray, num_bytes: int) -> None:
     """Appends a document.
 
     Args:
-      tokens: int[T], the end-of-document token its last.
+      *tokens: int[T], arrays in a row, the end-of-document token the last of all.
       num_bytes: of its text.
     """
-    self._tokens += len(tokens)
+    count = sum(map(len, tokens))
+    self._tokens += count
     self._bytes += num_bytes
-    self._rows.extend((self._tokens, num_bytes))
-    self._pending.append(tokens)
-    self._waiting += len(tokens)
+    self._rows.append(self._tokens)
+    self._rows.append(num_bytes)
+    self._pending += tokens
+    self._waiting += count
     if self._waiting >= _CHUNK:
       self._flush()
 
@@ -104,10 +106,10 @@ class ShardWriter:
 
   def _flush(self):
     if self._pending:
-      tokens = np.concatenate(self._pending)
+      tokens = np.concatenate(self._pending, dtype=self._dtype, casting="unsafe")
       self._largest = max(self._largest, int(tokens.max()))
       with self._named():
-        rest = memoryview(tokens.astype(self._dtype, copy=False)).cast("B")
+        rest = memoryview(tokens).cast("B")
         while rest:  # A write to a disk that gets full may be of less than is asked.
           rest = rest[self._stream.write(rest):]
       self._pending, self._waiting = [], 0

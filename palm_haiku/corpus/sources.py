@@ -24,6 +24,8 @@ LONGEST_TEXT = 2**22  # bytes
 _LINES = re.compile(r"\.(jsonl|ndjson|jsonlines)\b", re.IGNORECASE)
 _PARQUET = b"PAR1"
 _PYDOC = "pydoc"
+_BUFFER = 2**20  # bytes that are read at a time: a call of the system for each line costs as much
+_scan = json.JSONDecoder().scan_once  # json.loads without its search for spaces: half the time
 
 
 class Piece(NamedTuple):
@@ -134,7 +136,7 @@ def documents(piece: Piece, field: str | None) -> Iterator[bytes]:
     yield from data.pydoc()
     return
   with contextlib.ExitStack() as stack:
-    stream: Any = stack.enter_context(open(path, "rb"))
+    stream: Any = stack.enter_context(open(path, "rb", buffering=_BUFFER))
     head = _head(stream)
     kind, is_packed = _kind(head, path, field), False
     if kind == "packed":
@@ -251,7 +253,7 @@ def _lines(stream, piece, field) -> Iterator[bytes]:
     if not (line := line.strip()):
       continue
     try:
-      row = json.loads(line.decode())
+      row = _json(line.decode())
     except (ValueError, RecursionError) as error:
       raise ValueError(f"{where()} is no JSON: {error or type(error).__name__}") from error
     if not isinstance(row, dict) or field not in row:
@@ -260,6 +262,15 @@ def _lines(stream, piece, field) -> Iterator[bytes]:
                        "--field")
     if text := _utf8(row[field], field, where):
       yield text
+
+
+def _json(text: str) -> Any:
+  """The value of a text without spaces around it; raises as `json.loads`."""
+  try:
+    value, end = _scan(text, 0)
+  except StopIteration:
+    end = -1
+  return value if end == len(text) else json.loads(text)
 
 
 def _count_lines(path, stop) -> int:

@@ -26,6 +26,7 @@ from palm_haiku.corpus.shards import SPLITS, UNFINISHED
 
 _REPORT_BYTES = 2**20  # of text between two reports of a process
 _SHOW_SECONDS = 0.5
+_BITS = struct.Struct("<QQ")  # of a document's hash: whether it is held out, and to find equal ones
 
 
 @dataclasses.dataclass
@@ -69,18 +70,15 @@ class Worker:
   def encode(self, number: int) -> dict[str, Any]:
     """Tokenises a unit; returns its note."""
     settings, tokenizer = self.settings, self.tokenizer
-    note = {"documents": 0, "loses_newlines": False}
+    note: dict[str, Any] = {"loses_newlines": False}
     hashes = {split: array.array("Q") for split in SPLITS}
-    limit, end = int(settings.held_out * 2**64), (tokenizer.eod,)
+    limit, end = int(settings.held_out * 2**64), np.array([tokenizer.eod], self.dtype)
     with self._writers(self.draft if settings.arranges else self.out, number) as writers:
       for piece, _ in self.units[number]:
         for text in sources.documents(piece, settings.field):
-          high, low = struct.unpack("<QQ", hashlib.blake2b(text, digest_size=16).digest())
+          high, low = _BITS.unpack_from(hashlib.sha256(text).digest())
           split = SPLITS[high < limit]
-          tokens = tokenizer.encode(text)
-          writers[split].add(np.concatenate((tokens, end), dtype=self.dtype, casting="unsafe"),
-                             len(text))
-          note["documents"] += 1
+          writers[split].add(tokenizer.encode(text), end, num_bytes=len(text))
           if settings.dedupe:
             hashes[split].extend((high, low))
           if not tokenizer.keeps_newlines and b"\n" in text:
