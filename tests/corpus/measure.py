@@ -1,7 +1,8 @@
 """Figures of docs/data.md: `python -m tests.corpus.measure --mb 2000 DIR`.
 
 Makes a corpus of random words in DIR, tokenises it, and reports speed beside the tokenizer alone,
-memory, start-up of a run, and how fast sequences are read and with how many bytes.
+memory, start-up of a run, and how fast sequences are read and with how many bytes. Ends with the
+first bound that does not hold; those of speed are for an idle machine.
 """
 
 import argparse
@@ -10,6 +11,8 @@ import json
 import os
 import pathlib
 import resource
+import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -20,7 +23,7 @@ DOCUMENT = 2000  # bytes, about
 
 
 def write_corpus(path: pathlib.Path, size: int) -> None:
-  """JSON lines of random words, whose lengths and frequencies are like those of a language."""
+  """Writes JSON lines of random words, of lengths and frequencies like those of a language."""
   rng = np.random.default_rng(0)
   letters = np.array(list("etaoinshrdlucmfwyp"))
   words = np.array(["".join(rng.choice(letters, n)) for n in rng.integers(1, 12, 20_000)], object)
@@ -41,6 +44,21 @@ def train_pieces(corpus: pathlib.Path, path: pathlib.Path) -> None:
   sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(texts), model_prefix=str(path.with_suffix("")), vocab_size=8000,
       hard_vocab_limit=False, minloglevel=2)
+
+
+def train_hub(corpus: pathlib.Path, path: pathlib.Path) -> None:
+  """A tokenizer.json of 8,000 tokens, byte-level BPE, of a corpus."""
+  import tokenizers
+  from tokenizers import models, pre_tokenizers, trainers
+
+  with open(corpus) as stream:
+    texts = [json.loads(line)["text"] for line in stream]
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+      vocab_size=8000, special_tokens=["<|endoftext|>"], show_progress=False,
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+  tokenizer.save(str(path))
 
 
 def in_process(function: str, *arguments: object) -> dict:
@@ -69,21 +87,54 @@ def tokenise(source: str, tokenizer: str, out: str) -> dict:
           "bytes": sum(total["bytes"] for total in index["totals"].values())}
 
 
-def tokenizer_alone(source: str, tokenizer: str, size: str) -> dict:
-  """CPU seconds of the tokenizer on the texts of a source's beginning, held in memory."""
-  from palm_haiku import data
+def beside_the_tokenizer(source: str, tokenizer: str, out: str, rounds: str) -> dict:
+  """CPU microseconds a document: of all that tokenising does, and of the tokenizer alone.
 
-  texts, total = [], 0
+  Alone it has the texts in memory, and is loaded anew each time, as it keeps what it has seen.
+  Medians of rounds that take turns, since a shared machine's speed changes.
+  """
+  from palm_haiku import data
+  from palm_haiku.corpus import build
+
   with open(source) as stream:
-    for line in stream:
-      texts.append(json.loads(line)["text"].encode())
-      total += len(texts[-1])
-      if total > int(size):
-        break
-  encode, start = data.load_tokenizer(tokenizer).encode, time.process_time()
-  for text in texts:
-    encode(text)
-  return {"cpu_seconds": time.process_time() - start, "bytes": total}
+    texts = [json.loads(line)["text"].encode() for line in stream]
+  alone, whole = [], []
+  for _ in range(int(rounds)):
+    encode, begin = data.load_tokenizer(tokenizer).encode, time.process_time()
+    for text in texts:
+      encode(text)
+    alone.append(time.process_time() - begin)
+    begin = time.process_time()
+    build.build(build.Settings((source,)), tokenizer, out)
+    whole.append(time.process_time() - begin)
+    shutil.rmtree(out)
+  seconds = [statistics.median(alone), statistics.median(whole)]
+  return {"share": seconds[0] / seconds[1],
+          **{f"{name}_us": 1e6 * x / len(texts) for name, x in zip(("alone", "whole"), seconds)},
+          "bytes_a_document": sum(map(len, texts)) / len(texts)}
+
+
+def tokenise_and_read(source: str, out: str) -> dict:
+  """Figures of `tokenise`, `read` and `pack`, one after the other, with bytes as tokens."""
+  figures = {"tokenise": tokenise(source, "bytes", out), "read": read(out, "20")}
+  return figures | {"pack": pack(out)}
+
+
+def pack(source: str) -> dict:
+  """CPU seconds to pack a corpus and to find the first sequence, and the share of padding."""
+  from palm_haiku.corpus import packing, shards
+
+  tokens, begin = shards.open_tokens(source), time.process_time()
+  packed = packing.Packed(tokens, seq_len=2048, seed=0, eod=0, mask=True)
+  seconds = [time.process_time() - begin]
+  packed[0]
+  seconds.append(time.process_time() - begin - seconds[0])
+  begin = time.process_time()
+  for k in range(2000):
+    packed[k]
+  return {"padding": packed.padding, "start_seconds": seconds[0], "group_seconds": seconds[1],
+          "tokens_per_cpu_second": 2000 * 2048 / (time.process_time() - begin),
+          "peak_mb": peak()}
 
 
 def start(source: str, out: str) -> dict:
@@ -126,7 +177,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("directory", type=pathlib.Path)
   parser.add_argument("--mb", type=int, default=2000)
-  parser.add_argument("--tokenizer-mb", type=int, default=40, help="for the tokenizer's speed")
+  parser.add_argument("--tokenizer-mb", type=int, default=40, help="for tokenizers' speed")
   args = parser.parse_args()
   folder = args.directory
   folder.mkdir(parents=True)
@@ -135,19 +186,31 @@ def main() -> None:
     write_corpus(path, size * 10**6)
   model = folder / "pieces.model"
   train_pieces(small, model)
+  hub = folder / "tokenizer.json"
+  train_hub(small, hub)
 
   def show(name, figures):
-    print(name, {key: round(x, 3) if isinstance(x, float) else x for key, x in figures.items()},
+    print(name, {key: round(x, 4) if isinstance(x, float) else x for key, x in figures.items()},
           flush=True)
+    return figures
 
-  show("SentencePiece alone", in_process("tokenizer_alone", part, model, 10**12))
-  show("tokenize, SentencePiece", in_process("tokenise", part, model, folder / "pieces"))
-  show("tokenize, bytes", in_process("tokenise", large, "bytes", folder / "bytes"))
+  for tokenizer in (model, hub, "bytes"):
+    name = getattr(tokenizer, "name", tokenizer)
+    show(f"tokenize beside {name} alone",
+         in_process("beside_the_tokenizer", part, tokenizer, folder / "out", 5))
   in_process("tokenise", small, "bytes", folder / "little")
-  for name in ("little", "bytes"):
-    show(f"two steps on {name}", in_process("start", folder / name, folder / f"run-{name}"))
-  show("read", in_process("read", folder / "bytes", 200))
-  show("read, 2 bytes a token", in_process("read", folder / "pieces", 200))
+  in_process("tokenise", part, model, folder / "pieces")
+  made = show("tokenize, bytes", in_process("tokenise", large, "bytes", folder / "bytes"))
+  assert made["peak_mb"] < 1000, "a process that tokenises needs more than 1 GB"
+  runs = [show(f"two steps on {name}", in_process("start", folder / name, folder / f"run-{name}"))
+          for name in ("little", "bytes")]
+  assert runs[1]["seconds"] < runs[0]["seconds"] + 5, "a run starts more than 5 s later"
+  assert runs[1]["peak_mb"] < runs[0]["peak_mb"] + 100, "a run takes more than 100 MB more"
+  for name in ("bytes", "pieces"):
+    got = show(f"read, {name}", in_process("read", folder / name, 200))
+    assert got["bytes_over_needed"] <= 2, "more than twice the bytes are read"
+    assert got["tokens_per_cpu_second"] > 2.5e6, "a core reads less than 2.5 million a second"
+  show("pack", in_process("pack", folder / "bytes"))
 
 
 if __name__ == "__main__":
