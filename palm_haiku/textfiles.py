@@ -23,12 +23,19 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
+from typing import IO, Any
+
+try:
+  from compression.zstd import ZstdError  # pyright: ignore[reportMissingImports]  (of Python 3.14)
+except ImportError:
+  ZstdError = EOFError
 
 # Left by systems and editors, beside the hidden files that a glob leaves out too.
 _LITTER = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "*~", "#*#", "~$*", "@eadir",
            "icon\r")
 SUFFIXES = (".gz", ".tgz", ".bz2", ".xz", ".lzma", ".zst", ".zip", ".tar")  # promise an archive
 _MAX_DEPTH = 4  # archives within archives
+_MOST_HELD = 2**28  # bytes of an archive that is within another file
 
 # UTF-32 first: its mark for little endian begins with that of UTF-16.
 _MARKS = {codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
@@ -139,52 +146,74 @@ def unpack(path: str) -> Iterator[tuple[str, bytes]]:
   Raises:
     ValueError: it is damaged, encrypted, or packed in a way that is unknown here.
   """
-  with open(path, "rb") as stream:
-    content = stream.read()
+  for name, stream in streams(path):
+    with unpacking(path):
+      content = stream.read()
+    yield name, content
+
+
+def streams(path: str) -> Iterator[tuple[str, IO[bytes]]]:
+  """As `unpack`, each file a stream, which is read before the next one is asked for."""
+  with open(path, "rb") as stream, unpacking(path, ValueError):
+    yield from _streams(stream if stream.seekable() else io.BytesIO(stream.read()), path, 0)
+
+
+@contextlib.contextmanager
+def unpacking(path: str, *more: type[Exception]) -> Iterator[None]:
+  """Names the file in errors of what unpacks it; raises ValueError."""
   try:
-    yield from _unpack(content, path, 0)
-  except (OSError, EOFError, ValueError, RuntimeError, struct.error, zlib.error, lzma.LZMAError,
-          zipfile.BadZipFile, tarfile.TarError) as error:
+    yield
+  except (OSError, EOFError, RuntimeError, struct.error, zlib.error, lzma.LZMAError,
+          zipfile.BadZipFile, tarfile.TarError, ZstdError, *more) as error:
     # RuntimeError: an archive that asks for a password, or for a compression that is not here.
     raise ValueError(f"{path} cannot be unpacked: {error}") from error
 
 
-def _unpack(content, name, depth, is_named=True):
+def _streams(stream, name, depth, is_named=True) -> Iterator[tuple[str, IO[bytes]]]:
   if depth > _MAX_DEPTH:
     raise RuntimeError(f"{name} is within more than {_MAX_DEPTH} others")
-  if is_zip(content):
-    with zipfile.ZipFile(io.BytesIO(content)) as zipped:
+  head = stream.read(512)
+  stream.seek(0)
+  if is_zip(head):
+    with zipfile.ZipFile(_held(stream, name) if depth else stream) as zipped:
       names = zipped.namelist()
       if "[Content_Types].xml" in names or names[:1] == ["mimetype"]:
         raise RuntimeError(f"{name} is an Office, OpenDocument or EPUB file")
-      members = [(member.filename, lambda member=member: zipped.read(member))
-                 for member in zipped.infolist() if not member.is_dir()]
-      yield from _members(members, name, depth)
-  elif is_tar(content):
-    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-      members = [(member.name, lambda member=member: _content(archive, member))
-                 for member in archive if member.isfile()]
-      yield from _members(members, name, depth)
-  elif (inner := _decompressed(content)) is not None:
-    yield from _unpack(inner, name, depth + 1, is_named=False)
-  elif content and is_named and name.lower().endswith(SUFFIXES):
+      for member in zipped.infolist():
+        if not member.is_dir() and not _is_left_out(member.filename):
+          with zipped.open(member) as content:
+            yield from _streams(content, f"{name}:{member.filename}", depth + 1)
+  elif is_tar(head):
+    with tarfile.open(fileobj=stream) as archive:
+      while member := archive.next():
+        # It would hold what it has read of a million files; typeshed does not know it.
+        archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
+        if member.isfile() and not _is_left_out(member.name):
+          content = archive.extractfile(member)
+          assert content  # as of every member that is a file
+          yield from _streams(content, f"{name}:{member.name}", depth + 1)
+  elif (inner := _decompressed(stream, head)) is not None:
+    with inner:
+      yield from _streams(inner, name, depth + 1, is_named=False)
+  elif head and is_named and name.lower().endswith(SUFFIXES):
     raise RuntimeError(f"{name} is not compressed, nor an archive that is known here; rename it if "
                        "it is plain text")
   else:
-    yield name, content
+    yield name, stream
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-  file = archive.extractfile(member)
-  assert file  # as of every member that is a file
-  return file.read()
+def _held(stream, name) -> io.BytesIO:
+  """An archive within another file, in memory: it is read from its end, where its table is."""
+  content = stream.read(_MOST_HELD + 1)
+  if len(content) > _MOST_HELD:
+    raise RuntimeError(f"{name} is an archive of more than {_MOST_HELD >> 20} MiB within another "
+                       "file; unpack that one first, and name what was in it")
+  return io.BytesIO(content)
 
 
-def _members(members, name, depth):
-  for member, read_member in members:
-    parts = member.replace("\\", "/").split("/")
-    if not any(part.strip(".") and part.startswith(".") or _is_litter(part) for part in parts):
-      yield from _unpack(read_member(), f"{name}:{member}", depth + 1)
+def _is_left_out(member: str) -> bool:
+  parts = member.replace("\\", "/").split("/")
+  return any(part.strip(".") and part.startswith(".") or _is_litter(part) for part in parts)
 
 
 def is_zip(head: bytes) -> bool:
@@ -218,19 +247,16 @@ def compression(head: bytes) -> types.ModuleType | None:
   return None
 
 
-def _decompressed(content) -> bytes | None:
-  module = compression(content)
+def _decompressed(stream, head) -> IO[bytes] | None:
+  module: Any = compression(head)
   if module is not None:
-    return module.decompress(content)
-  if is_zstd(content):
+    return module.open(stream)
+  if is_zstd(head):
     try:
       from compression import zstd  # pyright: ignore[reportMissingImports]  (of Python 3.14)
     except ImportError as error:
       raise RuntimeError("Python reads zst from 3.14 on; unpack it with `zstd -d`") from error
-    try:
-      return zstd.decompress(content)
-    except zstd.ZstdError as error:
-      raise EOFError(error) from error
+    return zstd.open(stream)
   return None
 
 
@@ -278,6 +304,44 @@ def _advice(content) -> str:
   if is_binary or b"\0" in sample:
     return "it looks like a binary file"
   return "convert text in another encoding first: iconv -f ITS_ENCODING -t UTF-8"
+
+
+class Recoded(io.RawIOBase):
+  """A text in UTF-16 or UTF-32 with a byte order mark, as a stream in UTF-8 without one."""
+
+  def __init__(self, stream: IO[bytes], head: bytes, name: str):
+    """Begins to read.
+
+    Args:
+      stream: of the text.
+      head: its first bytes, which `stream` gives again.
+      name: for errors.
+    """
+    mark = _mark(head)
+    self._stream, self._name, self._encoding = stream, name, _MARKS[mark]
+    self._decoder = codecs.getincrementaldecoder(self._encoding)()
+    self._read, self._ready, self._ended = len(stream.read(len(mark))), b"", False
+
+  def readable(self) -> bool:
+    """True."""
+    return True
+
+  def readinto(self, buffer: Any) -> int:
+    """As of every raw stream; raises ValueError as `decode`."""
+    while not self._ready and not self._ended:
+      content = self._stream.read(_SAMPLE)
+      self._ended = not content
+      pending = len(self._decoder.getstate()[0])
+      try:
+        self._ready = self._decoder.decode(content, final=self._ended).encode()
+      except UnicodeDecodeError as error:
+        place = self._read - pending + error.start
+        raise ValueError(f"{self._name} is no text in {self._encoding.upper()}: {error.reason} at "
+                         f"byte {place}") from error
+      self._read += len(content)
+    size = min(len(buffer), len(self._ready))
+    buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+    return size
 
 
 def encoding_of(content: bytes) -> str:

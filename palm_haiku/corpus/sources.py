@@ -10,10 +10,8 @@ import glob
 import io
 import itertools
 import json
-import lzma
 import os
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +23,7 @@ _LINES = re.compile(r"\.(jsonl|ndjson|jsonlines)\b", re.IGNORECASE)
 _PARQUET = b"PAR1"
 _PYDOC = "pydoc"
 _BUFFER = 2**20  # bytes that are read at a time: a call of the system for each line costs as much
-_scan = json.JSONDecoder().scan_once  # json.loads without its search for spaces: half the time
+_decoder = json.JSONDecoder()
 
 
 class Piece(NamedTuple):
@@ -68,7 +66,7 @@ def units(files: Sequence[str], field: str | None,
           unit_bytes: int) -> list[list[tuple[Piece, int]]]:
   """The files in pieces, with their sizes in bytes, and those in units of about `unit_bytes`.
 
-  Compressed files and archives are one piece each, whatever their size.
+  Compressed files, archives, UTF-16 and UTF-32 are one piece each, whatever their size.
   """
   division, size = [[]], 0
   for path in files:
@@ -106,9 +104,10 @@ def _kind(head: bytes, name: str, field: str | None) -> str:
   """The kind of a file, by its first bytes: those within, where it is compressed."""
   if head.startswith(_PARQUET):
     return "parquet"
-  if (textfiles.is_zip(head) or textfiles.is_tar(head)
-      or textfiles.encoding_of(head) != "utf-8"):
-    return "whole"
+  if textfiles.is_zip(head) or textfiles.is_tar(head):
+    return "archive"
+  if textfiles.encoding_of(head) != "utf-8":
+    return "recoded"
   if textfiles.compression(head) or textfiles.is_zstd(head):
     return "packed"
   return "lines" if _is_lines(head.removeprefix(codecs.BOM_UTF8), name, field) else "text"
@@ -141,32 +140,38 @@ def documents(piece: Piece, field: str | None) -> Iterator[bytes]:
     kind, is_packed = _kind(head, path, field), False
     if kind == "packed":
       is_packed = True
-      with _unpacking(path):
+      with textfiles.unpacking(path):
         stream = stack.enter_context(_unpacked(stream, head))
         head = _head(stream)
       kind = _kind(head, path, field)
       if kind in ("packed", "parquet"):
-        kind = "whole"
+        kind = "archive"  # in which each is text, or refused
     elif kind == "text" and path.lower().endswith(textfiles.SUFFIXES):
-      kind = "whole"  # which is refused, for its name
+      kind = "archive"  # which is refused, for its name
     if kind == "parquet":
       yield from _rows(piece, field or "text")
-    elif kind == "whole":
-      yield from _members(path, field)
+    elif kind == "archive":
+      for name, content in textfiles.streams(path):
+        with textfiles.unpacking(path):
+          yield from _whole(content, Piece(name, 0, None), field)
     else:
-      with _unpacking(path) if is_packed else contextlib.nullcontext():
-        yield from _lines(stream, piece, field or "text") if kind == "lines" else (
-            _texts(stream, piece))
+      with textfiles.unpacking(path) if is_packed else contextlib.nullcontext():
+        if kind == "recoded":
+          yield from _whole(stream, piece, field)
+        elif kind == "lines":
+          yield from _lines(stream, piece, field or "text")
+        else:
+          yield from _texts(stream, piece)
 
 
-def _members(path, field) -> Iterator[bytes]:
-  """The documents of a file that is read whole, such as an archive."""
-  for name, content in textfiles.unpack(path):
-    text = textfiles.decode(content, name)
-    if _is_lines(text, name, field):
-      yield from _lines(io.BytesIO(text), Piece(name, 0, None), field or "text")
-    elif text:
-      yield text
+def _whole(stream, piece, field) -> Iterator[bytes]:
+  """The documents of a text, JSON lines or not, in the encoding that it begins with."""
+  head = _head(stream)
+  if textfiles.encoding_of(head) != "utf-8":
+    stream = io.BufferedReader(textfiles.Recoded(stream, head, piece.path), _BUFFER)
+    head = stream.peek(512)
+  is_lines = _is_lines(head.removeprefix(codecs.BOM_UTF8), piece.path, field)
+  yield from _lines(stream, piece, field or "text") if is_lines else _texts(stream, piece)
 
 
 def _head(stream) -> bytes:
@@ -186,15 +191,6 @@ def _unpacked(stream, head):
   except ImportError:
     return io.BufferedReader(_pyarrow("zst files").CompressedInputStream(stream, "zstd"), 2**20)
   return zstd.open(stream)
-
-
-@contextlib.contextmanager
-def _unpacking(path):
-  """Names the file in errors of decompression."""
-  try:
-    yield
-  except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-    raise ValueError(f"{path} cannot be unpacked: {error}") from error
 
 
 def _texts(stream, piece) -> Iterator[bytes]:
@@ -265,12 +261,9 @@ def _lines(stream, piece, field) -> Iterator[bytes]:
 
 
 def _json(text: str) -> Any:
-  """The value of a text without spaces around it; raises as `json.loads`."""
-  try:
-    value, end = _scan(text, 0)
-  except StopIteration:
-    end = -1
-  return value if end == len(text) else json.loads(text)
+  """As `json.loads` of a text without spaces around it, which take that as long again to find."""
+  value, end = _decoder.raw_decode(text)
+  return value if end == len(text) else json.loads(text)  # which names what is behind the value
 
 
 def _count_lines(path, stop) -> int:

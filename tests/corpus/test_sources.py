@@ -6,10 +6,12 @@ import json
 import lzma
 import pathlib
 import random
+import tarfile
 import zipfile
 
 import pytest
 
+from palm_haiku import textfiles
 from palm_haiku.corpus import sources
 
 TEXTS = [b"first\n", "zw\u00f6lf \u6570\n\nlines".encode(), b"x" * 300, b'{"text": 1}', b"last"]
@@ -116,6 +118,33 @@ def test_long_texts_are_cut_at_ends_of_lines(tmp_path, monkeypatch, seed):
     around = text[:place].rpartition(b"\n")[2] + text[place:].partition(b"\n")[0]
     assert part.endswith(b"\n") or len(around) >= 60
   assert read(tmp_path / "t.gz") == parts and read(tmp_path / "t", unit_bytes=130) == parts
+
+
+def test_archives_and_other_encodings_are_read_as_text_files_are(tmp_path, monkeypatch):
+  monkeypatch.setattr(sources, "LONGEST_TEXT", 64)
+  monkeypatch.setattr(textfiles, "_SAMPLE", 33)  # characters are cut
+  text = "".join(f"line {k} \u6570\U0001f600\n" for k in range(40))
+  (tmp_path / "t").write_text(text)
+  want = read(tmp_path / "t")
+  assert len(want) > 8
+  for encoding in ("utf-16", "utf-32"):
+    recoded = text.encode(encoding)
+    (tmp_path / "u").write_bytes(recoded)
+    (tmp_path / "u.gz").write_bytes(gzip.compress(recoded))
+    with zipfile.ZipFile(tmp_path / "z.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+      archive.write(tmp_path / "t", "a")
+      archive.write(tmp_path / "u.gz", "b")
+    with tarfile.open(tmp_path / "z.tar.gz", "w:gz") as archive:
+      for name in ("t", "u", "z.zip"):
+        archive.add(tmp_path / name, name)
+    assert read(tmp_path / "u", unit_bytes=100) == read(tmp_path / "u.gz") == want
+    assert read(tmp_path / "z.zip") == 2 * want and read(tmp_path / "z.tar.gz") == 4 * want
+  monkeypatch.setattr(textfiles, "_MOST_HELD", 99)
+  with pytest.raises(ValueError, match="z.tar.gz:z.zip is an archive of more than .* unpack that"):
+    read(tmp_path / "z.tar.gz")
+  (tmp_path / "u").write_bytes(b"\xff\xfe" + "abc".encode("utf-16-le") * 30 + b"\0\xdc\0\0")
+  with pytest.raises(ValueError, match="u is no text in UTF-16-LE: .* at byte 182"):
+    read(tmp_path / "u")
 
 
 @pytest.mark.parametrize("content, message", [
