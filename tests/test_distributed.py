@@ -193,16 +193,43 @@ def test_killed_at_twenty_random_moments(text, tmp_path):
   assert_same(losses(out), losses(reference))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_four_processes_train_on_shards_as_one(tmp_path):
+@pytest.fixture
+def mixed(tmp_path):
+  """A mixture of two tokenised corpora."""
   for name, text in (("a", TEXT), ("b", TEXT.upper())):
     path = tmp_path / f"{name}.jsonl"
-    path.write_text("".join(json.dumps({"text": text[k: k + 200]}) + "\n"
+    path.write_text("".join(json.dumps({"text": text[k: k + 200 - k // 40 % 190]}) + "\n"
                             for k in range(0, len(text), 200)))
     build.build(build.Settings((str(path),), held_out=0.2, unit_bytes=2000), "bytes",
                 tmp_path / name)
-  source, out = f"{tmp_path / 'a'}:0.7,{tmp_path / 'b'}:0.3", tmp_path / "out"
+  return f"{tmp_path / 'a'}:0.7,{tmp_path / 'b'}:0.3"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("packing", [[], ["--packing=best-fit", "--mask-documents"]])
+def test_a_run_on_shards_killed_at_random_goes_on_elsewhere(mixed, tmp_path, packing):
+  """On other meshes and numbers of processes; its losses are those of the undisturbed run."""
+  options = ["--batch-size=8", "--log-every=1", "--seq-len=64", CONSTANT, *packing]
+  alone(mixed, tmp_path / "one", "--steps=160", *options)
+  out, rng = tmp_path / "out", random.Random(len(packing))
+  for processes, devices, mesh in ((1, 4, "data=2,fsdp=2"), (2, 2, "fsdp=4"),
+                                   (4, 2, "data=4,model=2")):
+    job = Job(mixed, out, "--steps=1000000", f"--mesh={mesh}", *options, "--resume",
+              processes=processes, devices=devices)
+    job.wait_for_step(out, max(losses(out), default=0) + rng.randrange(8, 30))
+    for process in job.processes:
+      process.kill()
+    job.wait()
+  assert max(losses(out)) < 160
+  alone(mixed, out, "--steps=160", *options, "--resume")
+  assert_same(losses(out), losses(tmp_path / "one"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_four_processes_train_on_shards_as_one(mixed, tmp_path):
+  source, out = mixed, tmp_path / "out"
   alone(source, tmp_path / "one", "--steps=20", "--batch-size=8", CONSTANT)
   statuses, texts = Job(source, out, "--steps=12", "--batch-size=8", CONSTANT,
                         "--mesh=data=4,fsdp=2", processes=4, devices=2).wait()
