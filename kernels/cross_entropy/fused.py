@@ -54,6 +54,9 @@ BLOCK_BYTES = 2**28  # of g
 MOST_ROWS = 7168
 LEAST_ROWS = 2048  # where there would be fewer, the tokens are divided as well
 WHOLE_TILES = 1024
+# Up to here what was rounded off g at the targets is multiplied, too: among fewer tokens one number
+# is the largest error. A training step has more.
+FEW_TOKENS = 1024
 
 
 def _mosaic_gpu():
@@ -216,7 +219,7 @@ def _forward(route, options, x, embedding, targets, num_valid):
   top, total = checkpoint_name(top, "loss_log_z"), checkpoint_name(total, "loss_log_z")
   logit = checkpoint_name(logit, "loss_logit")
   log_z = jnp.where(total == 0, -jnp.inf, options.scale * top + jnp.log(total))
-  return (log_z, logit), (top, total)
+  return (log_z, logit), (top, total, logit)
 
 
 def _plain_parts(options, *arrays):
@@ -255,7 +258,7 @@ def _backward(route, options, arrays, residuals, cotangents):
   return (*_gradients(route, options, *arrays, *residuals, *cotangents), None, None)
 
 
-def _plain_gradients(options, x, embedding, targets, num_valid, top, total, *cotangents):
+def _plain_gradients(options, x, embedding, targets, num_valid, top, total, logit, *cotangents):
   statistics = lambda x, embedding: _formula(options, x, embedding, targets, num_valid)
   return jax.vjp(statistics, x, embedding)[1](cotangents)
 
@@ -265,7 +268,7 @@ def _gradients(route, options, *arrays):
   """The cotangents of x and the embedding, by the backend's kernel and XLA's products."""
   if route.undecided:
     return route.by_platform(_plain_gradients, _gradients, options, *arrays)
-  x, embedding, targets, num_valid, top, total, dlog_z, dlogit = arrays
+  x, embedding, targets, num_valid, top, total, logit, dlog_z, dlogit = arrays
   spread = jnp.where(total == 0, 0, options.scale * dlog_z)
   has_target = (targets >= 0) & (targets < options.valid(num_valid))
   peak = jnp.where(has_target, options.scale * dlogit, 0)
@@ -274,9 +277,12 @@ def _gradients(route, options, *arrays):
 
   num_tokens = x.shape[0]
   share = spread / jnp.where(total == 0, 1, total)
-  tokens = jax.tree.map(jnp.asarray, (x, targets, top, share, peak))
+  # g at the target, as it is before it is stored; what rounding takes of it is added again below.
+  own = jnp.exp(logit - options.scale * top) * share + peak
+  is_known = has_target & (jnp.abs(logit) < _known_below(x.dtype))
+  tokens = jax.tree.map(jnp.asarray, (x, targets, top, share, peak, own, is_known))
   kernel = folding_vmap(lambda tokens, others: route.backend.logit_gradient(
-      tokens[0], others[0], *tokens[1:], first=others[2], **options.keywords(route, others[1])))
+      tokens[0], others[0], *tokens[1:5], first=others[2], **options.keywords(route, others[1])))
   dot = functools.partial(
       jax.lax.dot_general, preferred_element_type=jnp.float32,
       precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)
@@ -287,29 +293,47 @@ def _gradients(route, options, *arrays):
     rows = _slice(embedding, first, size, x.dtype)
 
     def of_tokens(start, count, carry):
-      dx, sums, drows = carry
+      dx, sums, rests, drows = carry
       part = lambda a: jax.lax.dynamic_slice_in_dim(a, start, count)
       add = lambda a, change: jax.lax.dynamic_update_slice_in_dim(a, part(a) + change, start, 0)
       here = tuple(map(part, tokens))
       g = kernel(here, (rows, num_valid, jnp.asarray(first, jnp.int32)))
+      at_target = (here[1] - first)[:, None] == jnp.arange(size)
+      sum_of_g, stored = _sums(g.astype(jnp.float32), at_target)
+      rest = jnp.where(here[6] & at_target.any(1), here[5] - stored, 0)
       drows += dot(g, here[0], (((0,), (0,)), ((), ())))
-      return (add(dx, dot(g, rows, (((1,), (0,)), ((), ())))),
-              add(sums, g.astype(jnp.float32).sum(1)), drows)
+      if num_tokens <= FEW_TOKENS and g.dtype != jnp.float32:
+        drows += dot(jnp.where(at_target, rest[:, None], 0).astype(g.dtype), here[0],
+                     (((0,), (0,)), ((), ())))
+      return (add(dx, dot(g, rows, (((1,), (0,)), ((), ())))), add(sums, sum_of_g + rest),
+              add(rests, rest), drows)
 
-    dx, sums, dembedding = carry
-    dx, sums, drows = _over_blocks(
-        num_tokens, tokens_of_block, of_tokens, (dx, sums, zeros((size, x.shape[1]), jnp.float32)))
-    return dx, sums, jax.lax.dynamic_update_slice_in_dim(
+    *of_x, dembedding = carry
+    *of_x, drows = _over_blocks(num_tokens, tokens_of_block, of_tokens,
+                                (*of_x, zeros((size, x.shape[1]), jnp.float32)))
+    return *of_x, jax.lax.dynamic_update_slice_in_dim(
         dembedding, (drows / unit).astype(embedding.dtype), first, 0)
 
   zeros = lambda shape, dtype: partition.varying_together(jnp.zeros(shape, dtype), x)[0]
-  dx, sums, dembedding = _over_blocks(
+  of_token = zeros(x.shape[:1], jnp.float32)
+  dx, sums, rests, dembedding = _over_blocks(
       embedding.shape[0], rows_of_block, one_block,
-      (zeros(x.shape, jnp.float32), zeros(x.shape[:1], jnp.float32),
-       zeros(embedding.shape, embedding.dtype)))
+      (zeros(x.shape, jnp.float32), of_token, of_token, zeros(embedding.shape, embedding.dtype)))
   target_rows = embedding.at[jnp.where(has_target, targets, 0)].get(mode="clip").astype(x.dtype)
-  dx = _with_known_sum(dx, sums, spread, peak, target_rows.astype(jnp.float32)) / unit
-  return dx.astype(x.dtype), dembedding
+  target_rows = target_rows.astype(jnp.float32)
+  dx += rests[:, None] * target_rows
+  return (_with_known_sum(dx, sums, spread, peak, target_rows) / unit).astype(x.dtype), dembedding
+
+
+def _known_below(dtype) -> float:
+  """Below which logits a target's g is known better than it is stored: they are rounded, too."""
+  return 0 if dtype == jnp.float32 else float(jnp.finfo(dtype).eps) * 2**19
+
+
+def _sums(g, at_target):
+  """The sum of each row of g, and of its target's column alone; one pass over g."""
+  both = (g, jnp.where(at_target, g, 0))
+  return jax.lax.reduce(both, (jnp.float32(0),) * 2, lambda a, b: tuple(map(jnp.add, a, b)), (1,))
 
 
 def _unit(size, dtype):
@@ -327,15 +351,13 @@ def _unit(size, dtype):
 def _with_known_sum(dx, sums, spread, peak, target_rows):
   """g @ embedding without the part of g's rounding that all rows of the embedding share.
 
-  A token's g adds up to spread + peak, and as it was stored to `sums`. What is missing goes to the
-  rows that were rounded the most: the softmax's mean, which (dx - peak * target's row) / spread
-  is, and the target's, each in proportion to its part of g.
+  A token's g adds up to spread + peak, and as it was stored to `sums`, the target's entry exact.
+  What is missing goes to the others: to the softmax's mean, (dx - peak * target's row) / spread.
   """
-  size = jnp.abs(spread) + jnp.abs(peak)
+  # Beside a peak so much larger no rounding of the softmax shows, and a quotient could be anything.
+  size = jnp.sign(spread) * jnp.maximum(jnp.abs(spread), jnp.abs(peak) / 256)
   missing = (spread + peak - sums) / jnp.where(size == 0, 1, size)
-  sign = jnp.sign(spread)
-  return dx + missing[:, None] * (
-      sign[:, None] * dx + (jnp.abs(peak) - sign * peak)[:, None] * target_rows)
+  return dx + missing[:, None] * (dx - peak[:, None] * target_rows)
 
 
 def merged(top, total, scale):

@@ -179,6 +179,46 @@ def test_logits_do_not_exist(plain, monkeypatch):
   assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 8000 / 5
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("predicted, tokens, bar", [
+    (False, 20, 1.25), (True, 20, 2), pytest.param(False, 160, 1.25, marks=pytest.mark.full)])
+def test_each_draw_is_as_exact_as_xlas(plain, dtype, predicted, tokens, bar):
+  """Errors of one draw, not of the worst: the targets' entries of g are not rounded."""
+  def f(implementation):
+    return jax.jit(jax.grad(lambda x, embedding, targets: linear_cross_entropy(
+        x, embedding, targets, implementation=implementation)[0].sum() / tokens, (0, 1)))
+
+  fused_loss, xla = f("mosaic_gpu"), f("xla")
+  for seed in range(8):
+    rng = np.random.default_rng(seed)
+    size = 1.0 if predicted else 0.3
+    x, embedding = (jnp.asarray(size * rng.normal(size=(n, 64)), dtype) for n in (tokens, 900))
+    wide = np.asarray(x, np.float64), np.asarray(embedding, np.float64)
+    logits = wide[0] @ wide[1].T
+    targets = logits.argmax(1) if predicted else rng.integers(0, 900, tokens)
+    g = np.exp(logits - logits.max(1, keepdims=True))
+    g /= tokens * g.sum(1, keepdims=True)
+    g[np.arange(tokens), targets] -= 1 / tokens
+    error = lambda results, g=g, wide=wide: np.array([
+        abs(np.asarray(got, np.float64) - want).max()
+        for got, want in zip(results, (g @ wide[1], g.T @ wide[0]))])
+    targets = jnp.asarray(targets)
+    assert (error(fused_loss(x, embedding, targets))
+            <= bar * error(xla(x, embedding, targets))).all(), seed
+
+
+def test_a_peak_without_a_softmax_has_an_exact_gradient(plain):
+  """Of the logit alone, whose g has no other entries: no quotient by what is nearly nothing."""
+  x, embedding, targets = problem(dtype=jnp.bfloat16)
+  embedding = embedding.astype(x.dtype)
+  for little in (0.0, 1e-30, 1e-4):
+    dx = jax.grad(lambda x, little=little: (
+        lambda loss, log_z: ((1 - little) * log_z - loss).sum())(*linear_cross_entropy(
+            x, embedding, targets, implementation="mosaic_gpu")))(x)
+    want = embedding[targets].astype(jnp.float32)
+    assert jnp.abs(dx - want).max() <= 0.02 * jnp.abs(want).max()
+
+
 def test_a_policy_that_keeps_the_residuals_does_not_rerun_the_kernel(plain, monkeypatch):
   runs = calls(plain, monkeypatch, "forward")
   x, embedding, targets = problem()
