@@ -75,7 +75,7 @@ def find(source: str) -> list[str]:
   files = collections.defaultdict(set)
   for path in _matches(source):
     if os.path.isfile(path) and not _is_litter(os.path.basename(path)):
-      files[_identity(path)].add(path)
+      files[identity(path)].add(path)
   if not files:
     raise ValueError(f"no file matches {source}")
   return sorted(min(names, key=lambda path: (len(names) > 1 and _is_behind_link(path), path))
@@ -102,9 +102,9 @@ def _folders(root) -> Iterator[str]:
   while direct or links:
     folder = direct.pop() if direct else links.pop(0)
     try:
-      if (identity := _identity(folder or ".")) in seen:
+      if (entered := identity(folder or ".")) in seen:
         continue
-      seen.add(identity)
+      seen.add(entered)
       entries = sorted(os.scandir(folder or "."), key=lambda entry: entry.name)
     except OSError:  # As in `glob`: no directory, or not for us.
       continue
@@ -118,7 +118,8 @@ def _folders(root) -> Iterator[str]:
           direct.append(path)
 
 
-def _identity(path):
+def identity(path: str) -> tuple[int, int]:
+  """A file's or directory's, whatever its names."""
   status = os.stat(path)
   return status.st_dev, status.st_ino
 

@@ -298,9 +298,10 @@ def _gradients(route, options, *arrays):
       add = lambda a, change: jax.lax.dynamic_update_slice_in_dim(a, part(a) + change, start, 0)
       here = tuple(map(part, tokens))
       g = kernel(here, (rows, num_valid, jnp.asarray(first, jnp.int32)))
-      at_target = (here[1] - first)[:, None] == jnp.arange(size)
+      column = here[1] - first
+      at_target = column[:, None] == jnp.arange(size)
       sum_of_g, stored = _sums(g.astype(jnp.float32), at_target)
-      rest = jnp.where(here[6] & at_target.any(1), here[5] - stored, 0)
+      rest = jnp.where(here[6] & (column >= 0) & (column < size), here[5] - stored, 0)
       drows += dot(g, here[0], (((0,), (0,)), ((), ())))
       if num_tokens <= FEW_TOKENS and g.dtype != jnp.float32:
         drows += dot(jnp.where(at_target, rest[:, None], 0).astype(g.dtype), here[0],

@@ -77,13 +77,15 @@ def build(settings: Settings, tokenizer_name: str, out: str | os.PathLike, *, wo
   """
   out = pathlib.Path(os.path.expanduser(out))
   tokenizer = data.load_tokenizer(tokenizer_name)
-  files = sources.find(settings.sources)
+  # A source may be a directory that `out` is in.
+  files = [path for path in sources.find(settings.sources)
+           if not pathlib.Path(path).resolve().is_relative_to(out.resolve())]
   units = sources.units(files, settings.field, settings.unit_bytes)
   states = [[path, *_state(path)] for path in files]
   plan = {"settings": dataclasses.asdict(settings), "tokenizer": tokenizer.fingerprint,
           "files": states}
   plan = json.loads(json.dumps(plan))  # as it is read again: lists for tuples
-  named = hashlib.sha256(json.dumps([state[:2] for state in states]).encode()).hexdigest()
+  named = hashlib.sha256(json.dumps(states).encode()).hexdigest()
   said = plan["settings"] | {"tokenizer": tokenizer.fingerprint, "files": named}
   if (out / shards.INDEX).exists():
     index = shards.read_index(out)

@@ -46,7 +46,7 @@ def find(sources: Sequence[str]) -> list[str]:
   Raises:
     ValueError: there is none.
   """
-  files: dict[str, None] = {}
+  files: dict[Any, str] = {}  # by identity: a file counts once however many sources name it
   for source in sources:
     folder = os.path.expanduser(source)
     if source == _PYDOC:
@@ -55,11 +55,11 @@ def find(sources: Sequence[str]) -> list[str]:
       names = textfiles.find(os.path.join(glob.escape(folder), "**"))
     else:
       names = data.find(source)
-    files |= dict.fromkeys(names)
-  for path in files:
-    if path != _PYDOC and not os.path.isfile(path):
-      raise ValueError(f"{path} is a pipe, which can't be read in parts; name a file")
-  return list(files)
+    for path in names:
+      if path != _PYDOC and not os.path.isfile(path):
+        raise ValueError(f"{path} is a pipe, which can't be read in parts; name a file")
+      files.setdefault(_PYDOC if path == _PYDOC else textfiles.identity(path), path)
+  return list(files.values())
 
 
 def units(files: Sequence[str], field: str | None,

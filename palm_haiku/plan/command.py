@@ -121,10 +121,16 @@ def _forecast(found) -> str:
   rates = f"MFU {found['mfu']:.1%}, HFU {found['hfu']:.1%}"
   if found["achieved"] == 1:
     return f"at most: {rates} (no published run of this chip to go by)"
+  doubt = _doubt(found)
   return (f"forecast: {found['step_seconds']:.3g} s, {rates} (products at {found['achieved']:.0%} "
-          "of the peak, as published runs on this chip)"
-          + ("; those runs have 30 billion parameters and more, and products as small as this "
-             "model's are slower than that" if found["params"] < 3e9 else ""))
+          "of the peak, as published runs on this chip)" + (f"; {doubt}" if doubt else ""))
+
+
+def _doubt(found) -> str:
+  if found["achieved"] == 1 or found["params"] >= 3e9:
+    return ""
+  return ("those runs have 30 billion parameters and more, and products as small as this model's "
+          "are slower than that")
 
 
 def _sweep(args, config, machine, title):
@@ -176,6 +182,11 @@ def _show_ranking(console, rows, left, num_tried, best):
                   f"{sum(row['network_seconds'].values()):.3g}", f"{row['seconds']:.0f} s",
                   "" if row["fits"] else "does not fit")
   console.print(table)
+  found = next((row for row in rows if row["error"] is None), None)
+  if found and found["achieved"] == 1:
+    terminal.say(console, "steps take at least so long: no published run of this chip to go by")
+  elif found and (doubt := _doubt(found)):
+    terminal.say(console, f"steps are forecast from published runs on this chip; {doubt}")
   if left > 0:
     terminal.say(console, f"{left} more were left out; --limit {num_tried} tries all")
   terminal.say(console, f"best: --mesh {best['mesh']} --remat {best['remat']}" if best

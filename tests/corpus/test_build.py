@@ -203,6 +203,12 @@ def test_what_is_there_already(lines, tmp_path):
   for other in ({"shuffle": 1}, {"held_out": 0.5}):
     with pytest.raises(ValueError, match="holds a corpus already, of other sources or settings"):
       make(lines, out, **other)
+  # Other content of the same size under the same name.
+  changed = lines.read_text().replace("a", "b")
+  assert len(changed) == lines.stat().st_size and changed != lines.read_text()
+  lines.write_text(changed)
+  with pytest.raises(ValueError, match="holds a corpus already, of other sources or settings"):
+    make(lines, out)
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "note").touch()
   with pytest.raises(ValueError, match="holds note and is no corpus; choose another --out"):
@@ -219,6 +225,12 @@ def test_what_is_there_already(lines, tmp_path):
   with build._exclusive(out / "unfinished" / "lock", ""):
     with pytest.raises(ValueError, match="is in use: another process tokenises there"):
       make(lines, out)
+
+
+def test_a_corpus_within_its_source_is_no_part_of_it(lines, tmp_path):
+  for _ in range(2):
+    index = build.build(build.Settings((str(tmp_path),), held_out=0), "bytes", tmp_path / "out")
+    assert index["totals"]["train"]["documents"] == len(DOCUMENTS)
 
 
 @pytest.mark.parametrize("settings, message", [

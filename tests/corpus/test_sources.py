@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import pathlib
 import random
 import tarfile
@@ -178,6 +179,15 @@ def test_lines_are_counted_from_the_start_of_the_file(tmp_path):
   for unit_bytes in (10, 100, 3000, 10**6):
     with pytest.raises(ValueError, match="line 78, is no JSON"):
       read(path, unit_bytes=unit_bytes)
+
+
+def test_a_file_counts_once_whatever_names_it(tmp_path):
+  (tmp_path / "a.txt").write_bytes(b"once")
+  (tmp_path / "link.txt").symlink_to("a.txt")
+  os.link(tmp_path / "a.txt", tmp_path / "hard.txt")
+  names = [tmp_path / name for name in ("a.txt", "link.txt", "hard.txt", "../a.txt", "*.txt")]
+  names[3] = tmp_path / ".." / tmp_path.name / "a.txt"
+  assert read(*names, tmp_path) == [b"once"]
 
 
 def test_lines_that_must_be_read_whole(tmp_path):
