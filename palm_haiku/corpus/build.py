@@ -79,7 +79,8 @@ def build(settings: Settings, tokenizer_name: str, out: str | os.PathLike, *, wo
   tokenizer = data.load_tokenizer(tokenizer_name)
   # A source may be a directory that `out` is in.
   files = [path for path in sources.find(settings.sources)
-           if not pathlib.Path(path).resolve().is_relative_to(out.resolve())]
+           if path == sources.PYDOC
+           or not pathlib.Path(path).resolve().is_relative_to(out.resolve())]
   units = sources.units(files, settings.field, settings.unit_bytes)
   states = [[path, *_state(path)] for path in files]
   plan = {"settings": dataclasses.asdict(settings), "tokenizer": tokenizer.fingerprint,

@@ -21,7 +21,7 @@ from palm_haiku import data, textfiles
 LONGEST_TEXT = 2**22  # bytes
 _LINES = re.compile(r"\.(jsonl|ndjson|jsonlines)\b", re.IGNORECASE)
 _PARQUET = b"PAR1"
-_PYDOC = "pydoc"
+PYDOC = "pydoc"
 _BUFFER = 2**20  # bytes that are read at a time: a call of the system for each line costs as much
 _decoder = json.JSONDecoder()
 
@@ -49,16 +49,16 @@ def find(sources: Sequence[str]) -> list[str]:
   files: dict[Any, str] = {}  # by identity: a file counts once however many sources name it
   for source in sources:
     folder = os.path.expanduser(source)
-    if source == _PYDOC:
-      names = [_PYDOC]
+    if source == PYDOC:
+      names = [PYDOC]
     elif os.path.isdir(folder):
       names = textfiles.find(os.path.join(glob.escape(folder), "**"))
     else:
       names = data.find(source)
     for path in names:
-      if path != _PYDOC and not os.path.isfile(path):
+      if path != PYDOC and not os.path.isfile(path):
         raise ValueError(f"{path} is a pipe, which can't be read in parts; name a file")
-      files.setdefault(_PYDOC if path == _PYDOC else textfiles.identity(path), path)
+      files.setdefault(PYDOC if path == PYDOC else textfiles.identity(path), path)
   return list(files.values())
 
 
@@ -80,7 +80,7 @@ def units(files: Sequence[str], field: str | None,
 
 
 def _pieces(path, field, unit_bytes) -> Iterator[tuple[Piece, int]]:
-  size = 0 if path == _PYDOC else os.path.getsize(path)
+  size = 0 if path == PYDOC else os.path.getsize(path)
   step = size
   if size > min(LONGEST_TEXT, unit_bytes):
     with open(path, "rb") as stream:
@@ -131,7 +131,7 @@ def documents(piece: Piece, field: str | None) -> Iterator[bytes]:
     ValueError: what is no text, no JSON, or damaged; the message has the file and the line.
   """
   path = piece.path
-  if path == _PYDOC:
+  if path == PYDOC:
     yield from data.pydoc()
     return
   with contextlib.ExitStack() as stack:
@@ -305,8 +305,8 @@ def _rows(piece, field) -> Iterator[bytes]:
           number += 1
           if content := _utf8(text, field, where):
             yield content
-    except OSError as error:
-      raise ValueError(f"{piece.path} cannot be read: {error}") from error
+    except (OSError, UnicodeDecodeError, _pyarrow("").ArrowException) as error:
+      raise ValueError(f"{piece.path} is damaged: {error}") from error
 
 
 def _parquet(path):

@@ -90,7 +90,7 @@ def tokenise(source: str, tokenizer: str, out: str) -> dict:
 def beside_the_tokenizer(source: str, tokenizer: str, out: str, rounds: str) -> dict:
   """CPU microseconds a document: of all that tokenising does, and of the tokenizer alone.
 
-  Alone it has the texts in memory, and is loaded anew each time, as it keeps what it has seen.
+  Alone it has the texts in memory. Both load it anew in each round: some keep what they have seen.
   Medians of rounds that take turns, since a shared machine's speed changes.
   """
   from palm_haiku import data
@@ -100,7 +100,8 @@ def beside_the_tokenizer(source: str, tokenizer: str, out: str, rounds: str) -> 
     texts = [json.loads(line)["text"].encode() for line in stream]
   alone, whole = [], []
   for _ in range(int(rounds)):
-    encode, begin = data.load_tokenizer(tokenizer).encode, time.process_time()
+    begin = time.process_time()
+    encode = data.load_tokenizer(tokenizer).encode
     for text in texts:
       encode(text)
     alone.append(time.process_time() - begin)
@@ -202,10 +203,13 @@ def main() -> None:
   in_process("tokenise", part, model, folder / "pieces")
   made = show("tokenize, bytes", in_process("tokenise", large, "bytes", folder / "bytes"))
   assert made["peak_mb"] < 1000, "a process that tokenises needs more than 1 GB"
-  runs = [show(f"two steps on {name}", in_process("start", folder / name, folder / f"run-{name}"))
-          for name in ("little", "bytes")]
-  assert runs[1]["seconds"] < runs[0]["seconds"] + 5, "a run starts more than 5 s later"
-  assert runs[1]["peak_mb"] < runs[0]["peak_mb"] + 100, "a run takes more than 100 MB more"
+  runs = {"little": [], "bytes": []}
+  for turn, name in itertools.product(range(2), runs):
+    runs[name].append(show(f"two steps on {name}", in_process(
+        "start", folder / name, folder / f"run-{name}-{turn}")))
+  for key, bound in (("seconds", 5), ("peak_mb", 100)):
+    little, much = (min(run[key] for run in runs[name]) for name in runs)
+    assert much < little + bound, f"{key} of a run on much text are {much - little} more"
   for name in ("bytes", "pieces"):
     got = show(f"read, {name}", in_process("read", folder / name, 200))
     assert got["bytes_over_needed"] <= 2, "more than twice the bytes are read"

@@ -241,6 +241,11 @@ def test_bad_settings(settings, message):
     build.Settings(("pydoc",), **settings)
 
 
+def test_pydoc_is_no_file_of_the_directory(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert make("pydoc", ".", unit_bytes=10**8)["totals"]["train"]["documents"] > 30
+
+
 def test_corpora_of_nothing_leave_nothing(tmp_path):
   (tmp_path / "t").write_text("one document")
   with pytest.raises(ValueError, match="every document of .* is held out; name a smaller share"):

@@ -84,7 +84,11 @@ def test_parquet(tmp_path, unit_bytes):
     read(tmp_path / "p", field="body")
   with pytest.raises(ValueError, match="row 1 of those from row group 0 on, has no text in 'n', "):
     read(tmp_path / "p", field="n")
-  (tmp_path / "p").write_bytes((tmp_path / "p").read_bytes()[:-9])
+  content = (tmp_path / "p").read_bytes()
+  (tmp_path / "p").write_bytes(content.replace("\u6570".encode(), b"\xe6\x95\n"))
+  with pytest.raises(ValueError, match="p is damaged: .*utf-8"):
+    read(tmp_path / "p")
+  (tmp_path / "p").write_bytes(content[:-9])
   with pytest.raises(ValueError, match="is no whole Parquet file"):
     read(tmp_path / "p")
 
