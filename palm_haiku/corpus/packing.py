@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from palm_haiku.corpus.shards import DataError
+
 _CHUNK = 2**8  # documents that are in one group, at most
 _GROUP = 2**18  # documents, and sequences of those longer than one, about
 
@@ -75,7 +77,7 @@ class _Documents:
       if not len(ends) or ends[-1] < len(tokens):
         ends = np.append(ends, len(tokens))  # The last document of a text is cut from the rest.
       self._ends, self.counts, sizes = ends, np.array([len(ends)]), np.array([len(tokens)])
-    self.first = np.cumsum(sizes) - sizes
+    self.sizes, self.first = sizes, np.cumsum(sizes) - sizes
     self.mean = sizes / self.counts
 
   def spans(self, shard: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +130,7 @@ class Packed:
       mask: whether sequences have segment ids.
 
     Raises:
-      ValueError: there is no document.
+      ValueError: there is no document, or where documents end is damaged.
     """
     if not len(tokens):
       raise ValueError("the training data have no tokens")
@@ -219,6 +221,11 @@ class Packed:
     numbers = np.arange(int(self._documents.counts[shard]))
     groups = self._groups[self._first_chunk[shard] + numbers // _CHUNK]
     lengths = self._documents.spans(shard, numbers)[1]
+    if lengths.min() < 1 or lengths.sum() != self._documents.sizes[shard]:
+      # Its hash would say so, but those of many shards are compared beside the run.
+      name = self._tokens.directory / self._tokens.shards[shard]["name"]
+      raise DataError(f"{name}.documents.npy is damaged: its documents are not those of the shard; "
+                      "restore it or tokenise again")
     rest, repeated = _rest(lengths, self._seq_len)
     np.add.at(self._counts, (groups, rest + repeated), 1)
     np.add.at(self._sequences, groups, lengths // self._seq_len)

@@ -125,6 +125,12 @@ def test_shards_are_packed_as_their_tokens(tmp_path, monkeypatch):
   got, want = (sorted(piece for k in range(len(sequences)) for piece in pieces(sequences[k]))
                for sequences in (packed(tokens), want))
   assert got == want
+  path = tmp_path / "out" / "train-00001.documents.npy"
+  content = path.read_bytes()
+  for place in (128, len(content) - 16):  # where the first and the last document end
+    path.write_bytes(content[:place] + b"\xff\xff" + content[place + 2:])
+    with pytest.raises(shards.DataError, match="train-00001.documents.npy is damaged: its doc"):
+      packed(tokens)
 
 
 def batch(size=8, **options):
