@@ -12,6 +12,8 @@ import pkgutil
 
 import jax
 
+from palm_haiku.kernels.core import plugins
+
 # What Linux shows of the chips of JAX's own plugins. WSL has its GPUs behind /dev/dxg.
 _DEVICES = (
     "/dev/nvidia*", "/dev/nvhost*", "/dev/nvmap", "/dev/dxg",  # NVIDIA, Jetson, WSL
@@ -26,11 +28,13 @@ _PLUGINS = ("xla_cuda", "xla_rocm")
 def leave_out_absent() -> None:
   """Has JAX start its CPU platform alone, if no other can have a chip here.
 
-  Does nothing if JAX_PLATFORMS or `jax_platforms` is set. The compilers of the platforms that are
-  left out still load, for compilation ahead of time.
+  What JAX_PLATFORMS or `jax_platforms` names stays. Where it is the CPU platform alone, CUDA's
+  compiler loads when something is compiled ahead of time.
   """
   if jax.config.jax_platforms is None and not _chip_possible():
     jax.config.update("jax_platforms", "cpu")
+  if jax.config.jax_platforms == "cpu":
+    plugins.postpone()
 
 
 def _chip_possible() -> bool:

@@ -1,10 +1,13 @@
 import glob
 import importlib.metadata
+import sys
+import types
 
 import jax
 import pytest
 
 from palm_haiku import platforms
+from palm_haiku.kernels.core import plugins as jax_plugins
 from tests import short_runs
 
 CHIPS = ["/dev/nvidia0", "/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvmap", "/dev/dxg", "/dev/kfd",
@@ -72,3 +75,42 @@ def test_what_is_set_stays(bare, setting):
 @pytest.mark.skipif(platforms._chip_possible(), reason="JAX looks for the chip of this machine")
 def test_nothing_is_printed_where_jax_starts():
   assert short_runs.output("-c", "import jax, palm_haiku; print(jax.default_backend())") == "cpu\n"
+
+
+@pytest.mark.skipif(platforms._chip_possible() or not jax_plugins.installed()
+                    or sys.platform != "linux",
+                    reason="needs JAX's plugin for CUDA on a Linux machine without a chip")
+def test_the_library_of_cuda_is_loaded_to_compile_and_not_before():
+  said = short_runs.output("-c", """
+import jax, palm_haiku
+from palm_haiku.kernels.aot import targets
+loaded = lambda: "xla_cuda_plugin" in open("/proc/self/maps").read()
+print(jax.devices()[0].platform, loaded(), targets.devices("h100")[0].platform, loaded())
+""")
+  assert said == "cpu False gpu True\n"
+
+
+@pytest.mark.parametrize("asked, before, after, times", [
+    ("cpu", False, False, 0), ("cpu", True, False, 1), ("cpu", False, True, 1),
+    ("cuda,cpu", False, False, 1), (None, False, False, 1)])
+def test_a_plugin_is_postponed_until_it_is_needed(asked, before, after, times, monkeypatch):
+  calls = []
+  module = types.SimpleNamespace(initialize=lambda: calls.append(1))
+  monkeypatch.setitem(sys.modules, "a_plugin", module)
+  monkeypatch.setattr(jax_plugins, "installed", lambda: ["a_plugin"])
+  monkeypatch.setattr(jax_plugins, "_wanted", False)
+  monkeypatch.setattr(jax_plugins, "_postponed", [])
+  jax_plugins.postpone()
+  jax_plugins.postpone()
+  if before:
+    jax_plugins.load()
+  was = jax.config.jax_platforms
+  jax.config.update("jax_platforms", asked)
+  try:
+    module.initialize()  # as JAX does when it first computes
+  finally:
+    jax.config.update("jax_platforms", was)
+  if after:
+    jax_plugins.load()
+    jax_plugins.load()
+  assert len(calls) == times

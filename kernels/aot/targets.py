@@ -5,7 +5,7 @@ import importlib.util
 import os
 import re
 
-from ..core import chips
+from ..core import chips, plugins
 from ..core.chips import Gpu, Tpu
 from .errors import AotError, missing_wheel
 
@@ -105,9 +105,9 @@ def devices(target: str) -> list:
     count = re.fullmatch(r"\w+(?::([1-9]\d{0,3}))?", target)
     if not count:
       raise AotError(f"several GPUs are CHIP:COUNT, such as h100:8; got {target!r}")
-    if not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13)
-               if importlib.util.find_spec("jax_plugins")):
+    if not plugins.installed():
       raise missing_wheel("XLA's CUDA compiler", "'jax[cuda13-local]'")
+    plugins.load()
     try:
       return list(topologies.get_topology_desc(
           platform="cuda", topology_name=target, target_config=target_config(what),
