@@ -1,6 +1,7 @@
 """Models of the hub: loaded against float64, generated with a cache, saved, and refused."""
 
 import json
+import math
 import shutil
 
 import haiku as hk
@@ -192,7 +193,10 @@ def break_(path, fields=None, tensors=None, drop=None):
         rope_theta=1e4))), "rope scaling of type 'linear'"),
     ("grouped", dict(fields=dict(rope_parameters=dict(full_attention=dict(rope_type="default")))),
      "by the kind of layer"),
-    ("grouped", dict(fields=dict(logit_scale=None)), "logit_scale must be a number; got None"),
+    ("grouped", dict(fields=dict(logit_scale=None)), "logit_scale must be a finite number; got N"),
+    ("grouped", dict(fields=dict(logit_scale=math.nan)), "logit_scale must be a finite number"),
+    ("grouped", dict(fields=dict(num_key_value_heads=3)), "not possible: kv_heads must divide"),
+    ("windows", dict(fields=dict(sliding_window=0)), "not possible: window must be a positive"),
     ("grouped", dict(fields=dict(rope_parameters=7)), "cohere model is damaged"),
     ("grouped", dict(fields=dict(head_dim=None, num_attention_heads=0)), "cohere model is damaged"),
     ("grouped", dict(fields=dict(model_type=["cohere"])), "is not supported"),

@@ -1,5 +1,6 @@
 """Architectures as `config.json` describes them, and back."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,10 @@ def from_json(fields: Mapping[str, Any]) -> PaLMConfig:
     raise HubError(f"config.json of a {kind} model lacks {error}") from None
   except (TypeError, AttributeError, ZeroDivisionError) as error:
     raise HubError(f"config.json of a {kind} model is damaged: {error}") from None
+  except HubError:
+    raise
+  except ValueError as error:  # of `PaLMConfig`
+    raise HubError(f"config.json of a {kind} model is not possible: {error}") from None
 
 
 def _cohere(fields, kind) -> PaLMConfig:
@@ -87,8 +92,8 @@ def _rope_theta(fields) -> float:
 
 def _number(fields, name, default):
   value = fields.get(name, default)
-  if isinstance(value, bool) or not isinstance(value, int | float):
-    raise HubError(f"{name} must be a number; got {value!r}")
+  if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    raise HubError(f"{name} must be a finite number; got {value!r}")
   return value
 
 
