@@ -45,6 +45,7 @@ class Resources:
   stack: int  # bytes
   barriers: int
   serialized: bool  # ptxas waits after every wgmma instead of letting several run
+  waits: bool = False  # ptxas waits for some wgmma where the program does not
 
 
 def parse(text: str) -> Resources:
@@ -67,9 +68,10 @@ def parse(text: str) -> Resources:
       spill_loads=figure(r"bytes stack frame, \d+ bytes spill stores, (\d+) bytes spill loads"),
       stack=figure(r"(\d+) bytes stack frame"),
       barriers=int(barriers[0]) if barriers else 0,
-      # C7510 to C7512 name three causes with one effect; C7519 is harmless.
+      # C7510 to C7514 name causes with one effect, C7517 a wait; C7519 is harmless.
       serialized=bool(re.search(
-          r"\(C751[012]\)|wgmma\.mma_async instructions are serialized", text)))
+          r"\(C751[0-4]\)|wgmma\.mma_async instructions are serialized", text)),
+      waits=bool(re.search(r"\(C7517\)|wait\S* is injected", text)))
 
 
 def assemble(ptx: str, architecture: str, cubin: str) -> Resources:

@@ -30,6 +30,8 @@ class GpuKernel:
                    f"(loads {self.resources.spill_loads})")
     if self.resources.serialized:
       found.append(f"{self.name} waits after every wgmma: ptxas serialized them")
+    if self.resources.waits:
+      found.append(f"{self.name} waits for a wgmma where ptxas put it (C7517)")
     return found
 
   def __str__(self):
@@ -38,7 +40,8 @@ class GpuKernel:
                  f"spills {r.spill_stores}/{r.spill_loads} bytes, "
                  f"shared memory {'?' if self.shared_memory is None else self.shared_memory}, "
                  f"{r.barriers} barriers, {self.code.instructions} instructions"
-                 + (", WGMMA SERIALIZED" if r.serialized else ""))
+                 + (", WGMMA SERIALIZED" if r.serialized else "")
+                 + (", WAITS FOR WGMMA INJECTED" if r.waits else ""))
     lines.append(f"    all   {_mix(self.code.mix)}")
     main = self.code.main_loop
     for loop in self.code.tensor_loops or ([main] if main else []):

@@ -86,22 +86,24 @@ class HopperConfig(NamedTuple):
 
   block_kv: int  # keys in a tile of the forward kernel: 64, 128 or 256
   stages: int  # its K and V tiles in flight
-  dq_block_kv: int  # keys in a tile of the dq kernel
-  dq_k_stages: int
-  dq_v_stages: int
-  dkv_block_q: int  # rows in a tile of the dk, dv kernel
-  dkv_stages: int  # its Q and dO tiles in flight
+  rows: int | None  # in a tile of the backward kernel; None where it is one for dq, one for dk, dv:
+  dq_block_kv: int = 64  # keys in a tile of the dq kernel
+  dq_k_stages: int = 2
+  dq_v_stages: int = 1
+  dkv_block_q: int = 64  # rows in a tile of the dk, dv kernel
+  dkv_stages: int = 2  # its Q and dO tiles in flight
 
 
 # By head_dim: the largest tiles that neither spill nor have their products serialized, with two
 # slots for each operand where shared memory has room. Beside each the instructions of the loop
-# without a mask, with ALiBi, of the forward, dq and dk/dv kernels (ptxas 13.0). No time has been
+# without a mask, with ALiBi, of the forward and the backward (ptxas 13.0). No time has been
 # measured: `tune` on a Hopper GPU will know better.
 _MOSAIC_HOPPER = {
-    64: HopperConfig(128, 2, 128, 2, 2, 64, 2),  # 493, 454, 394
-    128: HopperConfig(128, 2, 64, 2, 2, 64, 2),  # 536, 299, 428
-    # 458, 401, 406 + 283; 128 keys in the forward would take 224 registers for tiles alone.
-    256: HopperConfig(64, 2, 64, 2, 1, 64, 2),
+    # One kernel of 128 rows and 128 keys is a register short of its 240 with segments.
+    64: HopperConfig(128, 2, None, 128, 2, 2, 64, 2),  # 493; dq 454, dkv 394
+    128: HopperConfig(128, 2, 64),  # 536; 528
+    # 128 keys in the forward would take 224 registers for tiles alone.
+    256: HopperConfig(64, 2, None, 64, 2, 1, 64, 2),  # 458; dq 401, dkv 406 + 283
 }
 MOSAIC_GPU = {
     (chip, dim_head): blocks

@@ -223,27 +223,16 @@ def dkv_kernel(operands, dk_ref, dv_ref, scratch, *, config, kv_heads, splits, s
     @pl.when(wg == 0)
     def compute_dv():
       dv, = sums(own.dv)
-      _store(target(dv_ref), dv, own.k_tile)
+      tiles.store(target(dv_ref), dv, own.k_tile)
 
     @pl.when(wg == 1)
     def compute_dk():
       dk, = sums(own.dk)
-      _store(target(dk_ref), scaled(dk), own.v_tile)
+      tiles.store(target(dk_ref), scaled(dk), own.v_tile)
   else:
     @pl.when(wg < COMPUTE)
     def compute():
       dk, *dv = sums(own.both, 1 if shared else 2)
-      _store(target(dk_ref), scaled(dk), own.k_tile)
+      tiles.store(target(dk_ref), scaled(dk), own.k_tile)
       for x in dv:
-        _store(target(dv_ref), x, own.v_tile)
-
-
-def _store(target, x, own):
-  """Writes a result; `own` is shared memory that this warpgroup alone reads, and no more."""
-  if target.dtype == jnp.float32:  # whole sectors from registers; there is no room in `own`
-    target[...] = x
-  else:
-    own[...] = x.astype(target.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(own, target)
-    plgpu.wait_smem_to_gmem(0)
+        tiles.store(target(dv_ref), x, own.v_tile)

@@ -17,7 +17,7 @@ LSE, DELTA, POSITION, SLOPE = range(4)  # of the table: figures of each row
 
 
 class Operands(NamedTuple):
-  """Arrays in global memory, those that both backward kernels read."""
+  """Arrays in global memory, those that this kernel and that of dk and dv read."""
 
   query: Any  # [B, rows, kv_heads, dim], packed; so is dout
   key: Any  # [B, S, kv_heads, dim]

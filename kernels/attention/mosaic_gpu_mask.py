@@ -3,6 +3,7 @@
 import math
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from ..core.constants import FAR
@@ -60,6 +61,33 @@ def row_blocks(query, key, block, block_q, segment_ids, query_offset, *, is_caus
   bounds = _round(some_lo, all_lo, all_hi, some_hi, block_q, num_tiles)  # mutant: row blocks
   return _narrow(
       bounds, offset, segment_ids, group, (num_tiles, block_q), (num_blocks, block), True)
+
+
+def in_order(bounds, num_rows, num_keys, block):
+  """`row_blocks` for a kernel whose blocks of keys add to the same rows in a fixed order.
+
+  Args:
+    bounds: of `row_blocks`.
+    num_rows: blocks of rows.
+    num_keys, block: keys, and how many a block has.
+
+  Returns the bounds, now such that the blocks of keys that walk over a block of rows are
+  consecutive; int32[B or 1, 2, num_rows], the last of them and the first; and a bool for whether
+  there is any. What a last block of keys has too many is masked in every step.
+  """
+  lo, full_lo, full_hi, hi, offset = jnp.moveaxis(bounds, -1, 0)
+  some = lo < hi
+  # Neither decreases. Sorted segments and all other masks have them so already.
+  lo = lax.cummin(jnp.where(some, lo, num_rows), axis=1, reverse=True)
+  hi = jnp.maximum(lo, lax.cummax(jnp.where(some, hi, 0), axis=1))
+  if num_keys % block:
+    full_lo, full_hi = (x.at[:, -1].set(hi[:, -1]) for x in (full_lo, full_hi))
+  full_lo, full_hi = jnp.clip(full_lo, lo, hi), jnp.clip(full_hi, lo, hi)
+  row = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
+  first = (hi[:, None] <= row).sum(-1, dtype=jnp.int32)  # [B, rows, keys] lives in fusions only
+  last = (lo[:, None] <= row).sum(-1, dtype=jnp.int32) - 1
+  return (jnp.stack([lo, full_lo, full_hi, hi, offset], -1), jnp.stack([last, first], 1),
+          first <= last)
 
 
 def _round(some_lo, all_lo, all_hi, some_hi, block, num_blocks):

@@ -47,25 +47,39 @@ def feed(steps, streams):
 
   A stream is (stages, copies, ready, free), and copies(i, slot) lists (source, target) pairs.
   """
+  lax.fori_loop(0, steps, lambda i, _: fill(i, streams), None)
+  drain(steps, streams)
 
-  def step(i, _):
-    for stages, copies, ready, free in streams:
-      slot = lax.rem(i, stages)
 
-      @pl.when(i >= stages)
-      def _():
-        plgpu.barrier_wait(free.at[slot])  # mutant: wait for a free slot
+def fill(i, streams):
+  """Step i of `feed`."""
+  for stages, copies, ready, free in streams:
+    slot = lax.rem(i, stages)
 
-      for source, target in copies(i, slot):
-        plgpu.copy_gmem_to_smem(source, target, ready.at[slot])
+    @pl.when(i >= stages)
+    def _():
+      plgpu.barrier_wait(free.at[slot])  # mutant: wait for a free slot
 
-  def drain(i, _, stages, free):
-    plgpu.barrier_wait(free.at[lax.rem(i, stages)])
+    for source, target in copies(i, slot):
+      plgpu.copy_gmem_to_smem(source, target, ready.at[slot])
 
-  lax.fori_loop(0, steps, step, None)
-  for stages, _, _, free in streams:  # no barrier may be left behind with an arrival unseen
+
+def drain(steps, streams):
+  """The end of `feed`: no barrier may be left behind with an arrival unseen."""
+  for stages, _, _, free in streams:
     lax.fori_loop(jnp.maximum(steps - stages, 0), steps,
-                  lambda i, _, n=stages, b=free: drain(i, _, n, b), None)
+                  lambda i, _, n=stages, b=free: plgpu.barrier_wait(b.at[lax.rem(i, n)]), None)
+
+
+def store(target, x, own):
+  """Writes a result; `own` is shared memory that this warpgroup alone reads, and no more."""
+  if target.dtype == jnp.float32:  # whole sectors from registers; there is no room in `own`
+    target[...] = x
+  else:
+    own[...] = x.astype(target.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(own, target)
+    plgpu.wait_smem_to_gmem(0)
 
 
 def product(shape, a, b):

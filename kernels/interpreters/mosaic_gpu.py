@@ -10,7 +10,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, shared_memory
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from . import callbacks, races
+from . import callbacks, mosaic_gpu_order, races
 from .mode import Mode
 
 # Threads for copies, with which what a product reads is checked: with few of them, waiting for one
@@ -42,6 +42,7 @@ def _mend() -> None:
   """Changes the interpreter, from now on."""
   shared_memory._to_int = lambda x: x if isinstance(x, jax.core.Tracer) else int(x)
   gpu_callbacks.wgmma = functools.partial(_wgmma, gpu_callbacks.wgmma)
+  mosaic_gpu_order.mend()
 
 
 def _check_read(key, transforms, rest):

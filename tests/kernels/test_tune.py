@@ -65,6 +65,8 @@ def test_static_search_compiles(module, monkeypatch):
   monkeypatch.setattr(module, "SPACE", {
       "forward": dict(block_kv=(64, 128), stages=(2,)), "dq": dict(dq_block_kv=(64,)),
       "dkv": dict(dkv_block_q=(64,))})
-  table = tune_op(dim_heads=(128,))
-  assert [trial["problem"] for trial in table["trials"]] == [None] * 4
+  table = tune_op(dim_heads=(64, 128))
+  assert [trial["problem"] for trial in table["trials"]] == [None] * 6
   assert table["blocks"]["128"]["block_kv"] == 128
+  # A backward of one kernel has nothing to choose.
+  assert {trial["kernel"] for trial in table["trials"] if trial["dim_head"] == 128} == {"forward"}

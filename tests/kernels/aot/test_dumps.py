@@ -91,6 +91,11 @@ def test_ptxas_report():
   clean = ptxas.parse((_DATA / "hopper_matmul.ptxas").read_text())
   # It has a note about wgmma (C7519), but one that costs nothing.
   assert clean == ptxas.Resources(168, 0, 0, 0, 16, serialized=False)
+  waiting = (_DATA / "hopper_matmul.ptxas").read_text().replace(
+      "(C7519) warpgroup.arrive is injected in around line 804 by compiler to allow use of registers in",
+      "(C7517) warpgroup.wait is injected in around line 1206 by compiler to allow use of registers "
+      "defined by")
+  assert ptxas.parse(waiting) == ptxas.Resources(168, 0, 0, 0, 16, serialized=False, waits=True)
   spilling = ptxas.parse((_DATA / "spilling_attention.ptxas").read_text())
   assert spilling == ptxas.Resources(168, 736, 784, 440, 16, serialized=True)
 

@@ -11,7 +11,12 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from palm_haiku.kernels import alibi_slopes, flash_attention, interpret, interpreters
-from palm_haiku.kernels.attention import mosaic_gpu, mosaic_gpu_dkv, mosaic_gpu_mask
+from palm_haiku.kernels.attention import (
+  mosaic_gpu,
+  mosaic_gpu_dkv,
+  mosaic_gpu_joint,
+  mosaic_gpu_mask,
+)
 from palm_haiku.kernels.attention.residuals import Residuals
 from palm_haiku.kernels.hopper import heads, tiles
 from tests import mutants
@@ -94,7 +99,7 @@ def test_fuzz(case, data):
   jax.clear_caches()
 
 
-SMALL = Case(heads=4, kv_heads=2, scale=-0.1)
+SMALL = Case(heads=4, kv_heads=2, dim_head=128, scale=-0.1)
 
 
 def test_a_small_case():
@@ -127,7 +132,7 @@ def test_a_query_that_sees_nothing_gets_zeros(dim_head):
 @pytest.mark.full
 def test_causality_by_gradient():
   """d out[t] / d key[s] and / d value[s] are exactly 0 for every s > t."""
-  case = Case(num_queries=70, num_keys=70, heads=2)
+  case = Case(num_queries=70, num_keys=70, heads=2, dim_head=128)
   arrays = contract.inputs(case)
   for t in (0, 40):
     dout = jnp.zeros_like(arrays["dout"]).at[:, t].set(arrays["dout"][:, t])
@@ -155,7 +160,7 @@ def test_same_bits_every_time():
 
 @pytest.mark.full
 def test_under_vmap_and_grad_through_the_op():
-  arrays = contract.inputs(Case(batch=2, num_queries=20, num_keys=20, heads=2))
+  arrays = contract.inputs(Case(batch=2, num_queries=20, num_keys=20, heads=2, dim_head=128))
   slopes = jnp.asarray([[0.5, 0.25], [0.1, 0.2]])
 
   def loss(query, key, value, slopes, implementation):
@@ -178,8 +183,8 @@ def test_gradients_are_typed_under_a_mesh():
   """Heads over one axis, batch over another: shard_map takes what the kernels return."""
   mesh = jax.make_mesh((2, 2), ("data", "model"))
   place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
-  query = place(jnp.ones((2, 16, 4, 64), jnp.bfloat16), "data", None, "model")
-  key = place(jnp.ones((2, 16, 1, 64), jnp.bfloat16), "data")
+  query = place(jnp.ones((2, 16, 4, 128), jnp.bfloat16), "data", None, "model")
+  key = place(jnp.ones((2, 16, 1, 128), jnp.bfloat16), "data")
   slopes = jnp.asarray(alibi_slopes(4))
 
   def loss(query, key, value):
@@ -229,6 +234,46 @@ def test_a_mask_off_by_one_in_the_backward_is_noticed():
   with mutants.planted(mosaic_gpu_mask, OFF_BY_ONE):
     wrong = backward_of_exact(Case(), arrays)
   assert contract.errors(Case(), arrays, wrong).keys() == {"dquery", "dkey", "dvalue"}
+
+
+# Blocks of keys that share tiles of rows, of which there are more than slots; up and down.
+SHARED_ROWS = Case(num_queries=200, num_keys=140, heads=2, kv_heads=2, dim_head=128)
+DISORDERS = {
+    "no wait for the turn to add": ("turn", *DROPPED),
+    "keys are overwritten while they are read": ("wait for the keys", *DROPPED),
+    "the next is called before a part is there": ("added", *DROPPED),
+    "a part is added twice": ("reduction", r"put\('add'\)", "put('add') or put('add')"),
+    "dq is overwritten before it has left": ("wait for room", *DROPPED),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", DISORDERS)
+def test_a_disorder_of_dq_is_noticed(name):
+  arrays = contract.inputs(SHARED_ROWS)
+  with mutants.planted(mosaic_gpu_joint, Mistake(*DISORDERS[name])):
+    with pytest.raises((AssertionError, interpreters.Race, jax.errors.JaxRuntimeError)):
+      contract.check(SHARED_ROWS, arrays, backward_of_exact(SHARED_ROWS, arrays))
+
+
+in_order = jax.jit(functools.partial(
+    mosaic_gpu_mask.in_order, num_rows=7, num_keys=128, block=128))
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=6, max_size=6))
+def test_blocks_of_keys_are_consecutive_for_each_block_of_rows(ranges):
+  """Whatever rows a block of keys sees it walks over, and the others wait in an order."""
+  bounds = jnp.asarray([[(lo, lo, max(lo, hi), max(lo, hi), 0) for lo, hi in ranges]], jnp.int32)
+  walks, order, seen = jax.tree.map(np.asarray, in_order(bounds))
+  for lo, hi, walk in zip(bounds[0, :, 0], bounds[0, :, 3], walks[0]):
+    assert lo >= hi or walk[0] <= lo and hi <= walk[3]
+    assert walk[0] <= walk[1] <= walk[2] <= walk[3]
+  for row in range(7):
+    tiles_of_row = [tile for tile, walk in enumerate(walks[0]) if walk[0] <= row < walk[3]]
+    assert seen[0, row] == bool(tiles_of_row)
+    if tiles_of_row:
+      assert tiles_of_row == list(range(order[0, 1, row], order[0, 0, row] + 1))
 
 
 @pytest.mark.full
@@ -298,15 +343,20 @@ def _sound(report, kernels):
   assert not report.problems, report.problems
 
 
-@pytest.mark.full
-def test_compiles_without_spills_or_serialized_products():
+# Kernels of a pass forward and back.
+KERNELS = {64: 3, 128: 2, 256: 3}
+
+
+@pytest.mark.parametrize("dim_head", [
+    pytest.param(128, marks=pytest.mark.full), pytest.param(256, marks=pytest.mark.slow)])
+def test_compiles_without_spills_or_serialized_products(dim_head):
   """With memory that grows with the length alone, and with rows that copies do not divide.
 
   The interpreter takes any length; the compiler's copies are of 8 rows.
   """
-  length, heads, dim_head = 65537, 15, 256
+  length, heads = 65537, 15
   report = compiled(dim_head, alibi=True, gradients=True, length=length, heads=heads)
-  _sound(report, 3)
+  _sound(report, KERNELS[dim_head])
   assert report.memory["temp"] < 16 * length * heads * (dim_head + 8)
 
 
@@ -318,12 +368,26 @@ def test_compiles_for_fewer_rows_than_a_copy_has():
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("options", [
-    dict(), dict(is_causal=False), dict(segmented=True),
+    dict(), dict(is_causal=False), dict(segmented=True), dict(num_keys=2047, heads=15),
     dict(segmented=True, window=(500, 100), is_causal=False)], ids=str)
 @pytest.mark.parametrize("alibi", [True, False])
 @pytest.mark.parametrize("dim_head", [64, 128, 256])
 def test_compiles_soundly_with_every_mask(dim_head, alibi, options):
-  _sound(compiled(dim_head, alibi=alibi, gradients=True, **options), 3)
+  _sound(compiled(dim_head, alibi=alibi, gradients=True, **options), KERNELS[dim_head])
+
+
+# Instructions of the backward's loop with the code of a causal mask in it, and without one.
+BACKWARD = {True: (675, 535), False: (610, 470)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alibi", BACKWARD)
+def test_the_backward_makes_five_products_in_few_instructions(alibi):
+  for is_causal, most in zip((True, False), BACKWARD[alibi]):
+    report = compiled(128, alibi=alibi, gradients=True, is_causal=is_causal)
+    (kernel,) = report.kernels_named("flash_attention_backward")
+    assert kernel.code.main_loop.instructions <= most
+    assert kernel.code.main_loop.mix["HGMMA"] == 32
 
 
 # Instructions of tokamax 0.0.17's main loop (Mosaic GPU, causal, no bias) at the same tile, as

@@ -102,7 +102,7 @@ def test_every_op_has_block_sizes_for_every_chip():
 
 def test_a_new_chip_is_an_entry_and_the_block_sizes_that_it_has(monkeypatch):
   new = dataclasses.replace(chips.CHIPS["h200"], name="new", kind="NVIDIA New", like="h200")
-  sizes = attention.HopperConfig(64, 2, 64, 2, 1, 64, 1)
+  sizes = attention.HopperConfig(64, 2, 64)
   for table, entry in ((chips.ALL, new), (chips.GPUS, new)):
     monkeypatch.setitem(table, "new", entry)
   monkeypatch.setitem(attention.MOSAIC_GPU, ("new", 128), sizes)
