@@ -38,7 +38,7 @@ class Job:
     self.port.bind(("localhost", 0))
     port = self.port.getsockname()[1]
     command = [
-        sys.executable, "-m", "palm_haiku", "train", "--dim=16", "--depth=2", "--heads=2",
+        sys.executable, "-m", "palm_haiku", "train", "--dim=16", "--depth=1", "--heads=2",
         "--dim-head=8", "--num-tokens=128", f"--data={text}", "--batch-size=4", "--seq-len=32",
         "--log-every=4", "--eval-every=4", "--checkpoint-every=5", f"--out={out}", *options]
     env = os.environ | {
@@ -68,7 +68,7 @@ class Job:
 def alone(text, out, *options):
   """`palm-haiku train` in this process, on one device."""
   status = cli.main([
-      "train", "--dim=16", "--depth=2", "--heads=2", "--dim-head=8", "--num-tokens=128",
+      "train", "--dim=16", "--depth=1", "--heads=2", "--dim-head=8", "--num-tokens=128",
       f"--data={text}", "--batch-size=4", "--seq-len=32", "--log-every=4", "--eval-every=4",
       "--checkpoint-every=5", "--mesh=one-chip", f"--out={out}", *options])
   assert status == 0
