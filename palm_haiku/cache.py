@@ -1,5 +1,6 @@
 """Key/value cache of generation: a row for each position, or a ring of as many as a window sees."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from jax.typing import DTypeLike
 from palm_haiku import memory, terminal
 from palm_haiku.config import PaLMConfig
 from palm_haiku.kernels.cache import write
+from palm_haiku.kernels.core import partition
 
 
 class Int8Rows(NamedTuple):
@@ -21,7 +23,8 @@ class Int8Rows(NamedTuple):
 class Cache(NamedTuple):
   """Keys and values of the positions seen so far, layer by layer."""
 
-  # (keys, values) or (keys,): [..., S, Dh], or with several kv_heads [..., S, K, Dh]
+  # (keys, values) or (keys,): [..., S, Dh], or with several kv_heads [..., S, K, Dh]; K may be
+  # several times the kv_heads, each of them repeated.
   layers: tuple[tuple[jax.Array | Int8Rows, ...], ...]
   length: jax.Array  # int32[], positions filled; or int32[...], by sequence
 
@@ -44,7 +47,7 @@ def empty_cache(config: PaLMConfig, lead: tuple[int, ...], max_len: int, dtype: 
       window keeps `window + step - 1` rows.
   """
   max_len = -(-max_len // 8) * 8  # kernels need multiples of 8
-  heads = (config.kv_heads,) if config.kv_heads > 1 else ()
+  heads = (_stored_heads(config),) if config.kv_heads > 1 else ()
 
   def rows(layer):
     size = max_len
@@ -58,6 +61,18 @@ def empty_cache(config: PaLMConfig, lead: tuple[int, ...], max_len: int, dtype: 
                jnp.zeros((), jnp.int32))
 
 
+def _stored_heads(config: PaLMConfig) -> int:
+  """Key heads of a cache, each repeated until the mesh in context divides them as the queries'.
+
+  A device then holds the heads that its queries attend to, never more than all of them; else it
+  would copy these out of all of them at every token.
+  """
+  mesh = partition.current()
+  of_queries = partition.axes(
+      jax.ShapeDtypeStruct((config.heads,), jnp.float32), 0, (partition.HEAD_AXIS,), mesh)
+  return math.lcm(config.kv_heads, partition.devices(mesh, of_queries))
+
+
 def check_memory(config: PaLMConfig, length: int, dtype: DTypeLike) -> None:
   """Raises where a cache is larger than all memory: some systems kill a process for that."""
   there = memory.total(jax.local_devices()[0])
@@ -67,6 +82,12 @@ def check_memory(config: PaLMConfig, length: int, dtype: DTypeLike) -> None:
     if need > there:
       raise MemoryError(f"keys and values of {length} tokens are {terminal.size(need)}, of "
                         f"{terminal.size(there)} there are")
+
+
+def repeated(stored, rows: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+  """Keys and values [..., T, K, Dh] with each head as often as a layer of `Cache` stores it."""
+  heads = jax.tree.leaves(stored)[0].shape[-2]
+  return tuple(jnp.repeat(x, heads // x.shape[-2], axis=-2) for x in rows)
 
 
 def fill(stored, rows: tuple[jax.Array, ...], lengths: jax.Array, *, window: int | None):

@@ -127,7 +127,8 @@ def run(weights: Weights, config: PaLMConfig, tokens: jax.Array, cache: Cache, *
         rotary=c.position == "rotary" and not is_global, rope_theta=c.rope_theta,
         xpos_scale_base=c.xpos_scale_base)
     heads = (key,) if c.values_are_keys else (key, value)
-    rows = heads if c.kv_heads > 1 else tuple(row[..., 0, :] for row in heads)
+    rows = (caches.repeated(stored, heads) if c.kv_heads > 1
+            else tuple(row[..., 0, :] for row in heads))
     if fresh:
       stored = caches.fill(stored, rows, lengths, window=window)
       attended = kernels.flash_attention(

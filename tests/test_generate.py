@@ -363,9 +363,10 @@ def test_int8_weights_generate_much_the_same():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("weights", [None, "int8"])
-def test_many_devices_generate_what_one_does(weights):
-  config = PaLMConfig(12, 8, 2, 4, 4)
+@pytest.mark.parametrize("weights, more", [
+    (None, {}), ("int8", {}), (None, dict(kv_heads=2, window=3, global_every=2))], ids=str)
+def test_many_devices_generate_what_one_does(weights, more):
+  config = PaLMConfig(12, 8, 2, 4, 4, **more)
   params = sharper(make(config)[1])
   prompt = np.random.default_rng(0).integers(0, 12, (4, 5))
   options = dict(prompt_lengths=np.array([5, 2, 3, 1]), temperature=0, weights=weights)
@@ -374,6 +375,8 @@ def test_many_devices_generate_what_one_does(weights):
   params = jax.device_put(params, sharding.params_shardings(params, mesh))
   with jax.set_mesh(mesh):
     np.testing.assert_array_equal(generate(params, config, prompt, 6, **options), want)
+    heads = jax.tree.leaves(empty_cache(config, (4,), 8, np.float32).layers)[0].shape[2:-1]
+  assert heads == ((4,) if config.kv_heads == 2 else ())  # one for each device of the model axis
 
 
 @pytest.mark.full
