@@ -149,11 +149,14 @@ def _locked(out, plan):
   with _exclusive(draft / "lock", f"{out} is in use: another process tokenises there"):
     if (draft / _PLAN).exists():
       before = json.loads((draft / _PLAN).read_text())
-      if before != plan:
+      if before != plan and any(draft.glob("encode-*.json")):
         raise ValueError(
             f"{out} holds the beginning of another corpus: {_difference(before, plan)} changed "
             "since; delete it, or choose another --out")
-    else:
+      if before != plan:  # an attempt that failed before anything was done
+        _discard(out)
+        draft.mkdir()
+    if not (draft / _PLAN).exists():
       write_atomically(draft / _PLAN, json.dumps(plan).encode())
     yield draft
 

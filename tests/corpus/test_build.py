@@ -220,11 +220,19 @@ def test_what_is_there_already(lines, tmp_path):
   (out / "unfinished").mkdir()
   plan = {"settings": {"shuffle": 1}, "tokenizer": "bytes", "files": []}
   (out / "unfinished" / "plan.json").write_text(json.dumps(plan))
+  (out / "unfinished" / "encode-00000.json").write_text("{}")
   with pytest.raises(ValueError, match="beginning of another corpus: .*shuffle.*files changed"):
     make(lines, out)
   with build._exclusive(out / "unfinished" / "lock", ""):
     with pytest.raises(ValueError, match="is in use: another process tokenises there"):
       make(lines, out)
+
+
+def test_an_attempt_that_failed_at_once_stands_in_no_ones_way(lines, tmp_path):
+  with pytest.raises(ValueError, match="no field 'txt'"):
+    build.build(build.Settings((str(lines),), field="txt"), "bytes", tmp_path / "out")
+  assert make(lines, tmp_path / "out") == make(lines, tmp_path / "other")
+  assert content(tmp_path / "out") == content(tmp_path / "other")
 
 
 def test_a_corpus_within_its_source_is_no_part_of_it(lines, tmp_path):
