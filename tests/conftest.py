@@ -2,6 +2,7 @@
 
 import gc
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -80,3 +81,18 @@ def _processes_end():
   yield
   triton.stop()
   server.stop()
+
+
+@pytest.fixture
+def limit_files():
+  """Sets the bytes that a file may grow to, as on a disk that has no more room; None for any."""
+  limits, kept = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+
+  def limit(num_bytes):
+    # Of a module that is imported now, Python would keep the beginning of its bytecode.
+    sys.dont_write_bytecode = kept if num_bytes is None else True
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, limits if num_bytes is None else (num_bytes, limits[1]))
+
+  yield limit
+  limit(None)

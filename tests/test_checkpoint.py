@@ -1,6 +1,5 @@
 import os
 import re
-import resource
 import shutil
 import sys
 import time
@@ -142,19 +141,17 @@ def test_a_failed_write_loses_nothing(tmp_path, monkeypatch):
   assert not [path for path in tmp_path.iterdir() if path.name != "1"]
 
 
-def test_a_failed_write_leaves_no_traceback(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_no_traceback(tmp_path, monkeypatch, limit_files):
   """Nor do the writes of other arrays, which go on and fail after the first error."""
   checkpoints, _ = saved(tmp_path, [])
   random = np.random.default_rng(0)  # or TensorStore would compress them
   many = {"params": {str(i): jnp.asarray(random.normal(size=10_000)) for i in range(8)}}
-  tracebacks, limits = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+  tracebacks = []
   monkeypatch.setattr(sys, "unraisablehook", tracebacks.append)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-  try:
-    with pytest.raises(CheckpointError, match="could not write"):
-      checkpoints.save(1, many, {})
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  limit_files(20_000)
+  with pytest.raises(CheckpointError, match="could not write"):
+    checkpoints.save(1, many, {})
+  limit_files(None)
   time.sleep(0.05)
   assert tracebacks == []
 

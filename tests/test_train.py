@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -287,22 +286,18 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(config, tmp_path):
         checkpoint.Checkpoints(out / "checkpoints").restore(step, like)["opt_state"])
 
 
-def test_a_full_disk_loses_nothing(config, whole, tmp_path, monkeypatch):
-  """No file may grow beyond a limit, as on a disk that has no more room than that."""
-  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_a_full_disk_loses_nothing(config, whole, tmp_path, monkeypatch, limit_files):
   before = checkpoint.Checkpoints.save
 
   def save(self, step, items, metadata):
     if step == 14:
-      resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+      limit_files(20_000)
     before(self, step, items, metadata)
 
   monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
-  try:
-    with pytest.raises(CheckpointError, match="could not write.*checkpoint 7 is intact") as error:
-      run(config, tmp_path)
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  with pytest.raises(CheckpointError, match="could not write.*checkpoint 7 is intact") as error:
+    run(config, tmp_path)
+  limit_files(None)
   assert "\n" not in str(error.value)
   monkeypatch.setattr(checkpoint.Checkpoints, "save", before)
   assert "resuming from step 7" in run(config, tmp_path, resume=True)[1]

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -297,15 +296,13 @@ def test_changed_bytes_are_told_by_their_hash(lines, tmp_path, name):
     shards.check_hashes(tmp_path / "out", index)
 
 
-def test_a_full_disk_leaves_nothing_that_is_taken_for_whole(lines, tmp_path, capsys):
+def test_a_full_disk_leaves_nothing_that_is_taken_for_whole(
+    lines, tmp_path, capsys, limit_files):
   command = ["tokenize", "--data", str(lines), "--out", str(tmp_path / "out"), "--workers=1",
              "--shard-mb=0.0025"]
-  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # bytes of any file
-  try:
-    assert cli.main(command) == 1
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  limit_files(2000)
+  assert cli.main(command) == 1
+  limit_files(None)
   error = capsys.readouterr().err
   assert "train-00000.npy.draft: File too large" in error and error.count("\n") == 1
   with pytest.raises(shards.DataError, match="is not whole"):
