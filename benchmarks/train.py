@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import pathlib
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -126,20 +125,13 @@ class PalmJax:
     return sample(key, model, prompt, len(prompt) + length, top_k=25)
 
 
-def _peak_bytes() -> int:
-  """Most memory that this process and its accelerator have held at a time."""
-  import jax
-  stats = jax.devices()[0].memory_stats()
-  if stats and "peak_bytes_in_use" in stats:
-    return stats["peak_bytes_in_use"]
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _work(name: str, shape: Shape, dtype: str) -> None:
   """A worker: reads a request a line, answers with a JSON line."""
   import jax
   import jax.numpy as jnp
   import numpy as np
+
+  from palm_haiku import memory
 
   out, sys.stdout = sys.stdout, sys.stderr
   model = PalmJax(shape) if name == PEER else PalmHaiku(name, shape, dtype)
@@ -162,7 +154,7 @@ def _work(name: str, shape: Shape, dtype: str) -> None:
       state, _ = jax.block_until_ready(step(state, tokens))
       answer = time.perf_counter() - start
     elif request == "peak":
-      answer = _peak_bytes()
+      answer = memory.peak(jax.devices()[0])
     elif request == "sample":
       jax.block_until_ready(model.sample(state, prompt, NEW_TOKENS, jax.random.key(0)))
       answer = NEW_TOKENS / (time.perf_counter() - start)

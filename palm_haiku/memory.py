@@ -9,12 +9,21 @@ import jax
 def peak(device: jax.Device) -> int | None:  # pyright: ignore[reportInvalidTypeForm]
   """The most bytes that were in use on a device; on a CPU, by this process."""
   stats = device.memory_stats() or {}
-  if device.platform != "cpu":
-    return stats.get("peak_bytes_in_use")
+  return of_process() if device.platform == "cpu" else stats.get("peak_bytes_in_use")
+
+
+def of_process() -> int | None:
+  """The most bytes that this process has had in memory."""
+  try:
+    with open("/proc/self/status") as status:
+      return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+  except (OSError, StopIteration):  # not Linux
+    pass
   try:
     import resource
   except ImportError:  # Windows
     return None
+  # On Linux this would be the memory of the process that started this one, if that had more.
   unit = 1 if sys.platform == "darwin" else 1024
   return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import struct
+import subprocess
 import sys
 
 import jax
@@ -192,4 +193,9 @@ def test_what_only_illustrates_a_run_does_not_end_it(tmp_path, monkeypatch):
 def test_memory_of_a_process():
   before = memory.peak(jax.devices()[0])
   assert 2**24 < before < 2**40
-  assert memory.peak(jax.devices()[0]) >= before
+  ballast = np.ones(2**26)
+  assert memory.peak(jax.devices()[0]) >= max(before, ballast.nbytes)
+  # Of a process that a larger one has started, its own.
+  code = "import jax; from palm_haiku import memory; print(memory.peak(jax.devices()[0]))"
+  small = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+  assert 2**24 < int(small.stdout) < 2**29

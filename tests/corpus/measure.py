@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import pathlib
-import resource
 import shutil
 import statistics
 import subprocess
@@ -73,7 +72,9 @@ def in_process(function: str, *arguments: object) -> dict:
 
 def peak() -> float:
   """MB of memory that this process has had at most."""
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+  from palm_haiku import memory
+
+  return (memory.of_process() or 0) / 1e6
 
 
 def tokenise(source: str, tokenizer: str, out: str) -> dict:
