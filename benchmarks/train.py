@@ -28,7 +28,7 @@ PEER = "palm-jax"
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """What is trained: PaLM-lite on bytes; the defaults are PaLM-jax's own training config."""
+  """The model and batch: PaLM-lite on bytes; the defaults are PaLM-jax's own training config."""
 
   batch: int = 4
   seq: int = 1024

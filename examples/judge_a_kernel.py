@@ -19,7 +19,7 @@ from palm_haiku.kernels.core import chips
 
 
 def attention(implementation, num_queries, dim_head, heads):
-  """What is compiled, and the types of its arguments; runs in a process of its own."""
+  """The function to compile, and the types of its arguments; runs in a process of its own."""
   slopes = kernels.alibi_slopes(heads)
   query, key = (jax.ShapeDtypeStruct((1, num_queries, n, dim_head), "bfloat16")
                 for n in (heads, 1))

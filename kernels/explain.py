@@ -1,4 +1,4 @@
-"""What an op would run, and why, without running it."""
+"""The implementation that an op would run, and why, without running it."""
 
 from collections.abc import Mapping
 

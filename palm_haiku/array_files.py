@@ -80,7 +80,7 @@ def _of_known_dtype(name, array):
 
 
 def _kind(path: pathlib.Path) -> str | None:
-  """What a file is, if it is no .npz."""
+  """The kind of a file that is no .npz."""
   if path.is_dir():
     return "a directory; name a file of arrays (.npz)"
   with open(path, "rb") as file:

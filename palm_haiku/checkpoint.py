@@ -150,7 +150,7 @@ class Checkpoints:
     return step
 
   def problem(self, step: int) -> str | None:
-    """What is wrong with a checkpoint's files, or None if they are what was written."""
+    """The fault of a checkpoint's files, or None if they are as they were written."""
     path = self.directory / str(step)
     try:
       expected = json.loads((path / _MANIFEST).read_text())

@@ -111,7 +111,7 @@ class PaLMConfig:
 
   @property
   def logits_factor(self) -> float:
-    """What the logits are multiplied by: `logits_scale`, or 1/sqrt(dim)."""
+    """The factor of the logits: `logits_scale`, or 1/sqrt(dim)."""
     return self.dim**-0.5 if self.logits_scale is None else self.logits_scale
 
   @property

@@ -77,7 +77,7 @@ class _ByteStreamDecoder:
     return self._decoder.decode(bytes([token]) if token < 256 else b"\xff")
 
   def flush(self) -> str:
-    """What is left at the end."""
+    """The text that is left at the end."""
     return self._decoder.decode(b"", final=True)
 
 
@@ -152,7 +152,7 @@ class _PieceStreamDecoder:
     return "" if text.endswith("\ufffd") else self._show(text)
 
   def flush(self) -> str:
-    """What is left at the end."""
+    """The text that is left at the end."""
     return self._show(self._tokenizer.decode(self._tokens))
 
   def _show(self, text):
@@ -246,7 +246,7 @@ def load_corpus(source: str, tokenizer, eval_fraction: float,
 
 
 def losing_newlines(tokenizer: str) -> str:
-  """What to warn of where `Corpus.loses_newlines`."""
+  """The warning for `Corpus.loses_newlines`."""
   return (f"{tokenizer} drops line breaks: the model can't learn them, and bits per byte count "
           "them all the same")
 

@@ -35,7 +35,7 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
-  """What `prepare` makes of a model's parameters."""
+  """A model's parameters after `prepare`."""
 
   embedding: jax.Array | Int8  # [V, D], or int8 by column: [D, V]
   norm: tuple[jax.Array, ...]  # as a layer's

@@ -100,7 +100,7 @@ def barrier(name: str) -> None:
 
 
 def from_leader(decide: Callable[[], Any], errors: tuple[type[Exception], ...]) -> Any:
-  """What the leader decides; all processes return it, or raise the same error.
+  """The leader's decision; all processes return it, or raise the same error.
 
   Args:
     decide: called by the leader alone; its result is something that JSON can hold.

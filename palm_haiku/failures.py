@@ -16,7 +16,7 @@ _LESS_MEMORY = {
 
 
 def line(error: Exception, command: str) -> str | None:
-  """What went wrong and what to do, for errors that a command's caller can mend.
+  """The fault and the way out, for errors that a command's caller can mend.
 
   Args:
     error: that ended the command.

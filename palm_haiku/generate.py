@@ -132,7 +132,7 @@ def _count(name: str, value) -> int:
 
 
 class _Options(NamedTuple):
-  """What a program is compiled for."""
+  """Static arguments of a program."""
 
   configs: tuple[PaLMConfig, ...]  # the model's, and the draft's
   length: int

@@ -23,7 +23,7 @@ from palm_haiku.model import palm_params
 
 @dataclasses.dataclass(frozen=True)
 class _Peer:
-  """How another implementation names and lays out its parameters.
+  """Names and layout of another implementation's parameters.
 
   In names, {i} counts layers from 0, {n} from 1, and {end} is the number of layers plus 1.
   """
@@ -354,7 +354,7 @@ def _allowed(layout, peer, gain_offset) -> int:
 
 
 def _gain_offset(layout, peer, arrays, depth, given) -> int:
-  """What to add to the stored gains: given, or told by the mean of each."""
+  """The number to add to the stored gains: given, or told by the mean of each."""
   if given is not None or len(layout.gain_offsets) == 1:
     return _allowed(layout, peer, given)
   names = [_name(layout.gain, i) for i in range(depth)] + [_name(layout.final_gain, 0, depth)]

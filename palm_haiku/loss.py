@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 class Loss(NamedTuple):
-  """What a model is trained on, and its parts; all float32[] and means over weighted tokens."""
+  """The training loss and its parts; all float32[] and means over weighted tokens."""
 
   total: jax.Array  # nll + z_loss * log_z_squared
   nll: jax.Array  # negative log-likelihood of the targets, in nats per token

@@ -38,7 +38,7 @@ def load_run(path: str | os.PathLike) -> tuple[PaLMConfig, Any, Any]:
 
 
 def beyond_training(model: Pretrained, tokens: int) -> str | None:
-  """What to warn of where a model reads so many tokens at once; None where nothing is amiss."""
+  """The warning for a model that reads so many tokens at once; None where nothing is amiss."""
   trained = model.seq_len if model.config.position == "rotary" else None
   if trained is None or tokens <= trained:
     return None

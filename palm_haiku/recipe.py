@@ -97,7 +97,7 @@ class TrainConfig:
 
   @property
   def rules(self) -> sharding.Rules:
-    """How arrays are divided over the mesh."""
+    """The division of arrays over the mesh."""
     return sharding.SHARDED_RESIDUAL if self.shard_residual else sharding.Rules()
 
   @functools.cached_property

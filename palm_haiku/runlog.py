@@ -1,4 +1,4 @@
-"""What a training run leaves for people: JSON lines, TensorBoard, a picture, a progress bar."""
+"""Logs of a training run: JSON lines, TensorBoard, a picture, a progress bar."""
 
 import contextlib
 import json

@@ -171,7 +171,7 @@ def constrain(x: jax.Array, logical: tuple[str | None, ...], rules: Rules) -> ja
 
 
 def params_shardings(params: Any, mesh: Mesh, rules: Rules = Rules()) -> Any:
-  """How the parameters of a PaLM lie on a mesh.
+  """Shardings of a PaLM's parameters on a mesh.
 
   Args:
     params: of `PaLM`, as Haiku has them: {module: {name: array or ShapeDtypeStruct}}.
@@ -201,7 +201,7 @@ def _logical(name: str, ndim: int) -> tuple[str | None, ...]:
 
 def opt_state_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any,
                         mesh: Mesh) -> Any:
-  """How an optimizer's state lies on a mesh: like the parameters it belongs to, else everywhere.
+  """Shardings of an optimizer's state: like the parameters it belongs to, else everywhere.
 
   Args:
     params: arrays or ShapeDtypeStructs.

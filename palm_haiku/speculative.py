@@ -25,7 +25,7 @@ class Model(NamedTuple):
 def continuation(target: Model, draft: Model, prompt: jax.Array, caches, lengths: jax.Array,
                  key: chex.PRNGKey, *, length: int, draft_length: int, distribution: Callable,
                  eod: int | None, on_token: Callable | None):
-  """What follows the prompts.
+  """The continuation of the prompts.
 
   Args:
     prompt: int32[..., T].

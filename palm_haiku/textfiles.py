@@ -375,7 +375,7 @@ def _is_utf7(sample) -> bool:
 
 
 def _foreign(sample, encoding) -> int:
-  """How many characters beyond ASCII an ASCII text has when it is decoded; 0 if it can't be."""
+  """The number of characters beyond ASCII in an ASCII text once decoded; 0 if it can't be."""
   try:
     text = codecs.getincrementaldecoder(encoding)().decode(sample) if sample.isascii() else ""
   except UnicodeDecodeError:

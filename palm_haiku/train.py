@@ -50,7 +50,7 @@ class Score(NamedTuple):
 
 
 class Result(NamedTuple):
-  """How a run ended."""
+  """The end of a run."""
 
   step: int
   train: Score  # of the last step that was logged
@@ -94,7 +94,7 @@ def train(config: TrainConfig, out: str | pathlib.Path, *, resume: bool = False,
 
 
 class _Run:
-  """What the parts of the loop share."""
+  """Shared state of the loop's parts."""
 
   read_ahead: prefetch.Prefetch | None = None  # while it trains
 

@@ -112,7 +112,7 @@ class Program(NamedTuple):
 
 
 def program(config: TrainConfig, mesh: Mesh | None = None) -> Program:
-  """What trains a model on one device or, with each parameter where it belongs, on a mesh.
+  """A model's training on one device or, with each parameter where it belongs, on a mesh.
 
   Call its functions under `sharding.in_context(mesh)`. Parameters are made where they will lie:
   no host or device ever holds all of them. Runs whose steps are the same share one program.

@@ -21,7 +21,7 @@ def run(config, out, **options):
 
 
 def output(*argv, timeout=250):
-  """What Python prints on both its outputs, begun as a user would: with no platform named."""
+  """Python's output on both streams, begun as a user would: with no platform named."""
   env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
   done = subprocess.run([sys.executable, *map(str, argv)], env=env, text=True, timeout=timeout,
                         cwd=pathlib.Path(__file__).parents[1],

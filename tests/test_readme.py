@@ -1,4 +1,4 @@
-"""What the README shows is run, or compared with what is there."""
+"""The README's examples are run, or compared with the files they show."""
 
 import pathlib
 import re

@@ -142,7 +142,7 @@ class PowerCut(Exception):
 
 @pytest.fixture
 def spiking(monkeypatch):
-  """What a run with a spike at step 16 reads, and a set of batches at whose sight it dies."""
+  """Batches of a run with a spike at step 16, and those at whose sight it dies."""
   monkeypatch.setattr(train, "GO_BACK", 6)
   monkeypatch.setattr(train, "SKIP", 9)
   monkeypatch.setattr(train, "RECENT", 5)

@@ -131,7 +131,7 @@ def test_a_part_of_a_batch_has_no_gradient_of_its_own():
 @pytest.mark.full
 @pytest.mark.parametrize("shard_residual", [False, True])
 def test_each_device_keeps_its_heads(shard_residual):
-  """What travels inside a layer are weights and the residual stream, not queries or scores."""
+  """Weights and the residual stream travel inside a layer, not queries or scores."""
   c = config("palm-lite", mesh="fsdp=4,model=2", shard_residual=shard_residual, remat="full")
   gathered = re.findall(r"= f32\[([\d,]*)\]\S* (?:all-gather|all-to-all)\(",
                         lowered(c).compile().as_text())

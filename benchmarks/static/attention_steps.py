@@ -132,7 +132,7 @@ def steps(plan, shape, chip, backward, mask=Mask(), compiled=None, alibi=True,
 
 
 class Visits(NamedTuple):
-  """What each block of rows does with each block of keys, as [batch, blocks of rows, of keys]."""
+  """Work of each block of rows on each block of keys, as [batch, blocks of rows, of keys]."""
 
   ranges: masking.Ranges
   seen: np.ndarray  # whether they meet at all

@@ -45,7 +45,7 @@ def program(**shape):
 
 
 class Figures:
-  """What a report says of the kernel.
+  """A report's figures of the kernel.
 
   Attributes:
     plan: the kernel's.

@@ -61,7 +61,7 @@ def compiled(target, mesh, shape, *, implementation, layers, unroll, backward, o
 
 
 def rows(text: str) -> list[dict]:
-  """What becomes of the gathers in each loop of a scheduled program that has any."""
+  """The fate of the gathers in each loop of a scheduled program that has any."""
   every, inside = list(hlo.instructions(text)), {}
   for one in every:
     inside.setdefault(one.computation, []).append(one)

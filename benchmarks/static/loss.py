@@ -59,7 +59,7 @@ def jobs(target, shape, implementation) -> list:
 
 
 def _steps(target, sizes) -> dict[str, aot.Steps]:
-  """How often a TPU kernel begins and ends a block of tokens."""
+  """The number of times that a TPU kernel begins and ends a block of tokens."""
   if isinstance(aot.chip(target), aot.Gpu):
     return {}
   from palm_haiku.kernels.cross_entropy import fused, mosaic_tpu

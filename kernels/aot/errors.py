@@ -1,4 +1,4 @@
-"""What can go wrong before there is a report."""
+"""Errors before there is a report."""
 
 
 class AotError(Exception):

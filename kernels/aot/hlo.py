@@ -1,4 +1,4 @@
-"""What a compiled program keeps in memory and how often it runs its parts, from its HLO text."""
+"""Memory of a compiled program, and the trip counts of its parts, from its HLO text."""
 
 import dataclasses
 import math
@@ -154,7 +154,7 @@ _EXIT = re.compile(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT
 
 
 def calls(text: str) -> tuple[dict[str, int], bool]:
-  """How often each instruction runs, by name, and whether all loops around them are known.
+  """Executions of each instruction, by name, and whether all loops around them are known.
 
   A loop is known if it counts from one constant to another in steps of a third, as JAX's do; any
   other counts once.

@@ -74,7 +74,7 @@ def report(function: Callable | str, *args, target: str, backward: bool = False,
 
 def job(function, *args, target, backward=False, square=None, flops=None,
         steps: Steps | Mapping[str, Steps] = ONCE, **kwargs) -> Job:
-  """What `report` would run, as a value; arguments as there."""
+  """A run of `report` as a value; arguments as there."""
   targets.chip(target)
   steps = {"": steps} if isinstance(steps, Steps) else dict(steps)
   return Job(target, build.refer(function), args or None, kwargs, backward, square, flops, steps)

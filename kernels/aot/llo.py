@@ -59,7 +59,7 @@ class Region:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-  """How often the parts of a kernel run, where the program does not say.
+  """Trip counts of the parts of a kernel, where the program does not say.
 
   Attributes:
     grid: steps of the grid on one core, where its loop's counter does not say it. (A pipelined
@@ -257,7 +257,7 @@ def _definitions(code):
 
 
 def _trips(code, loop, own, definitions) -> int | None:
-  """How often a loop runs: None unless start, step and limit of its counter are constants."""
+  """A loop's trip count: None unless start, step and limit of its counter are constants."""
   exits = {exit for i in own for exit in _EXIT.findall(code[i])}
   if len(exits) != 1:
     return None

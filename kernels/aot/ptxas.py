@@ -37,7 +37,7 @@ def version() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-  """What ptxas says that one kernel takes."""
+  """Resources of one kernel, as ptxas reports them."""
 
   registers: int
   spill_stores: int  # bytes per thread

@@ -1,4 +1,4 @@
-"""What a compiled program turned out to be: figures per kernel, and what is wrong with it."""
+"""Reports of compiled programs: figures per kernel, and the problems found."""
 
 import dataclasses
 
@@ -131,7 +131,7 @@ class Report:
 
   @property
   def problems(self) -> list[str]:
-    """What a kernel engineer would not ship, one line each: spills, serialized wgmma, T x S."""
+    """Problems that keep a kernel from shipping, one line each: spills, serialized wgmma, T x S."""
     found = [problem for kernel in self.kernels for problem in kernel.problems]
     return found + [f"{buffer} is as large as T x S ({buffer.bytes} bytes)"
                     for buffer in self.square]

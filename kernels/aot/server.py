@@ -140,7 +140,7 @@ def _attend(connection, set_by_imports):
 
 
 def _take_place(log, where, path, environment):
-  """What a process gets from the one that starts it."""
+  """Gives this process the state that a new one gets from the one that starts it."""
   for source, target in ((os.open(os.devnull, os.O_RDONLY), (0,)),
                          (os.open(log, os.O_WRONLY | os.O_APPEND), (1, 2))):
     for descriptor in target:

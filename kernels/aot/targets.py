@@ -66,7 +66,7 @@ def platform(target: str) -> str:
 
 
 def environment(target: str) -> dict[str, str]:
-  """What a process that compiles for `target` needs in its environment before it imports JAX."""
+  """Variables that a process that compiles for `target` must set before it imports JAX."""
   wanted = {"JAX_PLATFORMS": "cpu"}  # the plugins' own start looks for a chip
   if platform(target) == "tpu":
     wanted |= {

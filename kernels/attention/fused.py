@@ -40,7 +40,7 @@ def _triton():
 
 
 class Options(NamedTuple):
-  """What is known when a program is compiled."""
+  """Static arguments of the op."""
 
   is_causal: bool
   window: tuple[int, int] | None

@@ -71,7 +71,7 @@ def _slopes(alibi_slopes, like, kv_heads):
 
 
 def _memory(dtype):
-  """How shared memory for wgmma is declared, and barriers."""
+  """Constructors of shared memory for wgmma, and of barriers."""
   return (functools.partial(plgpu.SMEM, dtype=dtype, transforms=tiles.TRANSFORMS),
           lambda n, arrivals=1: plgpu.Barrier(num_barriers=n, num_arrivals=arrivals))
 

@@ -131,11 +131,11 @@ def joint_kernel(operands, dq_ref, dk_ref, dv_ref, scratch, *, group, kv_heads, 
     def sums(turn, _):
       again = lambda: walk_of(*lax.optimization_barrier((index, turn)))  # not kept for so long
       walk = walk_of(index, turn)
-      about = dict(group=group, num_keys=num_keys, reach=masking.reach(is_causal, window))
+      geometry = dict(group=group, num_keys=num_keys, reach=masking.reach(is_causal, window))
       step = functools.partial(
           _step, operands, scratch, wg,
-          hidden=functools.partial(_hidden, operands, walk, again, rows=rows, **about),
-          weights=functools.partial(_weights, operands, scratch, walk, scale=scale, **about))
+          hidden=functools.partial(_hidden, operands, walk, again, rows=rows, **geometry),
+          weights=functools.partial(_weights, operands, scratch, walk, scale=scale, **geometry))
 
       def loop(dk_acc, dv_acc):
         lax.fori_loop(0, walk.steps, lambda i, _: step(dk_acc, dv_acc, i), None)
@@ -150,14 +150,14 @@ def joint_kernel(operands, dq_ref, dk_ref, dv_ref, scratch, *, group, kv_heads, 
         plgpu.barrier_wait(s.dq_free)
 
       walk = again()
-      own = pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
+      own_keys = pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
       target = lambda ref: ref.at[
           walk.part, walk.b, pl.ds(walk.tile * ROWS + wg * WARPGROUP_ROWS, WARPGROUP_ROWS), walk.kv]
       if dv_ref is None:
-        tiles.store(target(dk_ref), dk * scale + dv, s.k_smem.at[own])
+        tiles.store(target(dk_ref), dk * scale + dv, s.k_smem.at[own_keys])
       else:
-        tiles.store(target(dk_ref), dk * scale, s.k_smem.at[own])
-        tiles.store(target(dv_ref), dv, s.v_smem.at[own])
+        tiles.store(target(dk_ref), dk * scale, s.k_smem.at[own_keys])
+        tiles.store(target(dv_ref), dv, s.v_smem.at[own_keys])
       plgpu.barrier_arrive(s.kv_free)
 
     lax.fori_loop(0, turns, sums, None)
@@ -224,8 +224,8 @@ def _step(operands, s, wg, dk_acc, dv_acc, i, *, hidden, weights):
   v_smem = s.k_smem if operands.value is None else s.v_smem
   slot, ds_tile, shape = lax.rem(i, stages), s.ds_smem.at[lax.rem(i, 2)], (WARPGROUP_ROWS, rows)
   # The compiler must not see that it never changes, or it keeps descriptors in registers.
-  here = lambda: lax.optimization_barrier(wg)
-  own = lambda: pl.ds(here() * WARPGROUP_ROWS, WARPGROUP_ROWS)
+  opaque_wg = lambda: lax.optimization_barrier(wg)
+  own_keys = lambda: pl.ds(opaque_wg() * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
   masked = hidden(i)  # here, where fewer registers are taken
 
@@ -234,23 +234,23 @@ def _step(operands, s, wg, dk_acc, dv_acc, i, *, hidden, weights):
     # Set before a product is in flight: ptxas waits for all before it touches an accumulator.
     ds_acc[...] = down(plgpu.load(s.table_smem.at[slot, DELTA], layout=COL, optimized=False),
                        shape)
-    plgpu.wgmma(s_acc, s.k_smem.at[own()], s.q_smem.at[slot].T)
+    plgpu.wgmma(s_acc, s.k_smem.at[own_keys()], s.q_smem.at[slot].T)
     plgpu.barrier_wait(s.dout_ready.at[slot])
-    plgpu.wgmma(ds_acc, v_smem.at[own()], s.dout_smem.at[slot].T)
-    p = weights(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), slot, i, here(), masked)
+    plgpu.wgmma(ds_acc, v_smem.at[own_keys()], s.dout_smem.at[slot].T)
+    p = weights(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), slot, i, opaque_wg(), masked)
     ds = p * plgpu.wgmma_accumulator_load(ds_acc, wait_n=0)
     return p.astype(s.q_smem.dtype), ds.astype(s.q_smem.dtype)
 
   acc = plgpu.ACC(shape, jnp.float32)
   p, ds = pl.run_scoped(scores, acc, acc)
   plgpu.wgmma(dv_acc, p, s.dout_smem.at[slot])
-  ds_tile.at[own()][...] = ds
+  ds_tile.at[own_keys()][...] = ds
   plgpu.commit_smem()
   plgpu.barrier_arrive(s.ds_ready)
 
   def rest(dq_acc):
     plgpu.barrier_wait(s.ds_ready)
-    plgpu.wgmma(dq_acc, ds_tile.T, s.k_smem.at[:, pl.ds(here() * (dim // 2), dim // 2)])
+    plgpu.wgmma(dq_acc, ds_tile.T, s.k_smem.at[:, pl.ds(opaque_wg() * (dim // 2), dim // 2)])
     plgpu.wgmma(dk_acc, ds, s.q_smem.at[slot])
     dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
     plgpu.barrier_arrive(s.dout_free.at[slot])
@@ -268,11 +268,11 @@ def _step(operands, s, wg, dk_acc, dv_acc, i, *, hidden, weights):
   pl.run_scoped(rest, plgpu.ACC((rows, dim // 2), jnp.float32))
 
 
-def _weights(operands, scratch, walk, scores, slot, i, here, hidden, *, group, num_keys, scale,
+def _weights(operands, scratch, walk, scores, slot, i, wg, hidden, *, group, num_keys, scale,
              reach):
   """exp2 of scaled, biased, masked scores less lse, for the keys of a warpgroup."""
   shape = scores.shape
-  key0, row0 = here * WARPGROUP_ROWS, walk.row_tile(i) * shape[1]
+  key0, row0 = wg * WARPGROUP_ROWS, walk.row_tile(i) * shape[1]
   column = lambda which: plgpu.load(
       scratch.table_smem.at[slot, which], layout=COL, optimized=False)
   key = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROW)

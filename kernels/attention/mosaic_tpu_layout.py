@@ -1,4 +1,4 @@
-"""What the forward and the backward kernel for TPUs share: packed rows, plans and tiles of scores.
+"""Shared parts of the TPU kernels' two passes: packed rows, plans and tiles of scores.
 
 The query heads of one key/value head are packed into rows: row r of a key/value head stands at
 position r // group and belongs to head r % group. For multi-query attention that is how
@@ -149,7 +149,7 @@ def fit(config, *, length, group, num_keys, itemsize) -> Plan:
 
 
 def row_operands(plan, kv_heads, length, slopes, segment_ids, query_offset, row_spec, ids_spec):
-  """What both kernels are told about rows and keys: {name: (array, its BlockSpec)}.
+  """Operands of both kernels for rows and keys: {name: (array, its BlockSpec)}.
 
   Args:
     row_spec: index of the leading dimension as a function of (batch, key/value head) -> spec.

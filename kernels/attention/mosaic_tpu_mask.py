@@ -1,4 +1,4 @@
-"""What a mask leaves the TPU kernels to visit: keys of a block of rows, and the steps for them.
+"""Visits of the TPU kernels under a mask: keys of a block of rows, and the steps for them.
 
 A diagonal of the mask, where blocks of rows and keys align, is one step of its own; chunks that all
 rows see take large steps without a mask, what else is left small ones under it.
@@ -217,7 +217,7 @@ def edge_chunks(plan, edges, block, query_offset):
 
 
 def parts(plan, edges, lows, offset, visible):
-  """What a step of `rows` visits of a block of keys beside the edges, in chunks of `fine` keys.
+  """Visits of `rows` in a block of keys beside the edges, in chunks of `fine` keys.
 
   Args:
     edges, lows: of its block of rows, and where they begin.

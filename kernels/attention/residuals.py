@@ -1,4 +1,4 @@
-"""What attention's forward pass leaves for its backward pass."""
+"""Residuals of attention's forward pass."""
 
 from typing import NamedTuple
 

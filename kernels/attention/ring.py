@@ -145,7 +145,7 @@ class Ring:
     return cast(dquery, query), cast(dkey, key), cast(dvalue, value)
 
   def _pairs(self, step, query, key, options) -> list[Pair]:
-    """What is visible when each device has the keys of the one `step` places before it."""
+    """The mask when each device has the keys of the one `step` places before it."""
     num_queries, num_keys = query.shape[1], key.shape[1]
     here = jax.lax.axis_index(self.axis)
     there = (here - step) % self.size

@@ -101,7 +101,7 @@ def _positive_scale(query, scale):
 
 
 def _static(query_shape, key_shape, is_causal, scale, window, shared, chip):
-  """What the kernels know when they are compiled."""
+  """Static arguments of the kernels."""
   left, right = window or (FAR, FAR)
   right = min(right, 0) if is_causal else right
   return dict(
@@ -171,7 +171,7 @@ def _backward(static, query, key, value, out, lse, dout, segment_ids, slopes, of
 
 
 def _splits(static, batch, length, num_keys, blocks):
-  """How many programs share a block of keys: enough for two on each multiprocessor.
+  """The number of programs that share a block of keys: enough for two on each multiprocessor.
 
   In multi-query attention one key head has few blocks of keys and many rows that see them. A
   split costs one float32 copy of dkey and dvalue; never more of them than query heads.

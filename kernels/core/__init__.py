@@ -1,1 +1,1 @@
-"""What every op goes through, whatever the op and the chip."""
+"""The path of every op to its kernel, whatever the op and the chip."""

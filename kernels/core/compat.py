@@ -1,4 +1,4 @@
-"""What the supported releases of jax and jax-triton, and settings of theirs, do differently."""
+"""Differences between the supported releases of jax and jax-triton, and settings of theirs."""
 
 import contextlib
 import inspect

@@ -1,4 +1,4 @@
-"""What a kernel costs: to XLA's scheduler, a Pallas call that does not say so is free.
+"""Cost estimates of kernels: to XLA's scheduler, a Pallas call without one is free.
 
 It then hides one transfer behind as many of them as there are and leaves none for the next.
 """

@@ -24,7 +24,7 @@ class Choice(NamedTuple):
 
 
 class Target(NamedTuple):
-  """What is compiled for."""
+  """The target of a compilation."""
 
   platform: str  # "cpu", "gpu", "tpu"
   chip: str | None  # "h200", "v5e", "sm_86", ... (`chips.name`); None for one that has no name
@@ -154,7 +154,7 @@ def choose(op: "Op", implementation: str, *arrays: Any, on: Target,
 
 
 def _unasked(op: "Op", chip: str | None, array=None) -> str | None:
-  """What keeps `auto` from a kernel that could run; see `unasked` of an op's configs."""
+  """The reason why `auto` passes over a kernel that could run; see `unasked` of an op's configs."""
   if chip not in chips.ALL:
     return f"a chip of known block sizes; got {chip or 'one of no known name'}"
   return op.configs.unasked(chip, array)

@@ -30,7 +30,7 @@ class Backend(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-  """How one call runs; equal for calls that compile to the same."""
+  """The route of one call; equal for calls that compile to the same."""
 
   implementation: str
   backend: Any  # a `Backend`; None for plain JAX
@@ -61,7 +61,7 @@ class Route:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Op:
-  """What the pipeline must know of an op; its first arrays are `Backend.unsupported`'s."""
+  """An op, as the pipeline sees it; its first arrays are `Backend.unsupported`'s."""
 
   name: str
   backends: Mapping[str, Callable[[], Backend]]  # each imports its own when it is first needed
@@ -161,7 +161,7 @@ def _plain(*arguments):
 
 
 def _on_any_tpu(*arguments):
-  """What a program that is exported for TPUs has in place of plain JAX."""
+  """The replacement of plain JAX in a program that is exported for TPUs."""
   *arrays, (op, _, options) = arguments
   on = dispatch.ANY_TPU
   name = dispatch.choose(op, "auto", *arrays[:len(op.ranks)], on=on).implementation

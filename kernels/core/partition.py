@@ -1,4 +1,4 @@
-"""How an op's arrays are spread over a mesh when the caller does not say.
+"""Partitioning of an op's arrays over a mesh when the caller does not say.
 
 A kernel is opaque to XLA's partitioner, so each op wraps its own in `jax.shard_map`. Axes in
 Explicit mode keep the sharding that an array's type carries; axes in Auto mode follow the names
@@ -42,7 +42,7 @@ def to_take_over(mesh: jax.sharding.AbstractMesh) -> set[str]:
 
 
 def devices(mesh: jax.sharding.AbstractMesh, axes: tuple[str, ...]) -> int:
-  """How many devices there are along the axes together."""
+  """The number of devices along the axes together."""
   return math.prod(mesh.shape[axis] for axis in axes)
 
 

@@ -1,4 +1,4 @@
-"""What `auto` leaves to the lowering: which platform a program is for.
+"""Choices that `auto` leaves to the lowering: which platform a program is for.
 
 A program is traced before JAX knows where it will run, and an exported one may run in many places.
 Where plain JAX is traced, it is one primitive; a platform that has a kernel gets that in its place,

@@ -9,7 +9,7 @@ NEEDS = f"{LEAST} tokens or more"
 
 
 def unasked(chip: str, x=None) -> str | None:
-  """What keeps `auto` from a kernel that could run: a shape of which nothing is known.
+  """The reason why `auto` passes over a kernel that could run: a shape of which nothing is known.
 
   Args:
     chip: its name.

@@ -107,7 +107,7 @@ def on_one_device(x, embedding):
 
 
 class Loss(NamedTuple):
-  """What is known of a loss when a program is compiled; None where it is an array."""
+  """Static arguments of a loss; None where one is an array."""
 
   scale: float | None
   z_loss: float | None
@@ -173,7 +173,7 @@ def _over_mesh(route, static_scale, x, embedding, targets, scale):
 
 
 class Options(NamedTuple):
-  """What is known of the logits when a program is compiled."""
+  """Static arguments of the logits."""
 
   scale: float
   num_valid: int | None  # None where it is an array
@@ -338,7 +338,7 @@ def _sums(g, at_target):
 
 
 def _unit(size, dtype):
-  """What g is multiplied by in memory: a power of two that lifts float16 over its underflow.
+  """The factor of g in memory: a power of two that lifts float16 over its underflow.
 
   Args:
     size: float32[N], the most that a token's g may be.

@@ -189,7 +189,7 @@ def logit_gradient(x: jax.Array, rows: jax.Array, targets: jax.Array, top: jax.A
 
 
 class Plan(NamedTuple):
-  """How a kernel divides its problem."""
+  """The division of a kernel's problem."""
 
   tokens: int  # in a block, which stays in VMEM
   rows: int  # of the embedding in a block

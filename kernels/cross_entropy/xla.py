@@ -17,7 +17,7 @@ BLOCK_LOGITS = 2**23
 
 
 def logits_statistics(x, embedding, targets, *, scale, num_valid):
-  """What a softmax cross-entropy needs of all logits.
+  """Statistics of all logits that a softmax cross-entropy needs.
 
   Args:
     x: float[N, D].

@@ -86,7 +86,7 @@ def decode_attention(
 
 
 def _left(window, max_len) -> int | None:
-  """How far before its own position a query sees; None where that is all of the cache."""
+  """The number of earlier positions that a query sees; None where that is all of the cache."""
   if window is None or isinstance(max_len, int) and window[0] >= max_len - 1:
     return None
   return window[0]

@@ -8,7 +8,7 @@ NEEDS = "any number of queries"
 
 
 def unasked(chip: str, query=None) -> str | None:
-  """What keeps `auto` from a kernel that could run: nothing."""
+  """The reason why `auto` passes over a kernel that could run: there is none."""
 
 
 class TritonConfig(NamedTuple):
@@ -50,7 +50,7 @@ def triton(chip: str | None, dim_head: int, rows: int, dtype) -> TritonConfig:
 
 
 class HopperConfig(NamedTuple):
-  """What the Hopper decode kernel has in flight; tiles are of 64 rows and 64 positions, always."""
+  """Tiles in flight in the Hopper decode kernel, which are of 64 rows and 64 positions, always."""
 
   stages: int  # tiles of keys and values
   programs: int  # that share a multiprocessor

@@ -34,7 +34,7 @@ def _triton():
 
 
 class Options(NamedTuple):
-  """What is known when a program is compiled."""
+  """Static arguments of the op."""
 
   scale: float | None  # None where it is an array
   left: int | None  # positions before its own that a query sees; None for all

@@ -43,7 +43,7 @@ def unsupported(query: jax.Array | jax.ShapeDtypeStruct, key: jax.Array | jax.Sh
 
 
 def _transforms(dtype, dim):
-  """How wgmma wants a tile of rows in shared memory."""
+  """The transforms that wgmma wants of a tile of rows in shared memory."""
   swizzle = min(128, dim * dtype.itemsize)
   return (plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle))
 

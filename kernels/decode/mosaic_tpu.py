@@ -336,7 +336,7 @@ def step(refs, plan, scale, part, slot, fresh, next_slot, sequence, left):
 
 
 def carried(fresh, state, first):
-  """What a sequence's blocks so far have left; `first` before there are any."""
+  """The state that a sequence's blocks so far have left; `first` before there are any."""
   return jnp.where(fresh, first, state)
 
 

@@ -1,4 +1,4 @@
-"""How the TPU kernel divides a problem: blocks that fit, each core's share, and its merging."""
+"""Division of a problem by the TPU kernel: blocks that fit, each core's share, and its merging."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from . import configs
 
 
 class Plan(NamedTuple):
-  """How one problem is divided."""
+  """The division of one problem."""
 
   size: int  # positions in a block
   slots: int  # blocks in VMEM, two of them being computed on
@@ -78,7 +78,7 @@ def fit(query, key, value, chip, config=None, left=None) -> Plan:
 
 
 def deal(plan, lengths):
-  """What each core walks: half of the blocks.
+  """The walk of each core: half of the blocks.
 
   Returns:
     int32[cores, 4], (sequence, block) of the first block and of the one after the last; and of

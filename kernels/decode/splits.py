@@ -1,4 +1,4 @@
-"""How the GPU kernels deal a ragged cache out to programs: the split over positions.
+"""Splits of a ragged cache over positions, one for each program of the GPU kernels.
 
 A slot is one program's share of one sequence, for every key/value head. Sequences get slots in
 proportion to their length, so that one long sequence fills the chip and a short one beside it
@@ -30,7 +30,7 @@ class Splits(NamedTuple):
 
 
 class Limits(NamedTuple):
-  """What is known of them when a program is compiled."""
+  """Static arguments of the splits."""
 
   block: int  # positions: a slot begins at a multiple of it
   least: int  # positions of a slot, if its sequence has more than one

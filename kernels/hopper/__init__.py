@@ -1,1 +1,1 @@
-"""What Hopper kernels share: layouts and copies, heads as rows, the softmax, the product loop."""
+"""Shared parts of Hopper kernels: layouts and copies, heads as rows, softmax, the product loop."""

@@ -26,7 +26,7 @@ COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
 
 
 class Ring(NamedTuple):
-  """What the warpgroup that copies and those that compute share, and how far the tiles go.
+  """State that the copying and the computing warpgroups share, and the extent of the tiles.
 
   Steps count from 0 over all tiles of a block of the grid; step n is in slot n % stages.
   """
@@ -208,7 +208,7 @@ def fastest(configs, rows: int, across, processors: int):
 
 def launch(kernel, name, operands, widths, slot, *, copies, across, num_tokens, dtype, chip,
            configs):
-  """What kernel(*operands, *results, ring) makes: [num_tokens, width] for each of `widths`.
+  """Results of kernel(*operands, *results, ring): [num_tokens, width] for each of `widths`.
 
   Args:
     operands: arrays or None.

@@ -43,7 +43,7 @@ def pad_rows(x, multiple=TILING, axis=0):
 
 
 def feed(steps, streams):
-  """What the copying warpgroup does: keeps the slots of each stream full, in order.
+  """Work of the copying warpgroup: keeps the slots of each stream full, in order.
 
   A stream is (stages, copies, ready, free), and copies(i, slot) lists (source, target) pairs.
   """

@@ -19,7 +19,7 @@ _MANY = 24
 
 
 def params(settings: Mode) -> plgpu.InterpretGPUParams:
-  """How to interpret a kernel."""
+  """Parameters of an interpreted kernel."""
   callbacks.mend()
   races.watch(gpu_callbacks.reset_gpu_interpret_mode_state)
   _mend()

@@ -1,4 +1,4 @@
-"""What the interpreter of Mosaic GPU lacks for blocks of a grid that work in an order.
+"""Order between blocks of a grid, which the interpreter of Mosaic GPU lacks.
 
 Semaphores in global memory, and reductions by TMA. It runs one block after the other, and takes
 what the same warpgroup of an earlier block did for done. So whether a block may write where

@@ -8,7 +8,7 @@ from .mode import Mode
 
 
 def params(settings: Mode, cores: int) -> pltpu.InterpretParams:
-  """How to interpret a kernel for a TPU of so many cores."""
+  """Parameters of a kernel interpreted for a TPU of so many cores."""
   callbacks.mend()
   races.watch(interpret_pallas_call.reset_tpu_interpret_mode_state)
   return pltpu.InterpretParams(

@@ -1,4 +1,4 @@
-"""What JAX's interpreters of Mosaic's kernels remember: memory, and races that were found."""
+"""State of JAX's interpreters of Mosaic's kernels: memory, and races that were found."""
 
 import functools
 from collections.abc import Callable

@@ -29,7 +29,7 @@ _lock = threading.Lock()
 
 
 def problem() -> str | None:
-  """What is missing, with what to install; or None."""
+  """The missing packages, with the way to install them; or None."""
   try:
     version = importlib.metadata.version("triton")
   except importlib.metadata.PackageNotFoundError:

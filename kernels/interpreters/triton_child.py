@@ -20,7 +20,7 @@ _MARGIN = 256  # bytes around each array; keeps the 16-byte alignment that jax-t
 
 
 class _Array:
-  """What Triton's interpreter asks of a torch tensor, over a contiguous numpy array."""
+  """The part of a torch tensor that Triton's interpreter uses, over a contiguous numpy array."""
 
   def __init__(self, array):
     array = np.asarray(array)

@@ -18,7 +18,7 @@ AUTO = {"v5e": 1024, "v5p": 1024, "v6e": 1024}
 
 
 def unasked(chip: str, x=None) -> str | None:
-  """What keeps `auto` from a kernel that could run: a shape of which nothing is known.
+  """The reason why `auto` passes over a kernel that could run: a shape of which nothing is known.
 
   Args:
     chip: its name.

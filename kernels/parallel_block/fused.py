@@ -66,7 +66,7 @@ def _triton():
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What is known when a program is compiled."""
+  """Static arguments of the op."""
 
   route: op.Route
   norm: str
@@ -109,7 +109,7 @@ class Division:
 
 
 def division(x, params, mesh) -> Division:
-  """How the layer is divided over the mesh.
+  """The division of the layer over the mesh.
 
   Args:
     x: [B, T, D], or its type.
@@ -165,7 +165,7 @@ def on_one_device(x, params):
 
 
 class Layer(NamedTuple):
-  """What is known of a layer when a program is compiled; see the op of the same name."""
+  """Static arguments of a layer; see the op of the same name."""
 
   norm: str
   norm_eps: float

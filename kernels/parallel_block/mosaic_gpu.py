@@ -83,7 +83,7 @@ def in_projection(x: jax.Array, params: Mapping[str, jax.Array],
 
 
 def _blocks(weight, width):
-  """How many blocks of columns a weight has; 0 if it is absent."""
+  """The number of blocks of columns of a weight; 0 if it is absent."""
   return 0 if weight is None else pl.cdiv(weight.shape[1], width)
 
 

@@ -1,4 +1,4 @@
-"""How the parallel block's kernels for TPUs divide their problems, and the loops they share."""
+"""Division of problems by the parallel block's kernels for TPUs, and the loops they share."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from . import configs
 
 
 class Plan(NamedTuple):
-  """How a kernel divides its problem."""
+  """The division of a kernel's problem."""
 
   num_tokens: int
   rows: int  # tokens in a block

@@ -1,1 +1,1 @@
-"""What TPU kernels share: sizes in whole tiles, products and their order, VMEM."""
+"""Shared parts of TPU kernels: sizes in whole tiles, products and their order, VMEM."""

@@ -17,7 +17,7 @@ def with_slack(counted: int, slack: int, chip: str | None) -> int:
 
 
 def unfit(dtype: jax.typing.DTypeLike, chip: str | None) -> str | None:
-  """What keeps TPU kernels from a dtype or a chip, in words, or None."""
+  """The reason why TPU kernels can't take a dtype or a chip, in words, or None."""
   if dtype not in (jnp.bfloat16, jnp.float32):
     return f"bfloat16 or float32, for the matrix unit takes no float16; got {dtype}"
   if chip is not None and chip not in chips.TPUS:
@@ -26,7 +26,7 @@ def unfit(dtype: jax.typing.DTypeLike, chip: str | None) -> str | None:
 
 
 def exceeded(taken: int, chip: str, blocks: str, kernel: str, of: str = "") -> str | None:
-  """What a kernel lacks that takes more bytes of VMEM than there are, in words; None if it fits."""
+  """The complaint of a kernel that takes more bytes of VMEM than there are; None if it fits."""
   if taken <= limit(chip):
     return None
   return (f"{blocks} within the {chips.tpu(chip).vmem} MiB of VMEM of a {chip}; {kernel} takes "

@@ -1,1 +1,1 @@
-"""What Triton kernels share: their call, and device functions."""
+"""Shared parts of Triton kernels: their call, and device functions."""

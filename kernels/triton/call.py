@@ -1,4 +1,4 @@
-"""How the ops call their Triton kernels: through jax-triton, imported when first needed.
+"""Calls of the ops' Triton kernels: through jax-triton, imported when first needed.
 
 jax-triton's releases differ; the ops see one `call`.
 """
@@ -13,7 +13,7 @@ from ..interpreters import mode
 
 
 def unfit(chip: str | None) -> str | None:
-  """What keeps Triton kernels from a chip, in words, or None."""
+  """The reason why Triton kernels can't take a chip, in words, or None."""
   if chip is None or chip in chips.GPUS:
     return None
   known = sorted({gpu.capability for gpu in chips.GPUS.values()})
@@ -22,7 +22,7 @@ def unfit(chip: str | None) -> str | None:
 
 
 def problem() -> str | None:
-  """What is missing for Triton kernels to run or be compiled, with what to install; or None."""
+  """The packages that Triton kernels miss, with the way to install them; or None."""
   if mode.current.value is not None:
     from ..interpreters import triton as interpreter
 

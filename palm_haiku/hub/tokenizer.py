@@ -126,7 +126,7 @@ class _StreamDecoder:
     return text or ""
 
   def flush(self) -> str:
-    """What is held back at the end: bytes that are no whole character."""
+    """The bytes held back at the end, which are no whole character."""
     text = self._tokenizer.decode(self._pending)
     self._pending.clear()
     return text

@@ -72,7 +72,7 @@ def compile_elsewhere(config: TrainConfig, machine: Machine, timeout: float) -> 
 
 
 def compile_step(config: TrainConfig, machine: Machine) -> dict[str, Any]:
-  """What the compiler says of a step, in this process; `estimate.plan` has the meaning."""
+  """The compiler's figures of a step, in this process; `estimate.plan` has the meaning."""
   mesh = sharding.make_mesh(config.mesh, machine.devices())
   run = program(config, mesh)
   shape = (config.batch_size, config.seq_len + 1)
@@ -104,7 +104,7 @@ def compile_step(config: TrainConfig, machine: Machine) -> dict[str, Any]:
 
 
 def _choices(config) -> dict[str, dict[str, str]]:
-  """What each op runs in the step, and why."""
+  """The implementation of each op in the step, and why."""
   model, batch = config.model, config.batch_size // config.accumulate
   array = lambda *shape: jax.ShapeDtypeStruct((batch, config.seq_len, *shape), config.dtype)
   key = array(model.kv_heads, model.dim_head)

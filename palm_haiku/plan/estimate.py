@@ -10,7 +10,7 @@ from palm_haiku.recipe import TrainConfig
 
 
 def plan(config: TrainConfig, machine: Machine, *, timeout: float = 1800) -> dict[str, Any]:
-  """What a step of training needs of each chip, and how long it would take.
+  """The needs of a training step on each chip, and its expected time.
 
   Args:
     config: of the run; its mesh is of the machine's chips.

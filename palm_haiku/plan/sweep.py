@@ -24,7 +24,7 @@ class Candidate:
 
 def candidates(config: TrainConfig, machine: Machine, *, meshes: Sequence[str] = (),
                remats: Sequence[str] = REMATS) -> Iterator[Candidate]:
-  """What a sweep tries, those first that send least over slow links or need least memory.
+  """Candidates of a sweep, those first that send least over slow links or need least memory.
 
   Args:
     config: of the run; its mesh and remat are not used.

@@ -1,4 +1,4 @@
-"""What chips send each other in one step, read off the optimized program."""
+"""Transfers between chips in one step, read off the optimized program."""
 
 import math
 import re
@@ -15,7 +15,7 @@ _SENT = {"all-gather": lambda n: (n - 1) / n, "reduce-scatter": lambda n: (n - 1
 
 def collectives(text: str, axes: dict[str, int], slice_size: int,
                 coordinates: list[tuple[int, ...]] | None = None) -> tuple[list[dict], bool]:
-  """What chips send each other in one step, from the optimized HLO.
+  """Transfers between chips in one step, from the optimized HLO.
 
   Args:
     axes: names and sizes of the mesh, whose devices are the program's in this order.

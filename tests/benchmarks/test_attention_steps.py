@@ -1,4 +1,4 @@
-"""What the static figures count, against every row and key of small problems."""
+"""Static figures of attention, against every row and key of small problems."""
 
 import numpy as np
 import pytest
@@ -153,7 +153,7 @@ def test_the_share_of_the_pairs(name):
 
 
 def test_a_program_meets_another_mask():
-  """What is asked of a sparse program as if nothing were hidden: its edges never run."""
+  """Visits of a sparse program as if nothing were hidden: its edges never run."""
   length, mask = MASKS["window"]
   shape = Attention(1, length, 4, 1, 128)
   plan = layout.fit(BLOCKS, length=length, group=4, num_keys=length, itemsize=2)

@@ -23,7 +23,7 @@ def eps(dtype) -> float:
 
 
 def excess(got, exact, rough, *, floor: float, mean_square: float | None = 0.5) -> str | None:
-  """How far a result is out of bounds, in words; None for one that is within.
+  """The amount by which a result is out of bounds, in words; None for one that is within.
 
   Args:
     got: the kernel's result.

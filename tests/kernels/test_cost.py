@@ -1,4 +1,4 @@
-"""What the TPU kernels of a layer tell XLA's scheduler of their cost."""
+"""Cost that the TPU kernels of a layer tell XLA's scheduler."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What has no influence has none when it is NaN or infinite: 0 times NaN is NaN."""
+"""Values without influence are so when they are NaN or infinite: 0 times NaN is NaN."""
 
 import chex
 import jax

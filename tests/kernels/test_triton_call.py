@@ -1,4 +1,4 @@
-"""What the Triton kernels of all ops share: what must be installed, and vmap."""
+"""Shared parts of the Triton kernels of all ops: what must be installed, and vmap."""
 
 import importlib.metadata
 import subprocess

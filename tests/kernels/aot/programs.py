@@ -1,4 +1,4 @@
-"""What the ahead-of-time tests compile, some of it bad on purpose."""
+"""Programs of the ahead-of-time tests, some of them bad on purpose."""
 
 import os
 import time

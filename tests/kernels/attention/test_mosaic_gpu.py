@@ -29,7 +29,7 @@ STATIC = ("is_causal", "scale", "window")
 
 @functools.partial(jax.jit, static_argnames=(*STATIC, "static_offset", "gradients"))
 def kernels(query, key, value, dout, query_offset, static_offset, gradients, **options):
-  """What both passes return, for a query_offset that is an array, or a Python int."""
+  """Results of both passes, for a query_offset that is an array, or a Python int."""
   options |= dict(chip=None, query_offset=query_offset if static_offset is None else static_offset)
   out, lse = mosaic_gpu.forward(query, key, value, **options)
   results = dict(out=out, lse=lse)

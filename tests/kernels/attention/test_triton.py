@@ -48,7 +48,7 @@ def running(blocks=None, mistake=None):
 @functools.partial(jax.jit, static_argnames=(
     "is_causal", "scale", "window", "known_offset", "chip"))
 def kernels(query, key, value, dout, query_offset, known_offset, **options):
-  """What both passes return, for a query_offset that is an array, or a Python int."""
+  """Results of both passes, for a query_offset that is an array, or a Python int."""
   options["query_offset"] = query_offset if known_offset is None else known_offset
   out, lse = triton.forward(query, key, value, **options)
   grads = triton.backward(Residuals(query, key, value, out, lse), dout, **options)

@@ -110,7 +110,7 @@ def test_vmap_scan_and_remat_compile():
 ])
 def test_every_variant_is_lowered(chip, num_queries, num_keys, heads, kv_heads, dim_head, dtype,
                                   options):
-  """What the interpreter lets pass, Triton's compiler may not: types, constants, tensor memory."""
+  """Types, constants and tensor memory, which the interpreter lets pass and Triton may not."""
   def both(q, k, v, offset, q_ids, k_ids):
     keywords = dict(options)
     shared, ids = keywords.pop("shared", False), keywords.pop("segments", False)

@@ -1,4 +1,4 @@
-"""What `auto` decides when a program is lowered, and what it leaves to plain JAX."""
+"""Choices of `auto` when a program is lowered, and those that it leaves to plain JAX."""
 
 import contextlib
 import types

@@ -24,7 +24,7 @@ from tests.mutants import DROPPED, Mistake, planted
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How the tiles are cut and walked; small ones make many of few numbers."""
+  """The cut and the walk of the tiles; small ones make many of few numbers."""
 
   columns: int = 64
   stages: int = 2

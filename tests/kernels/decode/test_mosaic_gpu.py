@@ -23,7 +23,7 @@ SETTINGS = interpreters.Mode(detect_races=True, check_products=True)
 
 
 def result(case, per_row=32, arrays=None, merge=None):
-  """What the kernels compute for a case, in slots of `per_row` positions a row.
+  """Results of the kernels for a case, in slots of `per_row` positions a row.
 
   Args:
     merge: a function instead of the kernel that merges parts.

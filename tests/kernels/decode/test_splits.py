@@ -1,4 +1,4 @@
-"""How the cache is dealt out: all of it, once, evenly, and in few enough bytes."""
+"""Splits of the cache: all of it, once, evenly, and in few enough bytes."""
 
 import functools
 

@@ -25,7 +25,7 @@ if trouble := triton_call.problem():
 
 
 def result(case, keys=16, per_row=1, mistake=None, chip=None, arrays=None):
-  """What the kernels compute for a case, in blocks of `keys` and slots of `per_row` a row."""
+  """Results of the kernels for a case, in blocks of `keys` and slots of `per_row` a row."""
   arrays = arrays or contract.inputs(case)
   blocks = configs.triton
 
@@ -157,7 +157,7 @@ def test_a_wrong_table_is_noticed(name, change, monkeypatch):
 @pytest.mark.full
 @pytest.mark.parametrize("int8", [False, True])
 def test_nothing_past_the_length_is_loaded(int8):
-  """What is not filled is NaN here, also in the block in which a sequence ends."""
+  """Unfilled positions are NaN here, also in the block in which a sequence ends."""
   case = dataclasses.replace(ONE, int8=int8)
   arrays = contract.inputs(case)
   poisoned = contract.poisoned(case, arrays)

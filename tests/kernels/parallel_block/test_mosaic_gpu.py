@@ -25,7 +25,7 @@ FUNCTIONS = ("in_projection", "out_projection", "swiglu_gradient", "input_gradie
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How the tiles are cut and walked; small ones make many of few numbers."""
+  """The cut and the walk of the tiles; small ones make many of few numbers."""
 
   columns: int = 128
   stages: int = 2
