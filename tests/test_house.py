@@ -128,3 +128,12 @@ def test_parameters_are_annotated():
         bare += [f"{path}:{function.name}({a.arg})" for a in parameters(function)
                  if a.annotation is None]
   assert len(bare) <= 0.1 * count, "\n".join(bare)
+
+
+def test_docstrings_begin_with_a_noun_or_a_verb():
+  documented = (ast.Module, ast.ClassDef, *FUNCTION)
+  found = [f"{path}:{getattr(node, 'name', 'module')}"
+           for path, tree in sources("palm_haiku", "kernels", "benchmarks", "examples", "tests")
+           for node in ast.walk(tree) if isinstance(node, documented)
+           and (ast.get_docstring(node) or "").startswith(("What ", "How "))]
+  assert not found
