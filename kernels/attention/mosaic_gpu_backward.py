@@ -102,8 +102,8 @@ def _joint(query, key, value, dout, statistics, *, segment_ids, alibi_slopes, qu
       (parts, batch, key_tiles * ROWS, kv_heads, dim), jnp.float32 if parts > 1 else query.dtype)
   dquery, *grads = _launch(
       functools.partial(
-          _joint_without_dv if shared else mosaic_gpu_joint.joint_kernel, group=group,
-          kv_heads=kv_heads, num_keys=num_keys, parts=parts, scale=scale, **mask),
+          _without_dv(mosaic_gpu_joint.joint_kernel) if shared else mosaic_gpu_joint.joint_kernel,
+          group=group, kv_heads=kv_heads, num_keys=num_keys, parts=parts, scale=scale, **mask),
       "backward",
       mosaic_gpu_joint.Operands(
           packed, all_keys, all_values, packed_dout, table, bounds, order, q_segments, k_segments),
@@ -142,7 +142,7 @@ def _apart(query, key, value, dout, statistics, *, segment_ids, alibi_slopes, qu
            chip, config, mask):
   """dq by one kernel, and the parts of dk and dv by another."""
   left, right = masking.reach(**mask)
-  masked_head, masked_tail = (x < FAR or segment_ids is not None for x in (right, left))
+  masked_left, masked_right = (x < FAR or segment_ids is not None for x in (left, right))
   batch, num_keys, kv_heads, dim = key.shape
   group = query.shape[2] // kv_heads
   packed, all_keys, all_values, packed_dout = _packed(query, key, value, dout)
@@ -162,7 +162,7 @@ def _apart(query, key, value, dout, statistics, *, segment_ids, alibi_slopes, qu
   dquery, = _launch(
       functools.partial(
           mosaic_gpu_dq.dq_kernel, config=config, group=group, kv_heads=kv_heads, num_keys=num_keys,
-          scale=scale, masked_head=masked_tail, masked_tail=masked_head or num_keys % block != 0,
+          scale=scale, masked_head=masked_left, masked_tail=masked_right or num_keys % block != 0,
           **mask),
       "dq",
       mosaic_gpu_dq.Operands(
@@ -193,9 +193,9 @@ def _apart(query, key, value, dout, statistics, *, segment_ids, alibi_slopes, qu
   one_sum = shared and not divided
   grads = _launch(
       functools.partial(
-          _without_dv if one_sum else mosaic_gpu_dkv.dkv_kernel, config=config, kv_heads=kv_heads,
-          splits=parts, scale=scale, alibi=slopes is not None, masked_head=masked_head,
-          masked_tail=masked_tail, **mask),
+          _without_dv(mosaic_gpu_dkv.dkv_kernel) if one_sum else mosaic_gpu_dkv.dkv_kernel,
+          config=config, kv_heads=kv_heads, splits=parts, scale=scale, alibi=slopes is not None,
+          masked_head=masked_right, masked_tail=masked_left, **mask),
       "dkv",
       mosaic_gpu_dq.Operands(
           packed, all_keys, all_values, packed_dout, table, bounds, q_segments, k_segments),
@@ -221,14 +221,9 @@ def _apart(query, key, value, dout, statistics, *, segment_ids, alibi_slopes, qu
   return dquery, *grads
 
 
-def _without_dv(operands, dk_ref, scratch, **keywords):
-  """`dkv_kernel` where one sum takes the gradients of key and value alike."""
-  mosaic_gpu_dkv.dkv_kernel(operands, dk_ref, None, scratch, **keywords)
-
-
-def _joint_without_dv(operands, dq_ref, dk_ref, scratch, **keywords):
-  """`joint_kernel` where one array takes the gradients of key and value."""
-  mosaic_gpu_joint.joint_kernel(operands, dq_ref, dk_ref, None, scratch, **keywords)
+def _without_dv(kernel):
+  """A kernel where one array takes the gradients of key and value: it has no `dv_ref`."""
+  return lambda *refs, **keywords: kernel(*refs[:-1], None, refs[-1], **keywords)
 
 
 def _parts(blocks: int, group: int, multiprocessors: int) -> int:
