@@ -93,6 +93,8 @@ class TrainConfig:
     kept = {name: getattr(self, name) for name in (
         "model", "steps", "accumulate", "seq_len", "optimizer", "learning_rate", "z_loss", "seed",
         "dtype", "remat", "implementation", "mesh", "shard_residual", "init", "lora_rank")}
+    if self.optimizer == "palm":
+      del kept["steps"]  # Its learning rate falls with the steps that were, not with those to be.
     return TrainConfig(**kept, batch_size=self.accumulate)
 
   @property

@@ -210,7 +210,8 @@ class _Run:
     if start.config != self.config.model:
       raise ValueError(f"{self.config.init} is another model than config.model")
     terminal.say(self.console, f"weights of {self.config.init}")
-    return state._replace(params=lora.join(adapters, start.params))
+    params = start.params if mesh else jax.device_put(start.params, jax.devices()[0])
+    return state._replace(params=lora.join(adapters, params))
 
   def _batch(self, step):
     """The batch of a step, where its devices take it."""

@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
 from palm_haiku import lora, sharding
 from palm_haiku.kernels.core.compat import promoting
@@ -126,7 +126,10 @@ def _program(config, mesh):
                            for f in (init, train_step, eval_step))
   state = jax.eval_shape(begin)
   if mesh is None:
-    return Program(jax.jit(begin), jax.jit(advance, donate_argnums=0), jax.jit(score), state, None)
+    # Where checkpoints are read to: jit would compile a second step for arrays bound to a device.
+    device = SingleDeviceSharding(jax.devices()[0])
+    return Program(jax.jit(begin, out_shardings=device), jax.jit(advance, donate_argnums=0),
+                   jax.jit(score), state, None)
   params = sharding.params_shardings(state.params, mesh, config.rules)
   trained = [lora.split(tree)[0] for tree in (state.params, params)]
   shardings = TrainState(params, sharding.opt_state_shardings(

@@ -13,9 +13,6 @@ import pytest
 # where the environment says to keep nothing, as images of containers often do.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# Threads of numpy's small products wait for each other by spinning: of Hopper's kernels in their
-# interpreter 5% of all time on idle cores, a third on busy ones. Read when numpy is imported.
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # Most of the time goes into compiling programs that run once: a quarter less of it (generation,
 # block and attention on a CPU, 195 s of processor time with and 148 s without optimization).
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"

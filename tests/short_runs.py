@@ -1,11 +1,13 @@
 """A text, a training run and a process that take no time, for the tests of what goes on in them."""
 
+import contextlib
 import io
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import rich.console
 
 from palm_haiku import train
@@ -28,3 +30,19 @@ def output(*argv, timeout=250):
                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
   assert done.returncode == 0, done.stdout
   return done.stdout
+
+
+@contextlib.contextmanager
+def compilations():
+  """A list that has an entry for every program that is compiled meanwhile."""
+  names = []
+
+  def listen(name, *_, **__):
+    if "backend_compile" in name:
+      names.append(name)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield names
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)

@@ -18,7 +18,8 @@ from palm_haiku import cli, config, demo
 jax.config.update("jax_compilation_cache_dir", sys.argv[1] + "/cache")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 for name in ("palm-tiny", "palm-lite-tiny"):
-  config.configs[name] = dataclasses.replace(config.configs[name], dim=64, depth=2, heads=2)
+  config.configs[name] = dataclasses.replace(
+      config.configs[name], dim=16, depth=1, heads=1, dim_head=16, ff_mult=1)
 class Tee(io.StringIO):
   def write(self, text):
     sys.__stdout__.write(text)

@@ -17,7 +17,7 @@ from palm_haiku.corpus import build
 from tests.short_runs import TEXT
 
 ROOT = pathlib.Path(__file__).parents[1]
-# The optimizer whose learning rate does not depend on the number of steps.
+# The optimizer whose learning rate does not depend on the number of steps, nor do its programs.
 CONSTANT = "--optimizer=palm"
 
 
@@ -97,7 +97,8 @@ def undisturbed(text, tmp_path_factory):
 @pytest.mark.timeout(900)
 def test_a_killed_process_ends_the_job_and_another_job_goes_on(text, tmp_path, capsys):
   out = tmp_path / "out"
-  job = Job(text, out, "--steps=1000000", "--mesh=data=2,model=2", processes=2, devices=2)
+  job = Job(text, out, "--steps=1000000", CONSTANT, "--mesh=data=2,model=2", processes=2,
+            devices=2)
   job.wait_for_step(out, 8)
   job.processes[1].kill()
   statuses, texts = job.wait()

@@ -111,6 +111,8 @@ def test_fine_tuning_starts_where_evaluation_says_and_resumes(model, tmp_path, m
 
   options = dict(data="t.txt", steps=6, batch_size=4, seq_len=16, eval_every=3, log_every=1,
                  learning_rate=1e-3)
+  # By the optimizer whose steps are the same program, however many there are.
+  adapters = dict(lora_rank=2, optimizer="palm", learning_rate=0.03)
   corpus = data.load_corpus("t.txt", tokenizer, 0.1)
   model_fn = hk.without_apply_rng(hk.transform(lambda t: PaLM.from_config(config)(t)))
 
@@ -119,8 +121,8 @@ def test_fine_tuning_starts_where_evaluation_says_and_resumes(model, tmp_path, m
     return float(-jnp.mean(jax.nn.log_softmax(logits)[:-1][jnp.arange(16), corpus.eval[1:17]]))
 
   for name, init, more in (("tuned", "imported", {}),
-                           ("adapted", str(model), dict(lora_rank=2))):
-    settings = TrainConfig(model=config, tokenizer=str(model), init=init, **options, **more)
+                           ("adapted", str(model), adapters)):
+    settings = TrainConfig(model=config, tokenizer=str(model), init=init, **options | more)
     run(settings, name)
     rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
     batch = data.windows(corpus.train, seq_len=16, seed=0)
@@ -136,8 +138,8 @@ def test_fine_tuning_starts_where_evaluation_says_and_resumes(model, tmp_path, m
   assert changed == set(lora.IN_DIMS)
   np.testing.assert_array_equal(adapted["palm"]["embedding"], params["palm"]["embedding"])
   assert held_out(adapted) != held_out(params)
-  settings = TrainConfig(model=config, tokenizer=str(model), init=str(model), lora_rank=2,
-                         **options | dict(steps=8))
+  settings = TrainConfig(model=config, tokenizer=str(model), init=str(model),
+                         **options | adapters | dict(steps=8))
   assert "resuming from step 6" in run(settings, "adapted", resume=True)[1]
   assert call("convert", "--to", "hub", "adapted", "--out", "out") == 0
   again, written, out_tokenizer = palm_haiku.load_run("out")

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -19,6 +20,7 @@ from palm_haiku.recipe import TrainConfig
 from palm_haiku.train_step import program
 
 TINY = ["--dim", "256", "--depth", "3", "--heads", "4", "--seq-len", "128"]
+SMALL = ["plan", *TINY, "--topology", "v5e:2x2", "--mesh", "fsdp=2,model=2", "--batch-size", "8"]
 
 
 @pytest.mark.parametrize("name, tera", [("palm-8b", 0.0550), ("palm-62b", 0.388),
@@ -153,11 +155,16 @@ needs_libtpu = pytest.mark.skipif(
     not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
 
 
+@functools.cache
+def compiled_once(config, machine, timeout, compile_elsewhere=child.compile_elsewhere):
+  return compile_elsewhere(config, machine, timeout)
+
+
 @pytest.mark.full
 @needs_libtpu
-def test_a_small_plan(capsys):
-  assert cli.main(["plan", *TINY, "--topology", "v5e:2x2", "--mesh", "fsdp=2,model=2",
-                   "--batch-size", "8", "--implementation", "xla", "--json"]) == 0
+def test_a_small_plan(capsys, monkeypatch):
+  monkeypatch.setattr(child, "compile_elsewhere", compiled_once)
+  assert cli.main([*SMALL, "--implementation", "xla", "--json"]) == 0
   found = json.loads(capsys.readouterr().out)
   assert found["chips"] == 4 and found["fits"] and found["loops_known"]
   # Three float32 copies of the parameters, over four chips; norms are whole.
@@ -181,8 +188,7 @@ def test_an_axis_may_be_a_part_of_a_row():
 def test_kernels_are_in_the_step(capsys, tmp_path, monkeypatch):
   monkeypatch.setenv("COLUMNS", "200")  # so that no cell of a table is broken into lines
   file = tmp_path / "plan.png"
-  assert cli.main(["plan", *TINY, "--topology", "v5e:2x2", "--mesh", "fsdp=2,model=2",
-                   "--batch-size", "8", "--plot", str(file)]) == 0
+  assert cli.main([*SMALL, "--plot", str(file)]) == 0
   out = capsys.readouterr().out
   assert "the fused kernel for v5e" in out and "flash_attention" in out and "forecast" in out
   assert file.read_bytes()[:4] == b"\x89PNG"
@@ -313,14 +319,16 @@ def test_a_picture_that_fails_hides_no_result(capsys, tmp_path, monkeypatch, opt
 
 @pytest.mark.full
 @needs_libtpu
-def test_a_small_sweep(capsys, tmp_path):
-  argv = ["plan", *TINY, "--topology", "v5e:2x2", "--batch-size", "8", "--sweep", "--remat", "full",
-          "--limit", "1", "--plot", str(tmp_path / "sweep.png")]
-  assert cli.main([*argv, "--json"]) == 0
+def test_a_small_sweep(capsys, tmp_path, monkeypatch):
+  # Its one candidate is the plan above.
+  monkeypatch.setattr(child, "compile_elsewhere", compiled_once)
+  assert cli.main([*SMALL, "--implementation", "xla", "--sweep", "--limit", "1", "--json",
+                   "--plot", str(tmp_path / "sweep.png")]) == 0
   found = json.loads(capsys.readouterr().out)
   row, = found["rows"]
-  assert row["mesh"] == "data=1,fsdp=4,model=1" and found["best"]["mesh"] == row["mesh"]
-  assert found["left_out"] == 5 and row["error"] is None and row["fits"]
+  assert row["mesh"] == "fsdp=2,model=2" and row["remat"] == "full"
+  assert found["best"] == {"mesh": row["mesh"], "remat": row["remat"]}
+  assert found["left_out"] == 2 and row["error"] is None and row["fits"]
   assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
 
 

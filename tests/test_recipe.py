@@ -18,7 +18,7 @@ def config(tmp_path_factory):
   path = tmp_path_factory.mktemp("data") / "text"
   path.write_text(TEXT)
   return TrainConfig(model=MODEL, data=str(path), steps=24, batch_size=4, seq_len=16, log_every=1,
-                     eval_every=1000, checkpoint_every=4)
+                     eval_every=1000, checkpoint_every=4, optimizer="palm", learning_rate=0.05)
 
 
 def params(out, step):
@@ -88,6 +88,8 @@ def test_runs_whose_steps_are_the_same_share_a_program():
   for name, value in (of_step | of_run).items():
     changed = dataclasses.replace(base, **{name: value}).of_step
     assert (changed == base.of_step) == (name in of_run), name
+  constant = dataclasses.replace(base, optimizer="palm")
+  assert dataclasses.replace(constant, steps=7).of_step == constant.of_step
   adapted = dataclasses.replace(base, init="other", lora_rank=2).of_step
   assert adapted != dataclasses.replace(base, init="other").of_step
   whole = dataclasses.replace(base, accumulate=4, batch_size=8, batch_ramp="5:12").of_step

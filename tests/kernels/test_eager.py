@@ -1,6 +1,5 @@
 """Calls outside of jit: compiled once, where the arrays are, with checks of what is here."""
 
-import contextlib
 import types
 from unittest import mock
 
@@ -11,22 +10,7 @@ import pytest
 
 from palm_haiku import kernels
 from tests.kernels import draws
-
-
-@contextlib.contextmanager
-def compilations():
-  """A list that has an entry for every program that is compiled meanwhile."""
-  names = []
-
-  def listen(name, *_, **__):
-    if "backend_compile" in name:
-      names.append(name)
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  try:
-    yield names
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listen)
+from tests.short_runs import compilations
 
 
 def array(*shape):
