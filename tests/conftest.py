@@ -49,12 +49,12 @@ LONGEST = (
     "kernels/decode/test_mosaic_gpu.py", "test_sharding.py", "test_generate.py",
     "kernels/parallel_block/test_mosaic_gpu.py", "kernels/parallel_block/test_fused.py",
     "benchmarks/test_commands.py", "kernels/aot/test_report.py", "test_hub.py", "test_train.py",
-    "test_cli.py", "test_distributed.py", "test_model.py", "test_demo.py",
+    "test_model.py", "test_distributed.py", "test_plan.py", "test_evaluate.py", "test_cli.py",
     "kernels/attention/test_triton_aot.py",
     "kernels/attention/test_fused.py", "kernels/decode/test_mosaic_tpu.py",
-    "kernels/attention/test_ring.py", "kernels/attention/test_triton.py", "test_plan.py",
+    "kernels/attention/test_ring.py", "kernels/attention/test_triton.py", "test_examples.py",
     "kernels/cross_entropy/test_fused.py", "kernels/cross_entropy/test_mosaic_gpu.py",
-    "kernels/decode/test_triton.py", "test_planted.py")
+    "kernels/decode/test_triton.py", "test_planted.py", "test_hub_commands.py", "test_demo.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -12,8 +12,8 @@ COHERE = dict(
     hidden_act="silu", attention_bias=False, tie_word_embeddings=True, use_qk_norm=False,
     rope_parameters={"rope_theta": 5000.0, "rope_type": "default"}, bos_token_id=1, eos_token_id=2)
 COHERE2 = COHERE | dict(
-    model_type="cohere2", num_hidden_layers=7, sliding_window=5,
-    layer_types=["full_attention" if i % 4 == 3 else "sliding_attention" for i in range(7)])
+    model_type="cohere2", num_hidden_layers=5, sliding_window=5,
+    layer_types=["full_attention" if i % 4 == 3 else "sliding_attention" for i in range(5)])
 FALCON = dict(
     model_type="falcon", vocab_size=37, hidden_size=28, num_hidden_layers=2, num_attention_heads=7,
     multi_query=True, parallel_attn=True, new_decoder_architecture=False, alibi=False, bias=False,

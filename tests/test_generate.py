@@ -18,6 +18,8 @@ LITE = PaLMConfig(11, 8, 2, 3, 4, position="alibi", norm="rms", shared_kv=True)
 
 ALL = PaLMConfig(11, 8, 2, 2, 4, qk_norm=True, xpos_scale_base=32, shared_kv=True)
 DRAFT = PaLMConfig(11, 4, 1, 1, 4)
+# For what goes on around the model: a loop's program has each layer once.
+ONE = dataclasses.replace(CONFIG, depth=1)
 
 
 # PaLM-lite alone in a quick run.
@@ -70,9 +72,9 @@ def test_prompts_of_different_lengths_are_continued_as_each_alone(config):
 
 @pytest.mark.full
 def test_padding_behind_prompts_may_be_anything():
-  _, params = make(CONFIG)
+  _, params = make(ONE)
   draw = lambda padding, **more: np.asarray(generate(
-      params, CONFIG, np.array([[1, 2, 3], [7, padding, padding]]), 4, temperature=0,
+      params, ONE, np.array([[1, 2, 3], [7, padding, padding]]), 4, temperature=0,
       prompt_lengths=np.array([3, 1]), **more))
   for padding in (-1, 11):
     np.testing.assert_array_equal(draw(padding), draw(0))
@@ -80,10 +82,10 @@ def test_padding_behind_prompts_may_be_anything():
 
 @pytest.mark.full
 def test_equal_prompt_lengths_draw_what_none_draw():
-  _, params = make(CONFIG)
+  _, params = make(ONE)
   prompt = np.array([[1, 2, 3], [7, 7, 0]])
   draw = lambda **more: np.asarray(generate(
-      params, CONFIG, prompt, 12, key=jax.random.key(0), **more))
+      params, ONE, prompt, 12, key=jax.random.key(0), **more))
   np.testing.assert_array_equal(draw(prompt_lengths=np.array([3, 3])), draw())
 
 
@@ -291,8 +293,8 @@ def test_greedy_with_a_draft_is_greedy():
 
 @pytest.mark.full
 def test_tokens_with_a_draft_are_streamed_in_order():
-  params, seen = sharper(make(CONFIG)[1]), []
-  tokens = generate(params, CONFIG, np.array([1, 2]), 9, key=jax.random.key(0), draft=(
+  params, seen = sharper(make(ONE)[1]), []
+  tokens = generate(params, ONE, np.array([1, 2]), 9, key=jax.random.key(0), draft=(
       make(DRAFT)[1], DRAFT), on_token=lambda token: seen.append(int(token)))
   jax.effects_barrier()
   np.testing.assert_array_equal(seen, tokens[2:])
@@ -301,7 +303,7 @@ def test_tokens_with_a_draft_are_streamed_in_order():
 @pytest.mark.full
 def test_64_bit_mode_and_a_draft_change_no_token():
   draw = lambda **options: np.asarray(generate(
-      sharper(make(CONFIG)[1]), CONFIG, np.array([1, 2, 3]), 9, temperature=0, eod=0, **options))
+      sharper(make(ONE)[1]), ONE, np.array([1, 2, 3]), 9, temperature=0, eod=0, **options))
   want = draw()
   with jax.enable_x64(True):
     np.testing.assert_array_equal(draw(draft=(make(DRAFT)[1], DRAFT)), want)
@@ -366,7 +368,7 @@ def test_int8_weights_generate_much_the_same():
 @pytest.mark.parametrize("weights, more", [
     (None, {}), ("int8", {}), (None, dict(kv_heads=2, window=3, global_every=2))], ids=str)
 def test_many_devices_generate_what_one_does(weights, more):
-  config = PaLMConfig(12, 8, 2, 4, 4, **more)
+  config = PaLMConfig(12, 8, more.get("global_every", 1), 4, 4, **more)
   params = sharper(make(config)[1])
   prompt = np.random.default_rng(0).integers(0, 12, (4, 5))
   options = dict(prompt_lengths=np.array([5, 2, 3, 1]), temperature=0, weights=weights)
@@ -381,36 +383,36 @@ def test_many_devices_generate_what_one_does(weights, more):
 
 @pytest.mark.full
 def test_prepared_weights_are_as_good_as_parameters():
-  _, params = make(CONFIG)
-  draw = lambda params: generate(params, CONFIG, np.array([1, 2]), 9, key=jax.random.key(1))
-  np.testing.assert_array_equal(draw(decoder.prepare(params, CONFIG)), draw(params))
+  _, params = make(ONE)
+  draw = lambda params: generate(params, ONE, np.array([1, 2]), 9, key=jax.random.key(1))
+  np.testing.assert_array_equal(draw(decoder.prepare(params, ONE)), draw(params))
 
 
 def test_a_seed_fixes_the_sample():
-  _, params = make(CONFIG)
+  _, params = make(ONE)
   draw = lambda seed: np.asarray(generate(
-      params, CONFIG, np.array([1]), 20, key=jax.random.key(seed)))
+      params, ONE, np.array([[1, 2], [3, 4], [5, 6]]), 30, key=jax.random.key(seed)))
   np.testing.assert_array_equal(draw(0), draw(0))
   assert np.any(draw(0) != draw(1))
 
 
 @pytest.mark.full
 def test_tokens_are_streamed_in_order():
-  _, params = make(CONFIG)
+  _, params = make(ONE)
   seen = []
-  tokens = generate(params, CONFIG, np.array([[1, 2], [3, 4]]), 6, key=jax.random.key(0),
+  tokens = generate(params, ONE, np.array([[1, 2], [3, 4]]), 6, key=jax.random.key(0),
                     on_token=lambda token: seen.append(np.asarray(token)))
   jax.effects_barrier()
   np.testing.assert_array_equal(np.stack(seen, -1), tokens[:, 2:])
 
 
 def test_generation_ends_with_the_document():
-  _, params = make(CONFIG)
+  _, params = make(ONE)
   prompt = np.array([[1, 2], [3, 4], [5, 6]])
-  free = np.asarray(generate(params, CONFIG, prompt, 30, key=jax.random.key(0)))[:, 2:]
+  free = np.asarray(generate(params, ONE, prompt, 30, key=jax.random.key(0)))[:, 2:]
   eod = int(free[0, 3])
   seen = []
-  tokens = np.asarray(generate(params, CONFIG, prompt, 30, key=jax.random.key(0), eod=eod,
+  tokens = np.asarray(generate(params, ONE, prompt, 30, key=jax.random.key(0), eod=eod,
                                on_token=lambda token: seen.append(token)))[:, 2:]
   jax.effects_barrier()
   for row, want in zip(tokens, free):
@@ -424,8 +426,8 @@ def test_generation_ends_with_the_document():
 
 @pytest.mark.full
 def test_bfloat16():
-  _, params = make(CONFIG)
-  assert generate(params, CONFIG, np.array([1]), 3, temperature=0, dtype="bfloat16").shape == (4,)
+  _, params = make(ONE)
+  assert generate(params, ONE, np.array([1]), 3, temperature=0, dtype="bfloat16").shape == (4,)
 
 
 @pytest.mark.parametrize("change, message", [

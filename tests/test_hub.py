@@ -22,9 +22,9 @@ TOKENS = np.random.default_rng(3).integers(0, 37, 23)
 
 MODELS = {
     "grouped": COHERE,
-    "multi-query": COHERE | dict(num_key_value_heads=1, hidden_size=16),
+    "multi-query": COHERE | dict(num_key_value_heads=1, hidden_size=16, num_hidden_layers=1),
     "multi-head": COHERE | dict(num_key_value_heads=4, num_hidden_layers=1),
-    "qk-norm": COHERE | dict(use_qk_norm=True),
+    "qk-norm": COHERE | dict(use_qk_norm=True, num_hidden_layers=2),
     "windows": COHERE2,
     "windows alone": COHERE2 | dict(num_hidden_layers=2, layer_types=["sliding_attention"] * 2),
     "no positions": COHERE2 | dict(num_hidden_layers=2, layer_types=["full_attention"] * 2),
@@ -200,7 +200,7 @@ def break_(path, fields=None, tensors=None, drop=None):
     ("grouped", dict(fields=dict(rope_parameters=7)), "cohere model is damaged"),
     ("grouped", dict(fields=dict(head_dim=None, num_attention_heads=0)), "cohere model is damaged"),
     ("grouped", dict(fields=dict(model_type=["cohere"])), "is not supported"),
-    ("windows", dict(fields=dict(layer_types=["full_attention"] + ["sliding_attention"] * 6)),
+    ("windows", dict(fields=dict(layer_types=["full_attention"] + ["sliding_attention"] * 4)),
      "layer 1 is sliding_attention"),
     ("windows", dict(drop="model-00002-of-00003.safetensors"),
      "lacks model-00002-of-00003.safetensors, a shard of 3"),

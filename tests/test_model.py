@@ -80,10 +80,11 @@ def test_options_match_numpy_and_finite_differences_in_float64(options):
   with jax.enable_x64(True):
     model, params, tokens = make(config, 17, dtype=jnp.float64)
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    got = jax.jit(model.apply)(params, tokens)
-    np.testing.assert_allclose(got, numpy_palm.palm(params, np.asarray(tokens), config), atol=2e-6)
-    loss = jax.jit(lambda params: jnp.square(model.apply(params, tokens)).sum())
-    grads = jax.jit(jax.grad(loss))(params)
+    apply = jax.jit(model.apply)
+    np.testing.assert_allclose(apply(params, tokens),
+                               numpy_palm.palm(params, np.asarray(tokens), config), atol=2e-6)
+    loss = lambda params: np.square(apply(params, tokens)).sum()
+    grads = jax.jit(jax.grad(lambda params: jnp.square(model.apply(params, tokens)).sum()))(params)
     rng = np.random.default_rng(1)
     for path, grad in jax.tree_util.tree_leaves_with_path(jax.device_get(grads)):
       step = 1e-5 * rng.normal(size=grad.shape)

@@ -33,12 +33,12 @@ def config(architecture, **changes):
   return TrainConfig(model=model, batch_size=8, seq_len=32, **changes)
 
 
-def losses_and_params(config, steps=3, tokens=TOKENS, devices=None):
+def losses_and_params(config, steps=3, tokens=TOKENS, devices=None, start=None):
   mesh = sharding.make_mesh(config.mesh, devices) if config.mesh else None
   with sharding.in_context(mesh):
     program = train_step.program(config, mesh)
-    # Interpreted kernels have effects: they would run as parameters are made.
-    state = train_step.program(dataclasses.replace(config, implementation="xla"), mesh).init()
+    state = program.init() if start is None else jax.tree.map(
+        lambda x, like: jax.device_put(x, like.sharding), start, program.state)
     rows = []
     batch = {"tokens": distributed.place(tokens, program.batch_sharding)}
     for _ in range(steps):
@@ -192,10 +192,12 @@ def test_kernels_inside_a_sharded_step():
   c = TrainConfig(model=PaLMConfig(128, 128, 1, 2, 64, **ARCHITECTURES["palm-lite"]), batch_size=2,
                   seq_len=16, implementation="mosaic_tpu", mesh="data=2,model=2")
   tokens = TOKENS[:2, :17] % 128
-  want, _ = losses_and_params(
-      dataclasses.replace(c, mesh="", implementation="xla"), steps=1, tokens=tokens)
+  alone = dataclasses.replace(c, mesh="", implementation="xla")
+  want, _ = losses_and_params(alone, steps=1, tokens=tokens)
+  # Interpreted kernels have effects: they would run as parameters are made.
+  start = jax.device_get(train_step.program(alone).init())
   with interpret():
-    got, _ = losses_and_params(c, steps=1, tokens=tokens, devices=jax.devices()[:4])
+    got, _ = losses_and_params(c, steps=1, tokens=tokens, devices=jax.devices()[:4], start=start)
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 SPECS = {
