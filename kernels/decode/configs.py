@@ -64,7 +64,7 @@ _HOPPER = {
     (64, 2): HopperConfig(6, 2),  # 106; 477, 882
     (64, 1): HopperConfig(8, 2),  # 94; 729, 469
     (128, 2): HopperConfig(2, 2),  # 82; 485, 1765. 3 stages take 114
-    (128, 1): HopperConfig(3, 2),  # 100; 1038, 910
+    (128, 1): HopperConfig(3, 2),  # 100; 1034, 910
     (256, 2): HopperConfig(3, 1),  # 226; 602, 3530
 }
 MOSAIC_GPU = {(chip, *key): value

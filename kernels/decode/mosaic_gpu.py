@@ -23,6 +23,7 @@ from .xla import first_seen
 ROWS = tiles.WARPGROUP_ROWS  # M of one wgmma: (query, head of the group) pairs of a program
 BLOCK = 64  # positions of a tile
 PIECE = 16  # positions of a copy: no more than these are loaded past a sequence's end
+COLUMNS = 64  # of a tile of shared memory, and of an int8 tile on its way to 16 bits
 
 
 def unsupported(query: jax.Array | jax.ShapeDtypeStruct, key: jax.Array | jax.ShapeDtypeStruct,
@@ -42,10 +43,9 @@ def unsupported(query: jax.Array | jax.ShapeDtypeStruct, key: jax.Array | jax.Sh
   return None
 
 
-def _transforms(dtype, dim):
-  """The transforms that wgmma wants of a tile of rows in shared memory."""
-  swizzle = min(128, dim * dtype.itemsize)
-  return (plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle))
+def _transforms(dtype):
+  """The transforms of rows in shared memory, by 64 columns: what wgmma wants, of 16 bits."""
+  return (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(COLUMNS * dtype.itemsize))
 
 
 class _Operands(NamedTuple):
@@ -97,7 +97,11 @@ def _widened(smem, wide, at):
   """A tile as wgmma takes it: int8 is exact in 16 bits."""
   if wide is None:
     return smem.at[at]
-  wide[...] = plgpu.load(smem.at[at], layout=TILE, optimized=False).astype(wide.dtype)
+  # 128 columns at once are 64 registers beside the accumulator's, and spill.
+  for column in range(0, wide.shape[1], COLUMNS):
+    part = pl.ds(column, COLUMNS)
+    x = plgpu.load(smem.at[at].at[:, part], layout=TILE, optimized=False)
+    wide[:, part] = x.astype(wide.dtype)
   plgpu.commit_smem()
   return wide
 
@@ -250,7 +254,7 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: 
     kernel = lambda operands, out_ref, scratch: with_lse(operands, out_ref, None, scratch)
 
   tile = lambda x, *lead: None if x is None else plgpu.SMEM(
-      (*lead, BLOCK, dim), x.dtype, transforms=_transforms(x.dtype, dim))
+      (*lead, BLOCK, dim), x.dtype, transforms=_transforms(x.dtype))
   wide = lambda x: tile(query) if int8 and x is not None else None
   column = lambda x: None if x is None else plgpu.SMEM((stages, BLOCK), jnp.float32)
   copies = (BLOCK // PIECE) * (1 + (value is not None)) + int8 * (1 + (value_scales is not None))
@@ -263,7 +267,7 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: 
       interpret=mode.mosaic_gpu(),
       compiler_params=tiles.COMPILER_PARAMS,
       scratch_types=[_Scratch(
-          q_smem=plgpu.SMEM((ROWS, dim), query.dtype, transforms=_transforms(query.dtype, dim)),
+          q_smem=plgpu.SMEM((ROWS, dim), query.dtype, transforms=_transforms(query.dtype)),
           k_smem=tile(key, stages), v_smem=tile(value, stages),
           k_scale_smem=column(key_scales), v_scale_smem=column(value_scales),
           k_wide=wide(key), v_wide=wide(value),
@@ -276,7 +280,7 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, lengths: 
     parts, lse2 = out
     # The store of one part's column, in the order that the merge loads, is no whole sector.
     out = [mosaic_gpu_merge.merge(
-        parts, lse2.swapaxes(1, 2), starts, most, _transforms(query.dtype, dim))]
+        parts, lse2.swapaxes(1, 2), starts, most, _transforms(query.dtype))]
     if packed.shape[2] != kv_heads:  # one key/value head after the other, as `pack` has them
       out = [out[0].swapaxes(1, 2).reshape(packed.shape)]
   # Inside shard_map what JAX knows of a kernel's results is their shapes.

@@ -220,8 +220,8 @@ def check_merge():
   parts = rng.normal(size=(1, 2, slots, dim)).astype(np.float16)
   lse2 = rng.normal(size=(1, 2, slots + mosaic_gpu_merge.PARTS), scale=2).astype(np.float32)
   lse2[..., 64:70] += 4  # the second tile's maximum is another
-  merge = functools.partial(mosaic_gpu_merge.merge, most=70, transforms=mosaic_gpu._transforms(
-      parts.dtype, dim))
+  merge = functools.partial(
+      mosaic_gpu_merge.merge, most=70, transforms=mosaic_gpu._transforms(parts.dtype))
   with interpreters.running(SETTINGS):
     got = jax.block_until_ready(jax.jit(merge)(parts, lse2, starts))
   for b, slot in enumerate(map(slice, starts[:-1], starts[1:])):
@@ -371,7 +371,7 @@ def test_compiles_without_spills_or_serialized_products(options):
 @pytest.mark.parametrize("options", [
     dict(heads=16), dict(heads=48, alibi=False), dict(heads=1, num_queries=3),
     dict(heads=6, kv_heads=2, dtype="float16", shared=True), dict(heads=16, max_len=512, batch=3),
-    dict(heads=32, num_queries=4, batch=3)], ids=str)
+    dict(heads=32, num_queries=4, batch=3), dict(heads=32, kv_heads=8, batch=8)], ids=str)
 @pytest.mark.parametrize("dim_head, int8", [
     (64, False), (64, True), (128, False), (128, True), (256, False)])
 def test_every_variant_compiles_soundly(dim_head, int8, options):
@@ -379,7 +379,8 @@ def test_every_variant_compiles_soundly(dim_head, int8, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dim_head, int8", [(64, False), (64, True), (128, False), (256, False)])
+@pytest.mark.parametrize("dim_head, int8", [
+    (64, False), (64, True), (128, False), (128, True), (256, False)])
 def test_windows_compile_soundly(dim_head, int8):
   compiled(dim_head=dim_head, int8=int8, heads=32, kv_heads=8, left=4095, batch=8)
 
