@@ -100,9 +100,11 @@ def fit_columns(config, chip, num_tokens, dim, hidden, itemsize, *, heads=0, kv_
       for columns in halves(max(wanted, LANES), LANES):
         # Queries have more steps than keys, and gain more by longer ones.
         for of_queries, of_keys in ((2, 2), (2, 1), (1, 2)):
-          found = plan(most, depth, columns, of_queries * columns, of_keys * columns // 2)
+          widths = columns, of_queries * columns, of_keys * columns // 2
+          found = plan(most, depth, *widths)
           if found.vmem_bytes <= limit:
-            return found
+            twice = plan(2 * most if config.doubled else most, depth, *widths)
+            return twice if twice.vmem_bytes <= limit else found
   return found
 
 
@@ -304,6 +306,7 @@ def sum_of_products(x, stages, plan, *, transposed, name):
       cost_estimate=cost.estimate(2 * num_tokens * contracted * dim, 0, [*arrays, out_shape]),
       scratch_shapes=[pltpu.VMEM((plan.rows, plan.columns), jnp.float32)],
       compiler_params=pltpu.CompilerParams(
+          disable_bounds_checks=True,  # of every copy, in every step; blocks end with their arrays
           dimension_semantics=("parallel", "parallel", "arbitrary"),
           vmem_limit_bytes=plan.vmem_bytes),
       interpret=mode.mosaic_tpu(),

@@ -31,10 +31,20 @@ def test_copies_of_blocks_count_where_a_block_changes():
 
 
 def test_how_often_blocks_change():
-  # 8 blocks of rows. A step takes 256 columns of keys, or 512 of queries, or 256 of gate and up.
+  # 4 blocks of rows. A step takes 256 columns of keys, or 512 of queries, or 256 of gate and up.
   *_, runs = block.about("in_projection", "4x2048x4096x32x128x4x8x14336", "v5e")
   shares = {(array // 2, size // 2): 68 * share for array, size, share in runs.copies}
-  assert shares[8192 * 4096, 1024 * 4096] == pytest.approx(1)  # x
+  assert shares[8192 * 4096, 2048 * 4096] == pytest.approx(1)  # x
   assert shares[4096 * 1024, 4096 * 256] == pytest.approx(4)  # key
   assert shares[4096 * 4096, 4096 * 512] == pytest.approx(8)  # query
   assert shares[4096 * 14336, 4096 * 256] == pytest.approx(56)  # gate
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("chip, percent", [("v5e", 96.0), ("v5p", 95.4), ("v6e", 91.1)])
+def test_the_figures_of_grouped_heads(chip, percent):
+  pytest.importorskip("libtpu", reason="the compiler for TPUs is in libtpu")
+  useful, *_ = block.figures("in_projection", "4x2048x4096x32x128x4x8x14336", chip,
+                             **block.STEPS["in_projection"]["layer, kept"])
+  assert 100 * useful > percent

@@ -172,6 +172,18 @@ def test_steps_of_keys_are_equal():
     assert mosaic_tpu_plan.in_equal_steps(size, most, unit) == want
 
 
+def test_twice_the_rows_where_they_fit_with_as_many_columns():
+  def plan(chip, tokens=8192, dim=4096):
+    sizes = mosaic_tpu_plan.Sizes(tokens, dim, 16, 1, 256, 16_384, 2)
+    return sizes.plans(chip)["in_projection"]
+
+  once, twice = plan("v5p"), plan("v5e")
+  assert (once.rows, twice.rows) == (1024, 2048) and once.tile == twice.tile
+  assert once.columns == twice.columns and once.query_columns == twice.query_columns
+  assert plan("v5e", dim=8192).rows == 1024 and plan("v5e", dim=8192).depth == 8192
+  assert plan("v5e", tokens=1000).rows == 1024
+
+
 def test_what_varies_over_a_mesh_is_typed_so():
   arrays = contract.inputs(Case())
   mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
