@@ -446,8 +446,9 @@ def test_models_of_any_name_and_within_others():
     (dict(norm_bias=True), r"norm_bias is absent, of the config \(8,\)")])
 def test_parameters_of_another_config_are_refused(changes, message):
   config = PaLMConfig(11, 8, 2, 3, 4)
-  params = hk.transform(lambda: PaLM.from_config(config)(jnp.zeros(1, int))).init(
-      jax.random.key(0))
+  shapes = jax.eval_shape(hk.transform(lambda: PaLM.from_config(config)(jnp.zeros(1, int))).init,
+                          jax.random.key(0))
+  params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
   other = dataclasses.replace(config, **changes)
   with pytest.raises(ValueError, match=message):
     generate(params, other, [1], 1, temperature=0)

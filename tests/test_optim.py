@@ -10,11 +10,11 @@ from palm_haiku import PaLM, PaLMConfig, optim
 
 def tree(seed=0):
   """Parameters shaped as a model's: a table, a gain, and two stacked layers."""
-  keys = jax.random.split(jax.random.key(seed), 4)
+  normal = lambda *shape: np.random.default_rng(seed).normal(size=shape).astype(np.float32)
   return {
-      "palm": {"embedding": jax.random.normal(keys[0], (5, 4)), "norm": jnp.ones(4)},
+      "palm": {"embedding": normal(5, 4), "norm": np.ones(4, np.float32)},
       "palm/layers/parallel_block": {
-          "norm": jnp.ones((2, 4)), "query": jax.random.normal(keys[1], (2, 4, 3)) * 0.5},
+          "norm": np.ones((2, 4), np.float32), "query": normal(2, 4, 3) * 0.5},
   }
 
 
@@ -31,7 +31,7 @@ def test_the_models_parameters_are_recognised():
 
 def gradients(step):
   """Above and below the norm at which they are clipped."""
-  return jax.tree.map(lambda x: (0.05, 0.5, 3.0)[step % 3] * x, tree(seed=step + 1))
+  return jax.tree.map(lambda x: np.float32((0.05, 0.5, 3.0)[step % 3]) * x, tree(seed=step + 1))
 
 
 def assert_optimizes_as(optimizer, restated, steps):
@@ -40,8 +40,9 @@ def assert_optimizes_as(optimizer, restated, steps):
   That is called for each parameter of each layer; the norm is that of all gradients.
   """
   params = tree()
-  params["palm"]["norm"] = jnp.zeros(4)  # The root mean square of which is below any floor.
-  state, update = optimizer.init(params), jax.jit(optimizer.update)
+  params["palm"]["norm"] = np.zeros(4, np.float32)  # Its root mean square is below any floor.
+  state, update = jax.jit(optimizer.init)(params), jax.jit(optimizer.update)
+  apply = jax.jit(optax.apply_updates)
   want = {}
   for path, x in jax.tree_util.tree_leaves_with_path(params):
     layers = x if "/layers/" in path[0].key else [x]
@@ -49,7 +50,7 @@ def assert_optimizes_as(optimizer, restated, steps):
   for step in range(steps):
     grads = gradients(step)
     updates, state = update(grads, state, params)
-    params = optax.apply_updates(params, updates)
+    params = apply(params, updates)
     norm = np.sqrt(sum((np.float64(g) ** 2).sum() for g in jax.tree.leaves(grads)))
     for (module, name, i), w in want.items():
       pick = lambda tree: tree[module][name][i] if "/layers/" in module else tree[module][name]
