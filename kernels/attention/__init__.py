@@ -42,8 +42,8 @@ def flash_attention(
       divisor of heads.
     value: float[..., S, kv_heads, dim_head]. May be the same array as `key`.
     is_causal: a query attends to no later position.
-    alibi_slopes: float[heads], from `alibi_slopes(heads)`; None for no bias. An argument, so
-      that a tensor-parallel shard passes the slopes of its own heads.
+    alibi_slopes: float[heads], from `alibi_slopes(heads)`, or learnt; None for no bias. An
+      argument, so that a tensor-parallel shard passes the slopes of its own heads.
     scale: a number that multiplies q k^T; None means 1/sqrt(dim_head).
     segment_ids: int[..., T] if T == S, or a pair int[..., T], int[..., S]: attention stays
       within equal ids.

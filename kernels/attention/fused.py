@@ -3,7 +3,8 @@
   unsupported(query, key, value, *, chip) -> the first requirement that is not met, or None
   forward(query, key, value, *, segment_ids, alibi_slopes, query_offset, is_causal, scale,
           window, chip) -> (out, lse)
-  backward(residuals, dout, *, ...) -> (dquery, dkey, dvalue)
+  backward(residuals, dout, *, ..., slope_gradients) -> (dquery, dkey, dvalue), and with
+          `slope_gradients` float32[B, heads], each sequence's part of the gradient of the slopes
 
 with arrays as `Residuals` has them, the other arguments as `xla.attention`.
 """
@@ -89,6 +90,9 @@ def _divided_heads(attend, batch, heads, seq, key, mesh):
   return local, (rows, columns, columns, (ids, ids), P(heads or None), P(), P()), rows
 
 
+_SLOPES = 4  # their place among the arrays: query, key, value, ids, slopes, offset, scale
+
+
 def attention(route, options):
   """Attention by the kernels, a function of one device's arrays."""
   local = not isinstance(route.backend, rings.Ring)  # else no device has all keys of its queries
@@ -97,7 +101,7 @@ def attention(route, options):
       forward=functools.partial(_forward, route, options),
       backward=functools.partial(_backward, route, options),
       plain=functools.partial(_formula, options) if route.auto and local else None,
-      by=3, others="alibi_slopes"))
+      by=_SLOPES + 1, selective=True))
 
 
 def _attended(route, options, *arrays):
@@ -150,20 +154,30 @@ def _forward(route, options, *arrays):
   return out, (out, lse)
 
 
-def _backward(route, options, arrays, residuals, dout):
+def _backward(route, options, arrays, residuals, dout, asked):
   query, key, value, *others = arrays
-  gradients = _gradients(route, options, Residuals(query, key, value, *residuals), dout, *others)
-  return (*gradients, *[None] * len(others))
+  gradients = _gradients(
+      asked[_SLOPES], route, options, Residuals(query, key, value, *residuals), dout, *others)
+  dslopes = gradients[3].astype(arrays[_SLOPES].dtype) if asked[_SLOPES] else None
+  return (*gradients[:3], None, dslopes, None, None)
 
 
-def _gradients(route, options, residuals, dout, *others):
+def _gradients(of_slopes, route, options, residuals, dout, *others):
+  """(dquery, dkey, dvalue), and dslopes if `of_slopes`."""
   if route.undecided:
-    return route.by_platform(_plain_gradients, _gradients, options, residuals, dout, *others)
+    return route.by_platform(
+        functools.partial(_plain_gradients, of_slopes), functools.partial(_gradients, of_slopes),
+        options, residuals, dout, *others)
   keywords = options.for_kernels(*others)
   with in_32_bits():
-    return tuple(route.backend.backward(residuals, dout, chip=route.chip, **keywords))
+    gradients = route.backend.backward(
+        residuals, dout, chip=route.chip, slope_gradients=of_slopes, **keywords)
+    return (*gradients[:3], *(x.sum(0) for x in gradients[3:]))
 
 
-def _plain_gradients(options, residuals, dout, *others):
-  attend = lambda query, key, value: _formula(options, query, key, value, *others)
-  return tuple(jax.vjp(attend, *residuals[:3])[1](dout))
+def _plain_gradients(of_slopes, options, residuals, dout, ids, slopes, *others):
+  attend = lambda query, key, value, slopes=slopes: _formula(
+      options, query, key, value, ids, slopes, *others)
+  arrays = (*residuals[:3], slopes) if of_slopes else residuals[:3]
+  gradients = jax.vjp(attend, *arrays)[1](dout)
+  return (*gradients[:3], *(x.astype(jnp.float32) for x in gradients[3:]))

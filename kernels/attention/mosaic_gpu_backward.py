@@ -24,8 +24,12 @@ from .residuals import Residuals
 def backward(residuals: Residuals, dout: jax.Array, *,
              segment_ids: tuple[jax.Array, jax.Array] | None, alibi_slopes: jax.Array | None,
              query_offset: int | jax.Array, is_causal: bool, scale: float,
-             window: tuple[int, int] | None, chip: str | None, config: Any = None):
-  """(dquery, dkey, dvalue); where value is None, dkey is the sum of both."""
+             window: tuple[int, int] | None, chip: str | None, config: Any = None,
+             slope_gradients: bool = False):
+  """(dquery, dkey, dvalue); where value is None, dkey is the sum of both.
+
+  With `slope_gradients` also float32[B, heads], each sequence's part of the gradient of the slopes.
+  """
   query, key, value, out, lse = residuals
   heads, dim, kv_heads = *query.shape[2:], key.shape[2]
   config = config or configs.mosaic_gpu(chip, dim)
@@ -35,16 +39,17 @@ def backward(residuals: Residuals, dout: jax.Array, *,
   statistics = [packing.pack_rows(lse, kv_heads, rows, jnp.inf),
                 packing.pack_rows(delta, kv_heads, rows, 0.0)]
   launch = _apart if config.rows is None else _joint
-  dquery, *grads = launch(
-      query, key, value, dout, statistics, segment_ids=segment_ids, alibi_slopes=alibi_slopes,
+  dquery, moments, *grads = launch(
+      (query, key, value, dout), statistics, segment_ids=segment_ids, alibi_slopes=alibi_slopes,
       query_offset=query_offset, scale=scale, chip=chip, config=config,
-      mask=dict(is_causal=is_causal, window=window))
+      mask=dict(is_causal=is_causal, window=window), slope_gradients=slope_gradients)
+  moments = [packing.unpack_rows(x, delta.shape).sum(-1) for x in moments]
   grads = [x[:, :, :key.shape[1]] for x in grads]
   grads = [x.sum(0) if x.shape[0] > 1 else x[0] for x in grads]
   dquery = packing.unpack(dquery, query.shape, kv_heads)
   if value is None:
-    return dquery, functools.reduce(jnp.add, grads).astype(key.dtype), None
-  return dquery, grads[0].astype(key.dtype), grads[1].astype(key.dtype)
+    return dquery, functools.reduce(jnp.add, grads).astype(key.dtype), None, *moments
+  return dquery, grads[0].astype(key.dtype), grads[1].astype(key.dtype), *moments
 
 
 def _launch(kernel, name, operands, scratch, out_type, **grid):
@@ -76,9 +81,11 @@ def _memory(dtype):
           lambda n, arrivals=1: plgpu.Barrier(num_barriers=n, num_arrivals=arrivals))
 
 
-def _joint(query, key, value, dout, statistics, *, segment_ids, alibi_slopes, query_offset, scale,
-           chip, config, mask):
-  """dq, and the parts of dk and dv, or of their sum, all by one kernel."""
+def _joint(arrays, statistics, *, segment_ids, alibi_slopes, query_offset, scale, chip, config,
+           mask, slope_gradients):
+  """dq, the rows' shares of the slopes' gradient in a list or an empty one, and the parts of dk and
+  dv, or of their sum, all by one kernel."""
+  query, key, value, dout = arrays
   batch, num_keys, kv_heads, dim = key.shape
   group, rows, stages = query.shape[2] // kv_heads, config.rows, 2
   shared, segmented = value is None, segment_ids is not None
@@ -100,13 +107,14 @@ def _joint(query, key, value, dout, statistics, *, segment_ids, alibi_slopes, qu
   smem, barriers = _memory(query.dtype)
   partial = jax.ShapeDtypeStruct(
       (parts, batch, key_tiles * ROWS, kv_heads, dim), jnp.float32 if parts > 1 else query.dtype)
-  dquery, *grads = _launch(
+  dquery, *results = _launch(
       functools.partial(
-          _without_dv(mosaic_gpu_joint.joint_kernel) if shared else mosaic_gpu_joint.joint_kernel,
+          _without(mosaic_gpu_joint.joint_kernel, moment=not slope_gradients, dv=shared),
           group=group, kv_heads=kv_heads, num_keys=num_keys, parts=parts, scale=scale, **mask),
       "backward",
       mosaic_gpu_joint.Operands(
-          packed, all_keys, all_values, packed_dout, table, bounds, order, q_segments, k_segments),
+          packed, all_keys, all_values, packed_dout, table, bounds, order, q_segments, k_segments,
+          mosaic_gpu_joint.places(query.dtype) if slope_gradients else None),
       mosaic_gpu_joint.Scratch(
           k_smem=smem((ROWS, dim)),
           v_smem=None if shared else smem((ROWS, dim)),
@@ -119,7 +127,9 @@ def _joint(query, key, value, dout, statistics, *, segment_ids, alibi_slopes, qu
           table_smem=plgpu.SMEM((stages, table.shape[2], rows), jnp.float32),
           key_segments_smem=plgpu.SMEM((ROWS,), jnp.int32) if segmented else None,
           query_segments_smem=plgpu.SMEM((stages, rows), jnp.int32) if segmented else None,
-          kv_ready=barriers(1, 2 + segmented - shared),
+          places_smem=smem((8, ROWS)) if slope_gradients else None,
+          moment_smem=plgpu.SMEM((rows,), jnp.float32) if slope_gradients else None,
+          kv_ready=barriers(1, 2 + segmented + slope_gradients - shared),
           kv_free=barriers(1, COMPUTE),
           q_ready=barriers(stages, 2 + segmented),
           dout_ready=barriers(stages),
@@ -130,17 +140,21 @@ def _joint(query, key, value, dout, statistics, *, segment_ids, alibi_slopes, qu
           dq_free=barriers(1),
       ),
       [jax.ShapeDtypeStruct((packed.shape[0], num_rows * rows, *packed.shape[2:]), jnp.float32),
+       *[jax.ShapeDtypeStruct((batch, kv_heads, num_rows * rows), jnp.float32)] * slope_gradients,
        *[partial] * (1 if shared else 2)],
       block=pl.cdiv(batch * kv_heads * parts, 2) * key_tiles)
+  moments, grads = results[:slope_gradients], results[slope_gradients:]
   # Rows that no key sees have never been written.
-  seen = jnp.repeat(seen, rows, axis=1)[:, :, None, None]
-  seen = jnp.repeat(seen, dquery.shape[0] // seen.shape[0], axis=0)
-  return jnp.where(seen, dquery * scale, 0).astype(query.dtype), *grads
+  seen = jnp.repeat(seen, rows, axis=1)
+  moments = [jnp.where(seen[:, None], x, 0) for x in moments]
+  seen = jnp.repeat(seen[:, :, None, None], dquery.shape[0] // seen.shape[0], axis=0)
+  return jnp.where(seen, dquery * scale, 0).astype(query.dtype), moments, *grads
 
 
-def _apart(query, key, value, dout, statistics, *, segment_ids, alibi_slopes, query_offset, scale,
-           chip, config, mask):
-  """dq by one kernel, and the parts of dk and dv by another."""
+def _apart(arrays, statistics, *, segment_ids, alibi_slopes, query_offset, scale, chip, config,
+           mask, slope_gradients):
+  """As `_joint`: dq and the rows' shares by one kernel, and the parts of dk and dv by another."""
+  query, key, value, dout = arrays
   left, right = masking.reach(**mask)
   masked_left, masked_right = (x < FAR or segment_ids is not None for x in (left, right))
   batch, num_keys, kv_heads, dim = key.shape
@@ -159,11 +173,11 @@ def _apart(query, key, value, dout, statistics, *, segment_ids, alibi_slopes, qu
   block, k_stages, v_stages = config.dq_block_kv, config.dq_k_stages, config.dq_v_stages
   bounds, q_segments, k_segments = masking.key_blocks(
       query, key, block, segment_ids, query_offset, **mask)
-  dquery, = _launch(
+  dquery, *moments = _launch(
       functools.partial(
-          mosaic_gpu_dq.dq_kernel, config=config, group=group, kv_heads=kv_heads, num_keys=num_keys,
-          scale=scale, masked_head=masked_left, masked_tail=masked_right or num_keys % block != 0,
-          **mask),
+          _without(mosaic_gpu_dq.dq_kernel, moment=not slope_gradients), config=config,
+          group=group, kv_heads=kv_heads, num_keys=num_keys, scale=scale, masked_head=masked_left,
+          masked_tail=masked_right or num_keys % block != 0, **mask),
       "dq",
       mosaic_gpu_dq.Operands(
           packed, all_keys, all_values, packed_dout, table, bounds, q_segments, k_segments, slopes),
@@ -178,7 +192,8 @@ def _apart(query, key, value, dout, statistics, *, segment_ids, alibi_slopes, qu
           k_free=barriers(k_stages, COMPUTE),
           v_free=barriers(v_stages, COMPUTE),
       ),
-      [jax.ShapeDtypeStruct(packed.shape, query.dtype)],
+      [jax.ShapeDtypeStruct(packed.shape, query.dtype),
+       *[jax.ShapeDtypeStruct(statistics[0].shape, jnp.float32)] * slope_gradients],
       block=bounds.shape[1] * batch * kv_heads)
 
   divided, shared = dim > 128, value is None
@@ -193,7 +208,7 @@ def _apart(query, key, value, dout, statistics, *, segment_ids, alibi_slopes, qu
   one_sum = shared and not divided
   grads = _launch(
       functools.partial(
-          _without_dv(mosaic_gpu_dkv.dkv_kernel) if one_sum else mosaic_gpu_dkv.dkv_kernel,
+          _without(mosaic_gpu_dkv.dkv_kernel, dv=one_sum),
           config=config, kv_heads=kv_heads, splits=parts, scale=scale, alibi=slopes is not None,
           masked_head=masked_right, masked_tail=masked_left, **mask),
       "dkv",
@@ -218,12 +233,17 @@ def _apart(query, key, value, dout, statistics, *, segment_ids, alibi_slopes, qu
           weights_free=barriers(1),
       ),
       [partial] * (1 if one_sum else 2), tile=blocks, split=parts, head=batch * kv_heads)
-  return dquery, *grads
+  return dquery, moments, *grads
 
 
-def _without_dv(kernel):
-  """A kernel where one array takes the gradients of key and value: it has no `dv_ref`."""
-  return lambda *refs, **keywords: kernel(*refs[:-1], None, refs[-1], **keywords)
+def _without(kernel, *, moment: bool = False, dv: bool = False):
+  """A kernel that has no `moment_ref`, and no `dv_ref` where one array takes the gradients of key
+  and value."""
+  def run(*refs, **keywords):
+    operands, dq, *refs, scratch = refs
+    return kernel(operands, dq, *[None] * moment, *refs, *[None] * dv, scratch, **keywords)
+
+  return run
 
 
 def _parts(blocks: int, group: int, multiprocessors: int) -> int:

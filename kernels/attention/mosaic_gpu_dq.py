@@ -44,9 +44,13 @@ class Scratch(NamedTuple):
   v_smem: Any  # None where the value is the key
 
 
-def dq_kernel(operands, dq_ref, scratch, *, config, group, kv_heads, num_keys, scale, is_causal,
-              window, masked_head, masked_tail):
-  """dq of 128 rows of one key/value head: a warpgroup has 64 of them."""
+def dq_kernel(operands, dq_ref, moment_ref, scratch, *, config, group, kv_heads, num_keys, scale,
+              is_causal, window, masked_head, masked_tail):
+  """dq of 128 rows of one key/value head: a warpgroup has 64 of them.
+
+  `moment_ref`, float32[B, kv_heads, rows] or None, takes each row's share of the gradient of its
+  slope: the sum of ds * (key - query).
+  """
   q_ref, k_ref, v_ref, dout_ref, table_ref, bounds_ref, q_seg_ref, k_seg_ref, slopes_ref = operands
   dout_smem, k_free, k_ready, k_smem, q_ready, q_smem, v_free, v_ready, v_smem = scratch
   dim = k_ref.shape[3]
@@ -100,7 +104,7 @@ def dq_kernel(operands, dq_ref, scratch, *, config, group, kv_heads, num_keys, s
     shape = (WARPGROUP_ROWS, block)
     fixed, lane = (x.astype(jnp.float32) for x in tiles.columns(block))
 
-    def step(i, _, dq_acc, masked):
+    def step(i, moment, dq_acc, masked):
       k_slot, v_slot = lax.rem(i, k_stages), lax.rem(i, v_stages)
       plgpu.barrier_wait(k_ready.at[k_slot])
       here, (position, lse, delta, slope, segment) = wg, kept
@@ -132,30 +136,44 @@ def dq_kernel(operands, dq_ref, scratch, *, config, group, kv_heads, num_keys, s
           across(-delta, shape), half(dout_smem, here), v_smem.at[v_slot].T)
       if not shared:
         plgpu.barrier_arrive(v_free.at[v_slot])
-      dscores = (weights * centered).astype(q_smem.dtype)  # pyright: ignore[reportOperatorIssue]
-      plgpu.wgmma(dq_acc, dscores, k_smem.at[k_slot])
+      dscores: Any = weights * centered  # pyright: ignore[reportOperatorIssue]
+      if moment is not None:
+        distance = across((base - position).astype(jnp.float32), shape) + down(lane, shape)
+        distance += down(fixed, shape)
+        moment += tiles.fold(dscores * distance, jnp.add)  # mutant: moment
+      plgpu.wgmma(dq_acc, dscores.astype(q_smem.dtype), k_smem.at[k_slot])
       plgpu.wgmma_wait(0)
       plgpu.barrier_arrive(k_free.at[k_slot])
+      return moment
 
     kept = (None,) * 5 if dim > 128 else facts(wg)
     plgpu.barrier_wait(q_ready)
 
     def loops(dq_acc):
-      plain_lo = full_lo - lo if masked_head else 0
-      plain_hi = full_hi - lo if masked_tail else hi - lo
-      run = lambda start, stop, masked: lax.fori_loop(
-          start, stop, functools.partial(step, dq_acc=dq_acc, masked=masked), None)
-      if masked_head:
-        run(0, plain_lo, True)
-      run(plain_lo, plain_hi, False)
-      if masked_tail:
-        run(plain_hi, hi - lo, True)
-      return dq_acc[...]
+      moment = None if moment_ref is None else tiles.zeros(tiles.QUAD)
+      moment = _run(functools.partial(step, dq_acc=dq_acc), moment, (lo, full_lo, full_hi, hi),
+                    masked_head, masked_tail)
+      return dq_acc[...], moment
 
-    dq = pl.run_scoped(loops, plgpu.ACC((WARPGROUP_ROWS, dim), jnp.float32))
+    dq, moment = pl.run_scoped(loops, plgpu.ACC((WARPGROUP_ROWS, dim), jnp.float32))
     q_tile = half(q_smem, wg)
     q_tile[...] = (dq * scale).astype(q_smem.dtype)
     plgpu.commit_smem()
     row0 = tile * ROWS + wg * WARPGROUP_ROWS
     plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[rows(row0, WARPGROUP_ROWS)])
+    if moment_ref is not None:  # from registers: at head_dim 256 shared memory is full
+      moment_ref.at[b, kv, pl.ds(row0, WARPGROUP_ROWS)][...] = moment.sum(axis=1)
     plgpu.wait_smem_to_gmem(0)
+
+
+def _run(step, carry, bounds, masked_head, masked_tail):
+  """All steps: those under the mask at either end, if there are any, and between those without."""
+  lo, full_lo, full_hi, hi = bounds
+  plain_lo = full_lo - lo if masked_head else 0
+  plain_hi = full_hi - lo if masked_tail else hi - lo
+  run = lambda start, stop, masked, carry: lax.fori_loop(
+      start, stop, functools.partial(step, masked=masked), carry)
+  if masked_head:
+    carry = run(0, plain_lo, True, carry)
+  carry = run(plain_lo, plain_hi, False, carry)
+  return run(plain_hi, hi - lo, True, carry) if masked_tail else carry

@@ -35,6 +35,17 @@ class Operands(NamedTuple):
   order: Any  # int32[1 or B, 2, tiles of rows]: the last and the first tile of keys that see one
   query_segments: Any  # int32[B, rows] or None
   key_segments: Any  # int32[B, S] or None
+  places: Any = None  # of `places`, for the gradient of the slopes
+
+
+def places(dtype):
+  """[8, 128] of which the first row has the number of each key in its tile, the second ones.
+
+  ds @ places.T has the sums over keys of ds * number and of ds, which is all that a row's share of
+  the gradient of its slope needs of a tile, for a product 8 columns wide.
+  """
+  number = jnp.arange(ROWS, dtype=jnp.float32)
+  return jnp.zeros((8, ROWS), dtype).at[0].set(number.astype(dtype)).at[1].set(1)  # mutant: places
 
 
 class Scratch(NamedTuple):
@@ -52,6 +63,8 @@ class Scratch(NamedTuple):
   key_segments_smem: Any  # int32[ROWS] or None
   kv_free: Any
   kv_ready: Any
+  moment_smem: Any  # float32[rows], or None
+  places_smem: Any  # [8, ROWS], or None
   q_free: Any
   q_ready: Any
   q_smem: Any  # [stages, rows, dim]
@@ -104,11 +117,12 @@ def _walk(operands, index, turn, parts, kv_heads) -> _Walk:
       jnp.where(down_, steps - plain_hi, plain_lo), jnp.where(down_, steps - plain_lo, plain_hi))
 
 
-def joint_kernel(operands, dq_ref, dk_ref, dv_ref, scratch, *, group, kv_heads, num_keys, parts,
-                 scale, is_causal, window):
+def joint_kernel(operands, dq_ref, moment_ref, dk_ref, dv_ref, scratch, *, group, kv_heads,
+                 num_keys, parts, scale, is_causal, window):
   """dk and dv of two tiles of keys from every `parts`-th tile of rows, and their shares of dq.
 
-  Without `dv_ref`, key and value are one array, and `dk_ref` takes both gradients.
+  Without `dv_ref`, key and value are one array, and `dk_ref` takes both gradients. `moment_ref`,
+  float32[B, kv_heads, rows] or None, takes each row's share of the gradient of its slope.
   """
   s = scratch
   rows, dim = s.q_smem.shape[1:]
@@ -122,7 +136,8 @@ def joint_kernel(operands, dq_ref, dk_ref, dv_ref, scratch, *, group, kv_heads, 
     plgpu.set_max_registers(tiles.COPY_REGISTERS, action="decrease")
     semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((heads, operands.order.shape[2])))
     lax.fori_loop(0, turns, lambda turn, _: _copy(
-        operands, dq_ref, scratch, semaphores, walk_of(index, turn), turn, kv_heads), None)
+        operands, dq_ref, moment_ref, scratch, semaphores, walk_of(index, turn), turn, kv_heads),
+        None)
 
   @pl.when(wg < COMPUTE)
   def compute():
@@ -133,7 +148,7 @@ def joint_kernel(operands, dq_ref, dk_ref, dv_ref, scratch, *, group, kv_heads, 
       walk = walk_of(index, turn)
       geometry = dict(group=group, num_keys=num_keys, reach=masking.reach(is_causal, window))
       step = functools.partial(
-          _step, operands, scratch, wg,
+          _step, operands, scratch, walk, wg, group=group,
           hidden=functools.partial(_hidden, operands, walk, again, rows=rows, **geometry),
           weights=functools.partial(_weights, operands, scratch, walk, scale=scale, **geometry))
 
@@ -163,7 +178,7 @@ def joint_kernel(operands, dq_ref, dk_ref, dv_ref, scratch, *, group, kv_heads, 
     lax.fori_loop(0, turns, sums, None)
 
 
-def _copy(operands, dq_ref, s, semaphores, walk, turn, kv_heads):
+def _copy(operands, dq_ref, moment_ref, s, semaphores, walk, turn, kv_heads):
   """A walk of the warpgroup that copies: rows in, dq out."""
   stages, rows, dim = s.q_smem.shape
   part, tile, b, kv = walk[:4]
@@ -173,6 +188,8 @@ def _copy(operands, dq_ref, s, semaphores, walk, turn, kv_heads):
     plgpu.copy_gmem_to_smem(operands.value.at[b, keys, kv], s.v_smem, s.kv_ready)
   if operands.key_segments is not None:
     plgpu.copy_gmem_to_smem(operands.key_segments.at[b, keys], s.key_segments_smem, s.kv_ready)
+  if operands.places is not None:
+    plgpu.copy_gmem_to_smem(operands.places, s.places_smem, s.kv_ready)
   at = lambda ref, i: ref.at[packing.rows_at(ref, b, kv, kv_heads, walk.row_tile(i) * rows, rows)]
 
   def of_query(i, slot):
@@ -201,6 +218,10 @@ def _copy(operands, dq_ref, s, semaphores, walk, turn, kv_heads):
       for h in range(COMPUTE):
         piece = at(dq_ref, i).at[:, pl.ds(h * (dim // 2), dim // 2)]
         plgpu.copy_smem_to_gmem(s.dq_smem.at[h], piece, reduction_op=reduction_op)
+      if moment_ref is not None:
+        plgpu.copy_smem_to_gmem(
+            s.moment_smem, moment_ref.at[b, kv, pl.ds(walk.row_tile(i) * rows, rows)],
+            reduction_op=reduction_op)  # mutant: moment
 
     pl.when(before == 0)(lambda: put(None))
     pl.when(before > 0)(lambda: put("add"))  # mutant: reduction
@@ -218,7 +239,7 @@ def _copy(operands, dq_ref, s, semaphores, walk, turn, kv_heads):
   plgpu.barrier_wait(s.kv_free)  # mutant: wait for the keys
 
 
-def _step(operands, s, wg, dk_acc, dv_acc, i, *, hidden, weights):
+def _step(operands, s, walk, wg, dk_acc, dv_acc, i, *, group, hidden, weights):
   """The five products of a warpgroup's 64 keys and a tile of rows."""
   stages, rows, dim = s.q_smem.shape
   v_smem = s.k_smem if operands.value is None else s.v_smem
@@ -248,11 +269,14 @@ def _step(operands, s, wg, dk_acc, dv_acc, i, *, hidden, weights):
   plgpu.commit_smem()
   plgpu.barrier_arrive(s.ds_ready)
 
-  def rest(dq_acc):
+  def rest(dq_acc, *moment_acc):
     plgpu.barrier_wait(s.ds_ready)
+    for acc in moment_acc:
+      plgpu.wgmma(acc, ds_tile.T, s.places_smem.T)
     plgpu.wgmma(dq_acc, ds_tile.T, s.k_smem.at[:, pl.ds(opaque_wg() * (dim // 2), dim // 2)])
     plgpu.wgmma(dk_acc, ds, s.q_smem.at[slot])
     dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
+    sums = [plgpu.wgmma_accumulator_load(acc, wait_n=1) for acc in moment_acc]
     plgpu.barrier_arrive(s.dout_free.at[slot])
 
     @pl.when(i > 0)  # a branch that the compiler moves nothing across
@@ -260,12 +284,26 @@ def _step(operands, s, wg, dk_acc, dv_acc, i, *, hidden, weights):
       plgpu.barrier_wait(s.dq_free)  # mutant: wait for room
 
     s.dq_smem.at[wg][...] = dq
+    for x in sums:
+      # Of the first key, from each row.
+      ahead = (walk.origin - lax.div(walk.row_tile(i) * rows, group)).astype(jnp.float32)
+      ahead -= plgpu.load(s.table_smem.at[slot, POSITION], layout=ROW, optimized=False)
+      which = down(plgpu.broadcasted_iota(jnp.int32, x.shape[1:], 0, layout=COL), x.shape)
+      moment = (x * jnp.where(which == 1, across(ahead, x.shape), 1.0)).sum(axis=1)
+
+      @pl.when(wg == 0)  # both have all keys
+      def _():
+        s.moment_smem[...] = moment
+
     plgpu.commit_smem()
     plgpu.barrier_arrive(s.dq_ready)
     plgpu.wgmma_wait(0)
     plgpu.barrier_arrive(s.q_free.at[slot])
 
-  pl.run_scoped(rest, plgpu.ACC((rows, dim // 2), jnp.float32))
+  accs = [plgpu.ACC((rows, dim // 2), jnp.float32)]
+  if operands.places is not None:
+    accs.append(plgpu.ACC((rows, s.places_smem.shape[0]), jnp.float32))
+  pl.run_scoped(rest, *accs)
 
 
 def _weights(operands, scratch, walk, scores, slot, i, wg, hidden, *, group, num_keys, scale,

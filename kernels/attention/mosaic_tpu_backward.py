@@ -30,6 +30,7 @@ class _Specs(NamedTuple):
   row: Callable  # of an array with a number for each row, by its index from that of the head
   rows: pl.BlockSpec
   all_rows: pl.BlockSpec  # blocks that see none of the keys too
+  every_row: pl.BlockSpec  # likewise, of an array with a number for each row
   keys: pl.BlockSpec
   sofar: pl.BlockSpec  # the query gradient of the blocks of keys before
   sums: pl.BlockSpec  # of the gradients of the keys
@@ -50,6 +51,8 @@ def _specs(plan, ranges, dim):
           (None, 1, plan.block_rows), lambda s, b, i, *r: (index(b), 0, rows_at(s, b, i, r))),
       rows=pl.BlockSpec(block, rows),
       all_rows=pl.BlockSpec(block, lambda s, b, i, *r: (b, plan.dealt(s, i), 0)),
+      every_row=pl.BlockSpec(
+          (None, 1, plan.block_rows), lambda s, b, i, *r: (b, 0, plan.dealt(s, i))),
       keys=pl.BlockSpec(
           (None, plan.major, dim), lambda s, b, i, *r: (b, r[2][0], 0), **stays),
       sofar=pl.BlockSpec(block, rows, **stays),
@@ -57,20 +60,37 @@ def _specs(plan, ranges, dim):
           (None, None, plan.major, dim), lambda s, b, i, *r: (s, b, 0, 0), **stays))
 
 
+def _outputs(plan, specs, rows_shape, dtype, several, shared, slope_gradients, typed):
+  """Results of the kernel for a block of keys, {name: (type, its BlockSpec)}, in their order."""
+  heads, _, dim = rows_shape
+  sums = typed((plan.cores, heads, plan.major, dim), jnp.float32), specs.sums
+  outputs = dict(
+      dquery=(typed(rows_shape, jnp.float32 if several else dtype),
+              specs.rows if several else specs.all_rows), dkey=sums)
+  if not shared:
+    outputs["dvalue"] = sums
+  if slope_gradients:
+    outputs["moment"] = typed((heads, 1, plan.num_rows), jnp.float32), specs.every_row
+  return outputs
+
+
 @folding_batch
 def backward(residuals: Residuals, dout: jax.Array, *,
              segment_ids: tuple[jax.Array, jax.Array] | None, alibi_slopes: jax.Array | None,
              query_offset: int | jax.Array, is_causal: bool, scale: float,
-             window: tuple[int, int] | None, chip: str | None, config: Any = None):
+             window: tuple[int, int] | None, chip: str | None, config: Any = None,
+             slope_gradients: bool = False):
   """The gradients of attention; the contract of every backend.
 
   Args:
     residuals: of `forward`.
     dout: like query.
     segment_ids, alibi_slopes, query_offset, window, chip, config: as in `forward`.
+    slope_gradients: whether the slopes' are among them.
 
   Returns:
-    dquery, dkey, dvalue; where value is None, dkey is the sum of both and dvalue None.
+    dquery, dkey, dvalue; where value is None, dkey is the sum of both and dvalue None. With
+    `slope_gradients` also float32[B, heads], each sequence's part of the gradient of the slopes.
   """
   query, key, value, out, lse = residuals
   batch, length, heads, given_dim = query.shape
@@ -111,16 +131,10 @@ def backward(residuals: Residuals, dout: jax.Array, *,
   # One block of keys gives the query gradient as it is returned; several add to it in turn, in
   # place.
   several = num_key_blocks > 1
-  gradients = ("dkey",) if value is None else ("dkey", "dvalue")
   arrays = (query, key, value, dout)
-  outputs = dict(dquery=(
-      partition.out_shape(q.shape, jnp.float32 if several else query.dtype, *arrays),
-      specs.rows if several else specs.all_rows))
+  outputs = _outputs(plan, specs, q.shape, query.dtype, several, value is None, slope_gradients,
+                     lambda *type_: partition.out_shape(*type_, *arrays))
   carry = dict(sofar=specs.sofar) if several else {}
-  for name in gradients:
-    outputs[name] = (
-        partition.out_shape((plan.cores, batch * kv_heads, plan.major, dim), jnp.float32, *arrays),
-        specs.sums)
   scratch = dict(accum=pltpu.VMEM((dim, plan.block_rows), jnp.float32))
   if alibi_slopes is not None:
     scratch["bias"] = layout.bias_scratch(plan, edges)
@@ -151,7 +165,7 @@ def backward(residuals: Residuals, dout: jax.Array, *,
           dimension_semantics=("parallel", "arbitrary", "arbitrary"),
           vmem_limit_bytes=layout.vmem_bytes(
               plan, dim=dim, itemsize=query.dtype.itemsize, shared=value is None,
-              backward=True)),
+              backward=True) + slope_gradients * layout.moment_bytes(plan)),
       interpret=mode.mosaic_tpu(plan.cores),
       name="alibi_attention_backward")
 
@@ -161,19 +175,26 @@ def backward(residuals: Residuals, dout: jax.Array, *,
         ranges.row_blocks(n, plan.cores).reshape(-1), *sofar, *(x for x, _ in operands.values()))
     # The cores' parts, in one order.
     factors = (1.0,) if value is None else (scale, 1.0)
-    return dquery, [(x.sum(0) * c).astype(key.dtype) for x, c in zip(rest, factors)]
+    return (dquery, [(x.sum(0) * c).astype(key.dtype) for x, c in zip(rest, factors)],
+            rest[len(factors):])
 
   if several:
     start = partition.varying_together(jnp.zeros(q.shape, jnp.float32), *arrays)[0]
-    dquery, parts = jax.lax.scan(lambda sofar, n: of_key_block(n, sofar), start,
-                                 jnp.arange(num_key_blocks, dtype=jnp.int32))
+    def add(sofar, n):
+      dquery, *parts = of_key_block(n, sofar)
+      return dquery, parts
+
+    dquery, (parts, moments) = jax.lax.scan(
+        add, start, jnp.arange(num_key_blocks, dtype=jnp.int32))
+    moments = [x.sum(0) for x in moments]  # mutant: blocks of keys
     # [key blocks, B * kv_heads, major, D]
     parts = [x.swapaxes(0, 1).reshape(batch * kv_heads, plan.padded_keys, dim) for x in parts]
   else:
-    dquery, parts = of_key_block(jnp.int32(0))
+    dquery, parts, moments = of_key_block(jnp.int32(0))
   dquery = layout.unpack(dquery.astype(query.dtype), batch, length, heads)
   gradients = dquery, *(layout.unpack(x, batch, num_keys, kv_heads) for x in parts)
-  return (*(x[..., :given_dim] for x in gradients), None)[:3]
+  moments = [layout.unpack_vector(x, batch, length, heads).sum(-1) for x in moments]
+  return *(*(x[..., :given_dim] for x in gradients), None)[:3], *moments
 
 
 def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_causal, window):
@@ -192,6 +213,9 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
       clear(refs[name])
     if "slope" in refs:
       layout.fill_bias(refs, plan)
+
+  if "moment" in refs:
+    clear(refs["moment"])
 
   diagonal = jnp.int32(0)  # how the diagonal is visited, if it lies in these keys
   if edges:
@@ -238,7 +262,12 @@ def _kernel(refs, ranges, plan, edges, num_keys, scale, *, query_offset, is_caus
       if "slope" in refs:
         total -= refs["slope"][:, at] * distance.astype(jnp.float32)
       weights = jnp.exp2(x - total)
-      dscores = (weights * (dweights - refs["delta"][:, at])).astype(dtype)
+      dscores = weights * (dweights - refs["delta"][:, at])
+      if "moment" in refs:  # a row's share of the gradient of its slope
+        place = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) + (distance + tile.keys[0])
+        share = dscores * place.astype(jnp.float32)  # mutant: share
+        refs["moment"][:, at] += share.sum(axis=0, keepdims=True)  # mutant: moment
+      dscores = dscores.astype(dtype)
       weights = weights.astype(dtype)
       span = pl.ds(first_key + tile.keys[0], tile.keys[1] - tile.keys[0])
       dvalue_part, dkey_part = dot(weights, dout[at, :]), dot(dscores, query[at, :])

@@ -122,6 +122,12 @@ def vmem_bytes(plan: Plan, *, dim, itemsize, shared, backward) -> int:
           + 4 * dim * plan.lanes + vectors)
 
 
+def moment_bytes(plan: Plan) -> int:
+  """VMEM that the backward kernel takes more for the gradient of the slopes, at most."""
+  return (2 * 8 * 4 * plan.block_rows
+          + 2 * 4 * plan.lanes * max(plan.chunk, plan.block_rows // plan.group))
+
+
 def fit(config, *, length, group, num_keys, itemsize) -> Plan:
   """Block sizes for this problem."""
   if itemsize > 2:  # float32: half as many rows and keys in the same memory

@@ -102,8 +102,9 @@ class Ring:
     return out.astype(query.dtype), lse.swapaxes(1, 2)
 
   def backward(self, residuals: Residuals, dout: jax.Array, *,
-               segment_ids: tuple[jax.Array, jax.Array] | None, **options):
-    """(dquery, dkey, dvalue) as any backend's, from the (out, lse) of all keys."""
+               segment_ids: tuple[jax.Array, jax.Array] | None, slope_gradients: bool = False,
+               **options):
+    """The gradients as any backend's, from the (out, lse) of all keys."""
     query, key, value, out, lse = residuals
     query_ids, key_ids = segment_ids or (None, None)
     rows = query, out, lse.swapaxes(1, 2), dout, query_ids
@@ -115,34 +116,38 @@ class Ring:
 
       def compute():
         gradients = self.backend.backward(
-            Residuals(q, k, v, o, rows_lse.swapaxes(1, 2)), do,
+            Residuals(q, k, v, o, rows_lse.swapaxes(1, 2)), do, slope_gradients=slope_gradients,
             **self._keywords(pair, q_ids, k_ids, options))
         return jax.tree.map(lambda x: x.astype(jnp.float32), tuple(gradients))
 
-      return _where(pair.seen, compute, lambda: _zeros(q, k, v))
+      return _where(pair.seen, compute, lambda: _zeros(q, k, v, *no_slopes(q)))
 
-    def turn(step, columns, dquery, dcolumns):
+    # A sequence is several where blocks are.
+    no_slopes = lambda q: [q[:, 0, :, 0]] if slope_gradients else []
+
+    def turn(step, columns, dquery, dcolumns, dslopes):
       pairs = self._pairs(step, query, key, options)
       following = self._send(columns, 1)
       (following, dcolumns), parts = _meanwhile(
           (following, dcolumns), [part(pair, columns) for pair in pairs])
-      for pair, (dq, *dkv) in zip(pairs, parts):
+      for pair, (dq, dk, dv, *ds) in zip(pairs, parts):
         dquery = self._add(dquery, pair.rows, dq)
-        dcolumns = self._add(dcolumns, pair.columns, tuple(dkv))
-      return following, dquery, dcolumns
+        dcolumns = self._add(dcolumns, pair.columns, (dk, dv))
+        dslopes = [x + y.reshape(len(x), -1, y.shape[1]).sum(1) for x, y in zip(dslopes, ds)]
+      return following, dquery, dcolumns, dslopes
 
     def next_turn(step, carry):
-      columns, dquery, dcolumns = carry
-      return turn(step, columns, dquery, self._send(dcolumns, 1))
+      columns, dquery, dcolumns, dslopes = carry
+      return turn(step, columns, dquery, self._send(dcolumns, 1), dslopes)
 
     columns = self._send((key, value, key_ids), tour[0])
-    dquery, *dcolumns = _zeros(query, key, value)
-    carry = turn(tour[0], columns, dquery, tuple(dcolumns))
-    _, dquery, dcolumns = jax.lax.fori_loop(
+    dquery, dkey, dvalue, *dslopes = _zeros(query, key, value, *no_slopes(query))
+    carry = turn(tour[0], columns, dquery, (dkey, dvalue), dslopes)
+    _, dquery, dcolumns, dslopes = jax.lax.fori_loop(
         tour[0] + 1, tour[-1] + 1, next_turn, carry, unroll=len(tour) <= UNROLLED)
     dkey, dvalue = self._home(dcolumns, tour[-1])
     cast = lambda x, like: None if like is None else x.astype(like.dtype)
-    return cast(dquery, query), cast(dkey, key), cast(dvalue, value)
+    return cast(dquery, query), cast(dkey, key), cast(dvalue, value), *dslopes
 
   def _pairs(self, step, query, key, options) -> list[Pair]:
     """The mask when each device has the keys of the one `step` places before it."""

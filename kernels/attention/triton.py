@@ -5,6 +5,7 @@ The backward is two kernels, one per owner of a sum: `dq` by rows of queries (it
 inputs give the same bits.
 """
 
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -72,10 +73,11 @@ def forward(query: jax.Array, key: jax.Array, value: jax.Array | None, *,
 def backward(residuals: Residuals, dout: jax.Array, *,
              segment_ids: tuple[jax.Array, jax.Array] | None, alibi_slopes: jax.Array | None,
              query_offset: int | jax.Array, is_causal: bool, scale: float,
-             window: tuple[int, int] | None, chip: str | None):
+             window: tuple[int, int] | None, chip: str | None, slope_gradients: bool = False):
   """dquery, dkey, dvalue; dkey is the sum of both and dvalue None where value is the key.
 
-  dout is like out, the other arguments are those of `forward`.
+  dout is like out, the other arguments are those of `forward`. With `slope_gradients` there is one
+  more result, float32[B, heads]: each sequence's part of the gradient of the slopes.
 
   References:
     FlashAttention-2 (arXiv:2307.08691), algorithm 2, split in two kernels.
@@ -84,9 +86,10 @@ def backward(residuals: Residuals, dout: jax.Array, *,
   static = _static(query.shape, key.shape, is_causal, scale, window, value is None, chip)
   query, sign = _positive_scale(query, scale)
   extras = _extras(query, segment_ids, alibi_slopes, query_offset)
-  dquery, dkey, dvalue = _of_batch(
-      _backward, static, query, key, value, out, lse, dout, *extras)
-  return (dquery if sign == 1 else sign * dquery), dkey, dvalue
+  dquery, *others = _of_batch(
+      functools.partial(_backward, slope_gradients), static, query, key, value, out, lse, dout,
+      *extras)
+  return (dquery if sign == 1 else sign * dquery), *others
 
 
 def _of_batch(function, static, *arrays):
@@ -137,14 +140,20 @@ def _forward(static, query, key, value, segment_ids, slopes, offset):
                out_types)
 
 
-def _backward(static, query, key, value, out, lse, dout, segment_ids, slopes, offset):
+def _backward(
+    slope_gradients, static, query, key, value, out, lse, dout, segment_ids, slopes, offset):
   batch, length = query.shape[:2]
   extras = (segment_ids, slopes, offset)
   lse2 = lse * LOG2E
+  blocks, statistics = _blocks(static, query.dtype, "dq"), lse.shape
+  if slope_gradients:  # with more scores to a warp it would spill
+    warps = max(blocks.warps, blocks.rows * blocks.keys // 1024)
+    blocks, statistics = blocks._replace(warps=warps), (2, *lse.shape)
   dquery, delta = _call(
-      "dq", _blocks(static, query.dtype, "dq"), static, query, key, value, (out, lse2, dout),
-      *extras, (jax.ShapeDtypeStruct(query.shape, query.dtype),
-                jax.ShapeDtypeStruct(lse.shape, jnp.float32)))
+      "dq", blocks, static, query, key, value, (out, lse2, dout), *extras,
+      (jax.ShapeDtypeStruct(query.shape, query.dtype),
+       jax.ShapeDtypeStruct(statistics, jnp.float32)), DSLOPES=slope_gradients)
+  delta, *moments = delta if slope_gradients else [delta]
 
   blocks = _blocks(static, query.dtype, "dkv")
   splits = _splits(static, batch, length, key.shape[1], blocks)
@@ -167,7 +176,7 @@ def _backward(static, query, key, value, out, lse, dout, segment_ids, slopes, of
     if value is None:
       dkey, dvalue = dvalue, None
   add = lambda parts: None if parts is None else parts.sum(0).astype(key.dtype)
-  return dquery, add(dkey), add(dvalue)
+  return dquery, add(dkey), add(dvalue), *(x.sum(-1) for x in moments)
 
 
 def _splits(static, batch, length, num_keys, blocks):

@@ -238,11 +238,11 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, offset_ptr, slope_ptr, q_segment_ptr, k_
 
 
 @triton.jit
-def _dq_blocks(dq, q, dout, lse2, delta, k_ptr, v_ptr, segment_ptr, slope, p, q_segment, origin, S,
-               lo, hi, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_K: tl.constexpr,
+def _dq_blocks(dq, moment, q, dout, lse2, delta, k_ptr, v_ptr, segment_ptr, slope, p, q_segment,
+               origin, S, lo, hi, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_K: tl.constexpr,
                SCALE2: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr,
                SEGMENTS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
-               MASKED: tl.constexpr):
+               DSLOPES: tl.constexpr, MASKED: tl.constexpr):
   cols = tl.arange(0, BLOCK_K)
   tile = cols[:, None] * (KV_HEADS * DIM) + tl.arange(0, DIM)[None, :]
   for n in range(lo, hi, BLOCK_K):
@@ -259,8 +259,14 @@ def _dq_blocks(dq, q, dout, lse2, delta, k_ptr, v_ptr, segment_ptr, slope, p, q_
       weights = tl.where(visible, weights, 0.0)
     dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     dscores = weights * (dweights - delta[:, None])
+    if DSLOPES:
+      # From the tile's origin, exactly; two-dimensional integers would take a conversion a score.
+      key = cols.to(tl.float32) + tl.cast(n - origin, tl.float32)
+      row = (p - origin).to(tl.float32)
+      distance = key[None, :] - row[:, None]  # mutant: distance
+      moment += tl.sum(dscores * distance, 1)  # mutant: moment
     dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
-  return dq
+  return dq, moment
 
 
 @triton.jit
@@ -269,8 +275,13 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, dout_ptr, offset_ptr, slop
               GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
               BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SCALE: tl.constexpr,
               LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr,
-              SEGMENTS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr):
-  """dq, and delta = sum(out * dout) for `dkv_kernel`; a program has the rows of the forward's."""
+              SEGMENTS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+              DSLOPES: tl.constexpr):
+  """dq, and delta = sum(out * dout) for `dkv_kernel`; a program has the rows of the forward's.
+
+  Under DSLOPES, delta_ptr is [2, batch, heads, T]: behind the deltas are the rows' shares of the
+  gradient of the slopes, sum(dscores * distance).
+  """
   batch, first, t_first, t, g, inside, tile, kv_start, lse_row = _row_tile(
       T, S, num_groups, GROUP, KV_HEADS, DIM, BLOCK_Q)
   q = tl.load(q_ptr + tile, mask=inside[:, None], other=0.0)
@@ -286,13 +297,17 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, dout_ptr, offset_ptr, slop
     lse2 += slope * (SCALE * LOG2E) * t.to(tl.float32)
 
   dq = tl.zeros([BLOCK_Q, DIM], tl.float32)
+  moment = tl.zeros([BLOCK_Q], tl.float32)
   k_segments = k_segment_ptr + tl.cast(batch, tl.int64) * S
   edges = (lo, mid, end, hi)
   for part in tl.static_range(2 if SEGMENTS else 1 if LEFT is None else 0, 3):
-    dq = _dq_blocks(dq, q, dout, lse2, delta, k_ptr + kv_start, v_ptr + kv_start, k_segments,
-                    slope, p, q_segment, origin, S, edges[part], edges[part + 1], KV_HEADS, DIM,
-                    BLOCK_K, SCALE * LOG2E, LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION,
-                    part != 1)
+    dq, moment = _dq_blocks(
+        dq, moment, q, dout, lse2, delta, k_ptr + kv_start, v_ptr + kv_start, k_segments, slope, p,
+        q_segment, origin, S, edges[part], edges[part + 1], KV_HEADS, DIM, BLOCK_K, SCALE * LOG2E,
+        LEFT, RIGHT, ALIBI, SEGMENTS, SHARED, PRECISION, DSLOPES, part != 1)
+  if DSLOPES:
+    behind = tl.cast(num_groups, tl.int64) * GROUP * T
+    tl.store(delta_ptr + behind + lse_row, moment, mask=inside)
   tl.store(dq_ptr + tile, (dq * SCALE).to(dq_ptr.dtype.element_ty),
            mask=inside[:, None])
 

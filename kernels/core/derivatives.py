@@ -29,10 +29,11 @@ class Rules:
     kernel: (*arrays) -> out.
     forward: (*arrays) -> (out, what else `backward` needs).
     backward: (arrays, what else, cotangents of out) -> a gradient for each of the arrays; None
-      where the kernels have none.
+      where the kernels have none. If `selective`, with a fourth argument: of which arrays it is
+      asked for, a bool for each.
     plain: (*arrays) -> out; None where a kernel is asked for by name, and refuses what it has not.
     by: how many of the arrays, from the first on, `backward` has gradients of.
-    others: the rest of those that have gradients, in words.
+    selective: as `backward` says.
   """
 
   op: str
@@ -41,7 +42,7 @@ class Rules:
   backward: Callable
   plain: Callable | None
   by: int
-  others: str = "this"
+  selective: bool = False
 
 
 def differentiable(rules: Rules) -> Callable:
@@ -59,13 +60,16 @@ def differentiable(rules: Rules) -> Callable:
     out = _attached(out, formula.second_order, primals)
     rest, rest_tree = jax.tree.flatten(rest)
     outs, out_tree = jax.tree.flatten(out)
+    asked = tuple(any(jax.tree.leaves(x))
+                  for x in tree.unflatten(i in by for i in range(len(primals))))
 
     def transposed(known, cotangents):
       arrays, rest = known[:len(primals)], rest_tree.unflatten(known[len(primals):])
       constants = map(jax.lax.stop_gradient, arrays)
       gradients = rules.backward(
           tree.unflatten(constants), rest,
-          out_tree.unflatten(map(jax.lax.stop_gradient, cotangents)))
+          out_tree.unflatten(map(jax.lax.stop_gradient, cotangents)),
+          *((asked,) if rules.selective else ()))
       # None stands for the whole tree of an array.
       whole = [jax.tree.map(lambda _: None, array) if gradient is None else gradient
                for array, gradient in zip(tree.unflatten(arrays), gradients, strict=True)]
@@ -109,10 +113,8 @@ class _Formula:
   def with_tangents(self, leaves, tangents):
     """(out, its tangents)."""
     if self.rules.plain is None:
-      others = self.rules.others
-      raise ValueError(f"{self.rules.op}: the fused kernels have no derivative with respect to "
-                       f"{others}; pass implementation='xla' for that, or "
-                       f"jax.lax.stop_gradient({others})")
+      raise ValueError(f"{self.rules.op}: the fused kernels have no derivative with respect to one "
+                       "of these arrays; pass implementation='xla' for that")
     return jax.jvp(lambda *some: self._of(leaves, some), [leaves[i] for i in self.by],
                    list(tangents))
 

@@ -133,7 +133,7 @@ def choose(op: "Op", implementation: str, *arrays: Any, on: Target,
     if family := chips.FAMILIES.get(on.chip or ""):
       reason += f", with the block sizes of {family.like}"
     if op.name == "flash_attention":
-      reason += " (xla for forward mode, second derivatives and those of alibi_slopes)"
+      reason += " (xla for forward mode and second derivatives)"
     return Choice(fitting, reason if arrays else (
         f"{reason}, if shapes and dtypes fit it, with {op.configs.NEEDS}; else xla"))
 

@@ -37,6 +37,7 @@ class Case:
   shared_kv: bool = False
   scale: float | None = None
   seed: int = 0
+  dslopes: bool = False  # whether the gradient of the slopes is asked for
 
 
 @st.composite
@@ -52,14 +53,16 @@ def cases(draw, *, dim_heads=(64, 128, 256), dtypes=("bfloat16", "float16"), max
   offset = draw(st.one_of(st.just(0), st.just(num_keys - num_queries),
                           st.integers(-num_queries - 3, num_keys + 3)))
   window = draw(st.none() | st.none() | st.tuples(st.integers(0, 90), st.integers(0, 90)))
+  alibi = draw(st.booleans())
   return Case(
       batch=draw(st.integers(1, max_batch)), num_queries=num_queries, num_keys=num_keys,
       heads=kv_heads * group, kv_heads=kv_heads, dim_head=draw(st.sampled_from(dim_heads)),
       dtype=draw(st.sampled_from(dtypes)), is_causal=draw(st.booleans()),
-      alibi=draw(st.booleans()), window=window,
+      alibi=alibi, window=window,
       segments=draw(st.sampled_from([None, None, "packed", "shuffled"])), query_offset=offset,
       traced_offset=draw(st.booleans()), shared_kv=draw(st.booleans()),
-      scale=draw(st.sampled_from([None, 0.3])), seed=draw(st.integers(0, 9)))
+      scale=draw(st.sampled_from([None, 0.3])), seed=draw(st.integers(0, 9)),
+      dslopes=alibi and draw(st.booleans()))
 
 
 @st.composite
@@ -103,25 +106,33 @@ def inputs(case: Case) -> dict:
           scale=case.dim_head**-0.5 if case.scale is None else case.scale, window=case.window))
 
 
+GRADIENTS = ("dquery", "dkey", "dvalue", "dslopes")
+
+
+def named(gradients) -> dict:
+  """A backend's gradients by their names, those of the slopes over all sequences."""
+  found = dict(zip(GRADIENTS, gradients))
+  return found | {name: found[name].sum(0) for name in GRADIENTS[3:] if name in found}
+
+
 # Every case is a compilation; optimizing it would cost more than it saves.
 @functools.partial(jax.jit, static_argnames=("is_causal", "scale", "window"),
                    compiler_options={"xla_backend_optimization_level": 0})
 def reference(query, key, value, dout, *, segment_ids, alibi_slopes, query_offset, is_causal,
               scale, window):
-  """The formula of `xla.attend` in the arrays' dtype: {"out", "dquery", "dkey", "dvalue"}."""
-  def f(query, key, value):
+  """The formula of `xla.attend` in the arrays' dtype: out and all gradients by name."""
+  def f(query, key, value, alibi_slopes):
     return xla.attend(
         query, key, key if value is None else value, query_offset + jnp.arange(query.shape[1]),
         jnp.arange(key.shape[1]), segment_ids, is_causal=is_causal, alibi_slopes=alibi_slopes,
         scale=scale, window=window)
 
-  out, pull = jax.vjp(f, query, key, value)
-  dquery, dkey, dvalue = pull(dout)
-  return dict(out=out, dquery=dquery, dkey=dkey, dvalue=dvalue)
+  out, pull = jax.vjp(f, query, key, value, alibi_slopes)
+  return dict(zip(("out", *GRADIENTS), (out, *pull(dout)), strict=True))
 
 
 def exact(case: Case, arrays: dict) -> dict:
-  """The results in float64, by numpy: {"out", "lse", "dquery", "dkey", "dvalue"}."""
+  """The results in float64, by numpy: out, lse and the gradients; also "dslopes_size"."""
   query, key, value, dout = (None if arrays[name] is None else np.asarray(arrays[name], np.float64)
                              for name in ("query", "key", "value", "dout"))
   group, options = case.heads // case.kv_heads, arrays["options"]
@@ -149,14 +160,20 @@ def exact(case: Case, arrays: dict) -> dict:
   weights = np.exp(scores - np.where(np.isfinite(lse), lse, 0))
   out = np.einsum("bhts,bshd->bthd", weights, values)
   dweights = np.einsum("bthd,bshd->bhts", dout, values)
-  dscores = scale * weights * (dweights - np.einsum("bthd,bthd->bht", out, dout)[..., None])
+  delta = np.einsum("bthd,bthd->bht", out, dout)[..., None]
+  dscores = weights * (dweights - delta)
+  dslopes = (dscores * distance).sum((0, 2, 3))
+  # Each row's share, had nothing in it been subtracted; roundings of the rows are independent.
+  size = (weights * (np.abs(dweights) + np.abs(delta)) * np.abs(distance)).sum(-1)
+  size = np.sqrt(np.square(size).sum((0, 2)))
+  dscores *= scale
   of_each_group = lambda x: x.reshape(*x.shape[:2], case.kv_heads, group, -1).sum(3)
   dkey = of_each_group(np.einsum("bhts,bthd->bshd", dscores, query))
   dvalue = of_each_group(np.einsum("bhts,bthd->bshd", weights, dout))
   if value is None:
     dkey, dvalue = dkey + dvalue, None
   return dict(out=out, lse=lse[..., 0], dquery=np.einsum("bhts,bshd->bthd", dscores, keys),
-              dkey=dkey, dvalue=dvalue)
+              dkey=dkey, dvalue=dvalue, dslopes=dslopes, dslopes_size=size)
 
 
 def _cancelled(name, arrays) -> float:
@@ -176,7 +193,7 @@ def errors(case: Case, arrays: dict, results: dict) -> dict[str, str]:
   Args:
     case: what was computed.
     arrays: its `inputs`.
-    results: any of "out", "lse", "dquery", "dkey", "dvalue", as the backend returned them.
+    results: any of "out", "lse" and `GRADIENTS`, as the backend returned them.
   """
   want, found = exact(case, arrays), {}
   data = {name: arrays[name] for name in ("query", "key", "value", "dout")}
@@ -191,13 +208,15 @@ def errors(case: Case, arrays: dict, results: dict) -> dict[str, str]:
     if want[name] is None:
       assert got is None, f"{name} must be None where the value is the key"
       continue
-    assert got.shape == want[name].shape and got.dtype == jnp.dtype(case.dtype), name
+    dtype = "float32" if name == "dslopes" else case.dtype
+    assert got.shape == want[name].shape and got.dtype == jnp.dtype(dtype), name
     # A few roundings of the largest value. In float32 they are those of the computation, not of its
     # result. Those grow with lse, a float32 that weights are recomputed from: it is rounded when
     # summed and to base e and back with both constants, five times half an eps; the rest is the
     # scores'.
     roundings = 8 + 3 * largest_lse if case.dtype == "float32" else 2
-    floor = roundings * bound.eps(case.dtype) * np.abs(want[name]).max(initial=0)
+    largest = np.abs(want["dslopes_size" if name == "dslopes" else name]).max(initial=0)
+    floor = roundings * bound.eps(case.dtype) * largest
     # The kernels keep `out` rounded to this dtype. Over many keys that is less than what the XLA
     # path rounds, 0.9 of its error from 4 keys on; over 2 keys it was up to 2.2 times that.
     kept = bound.eps(case.dtype) / case.num_keys

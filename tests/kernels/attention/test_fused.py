@@ -17,11 +17,15 @@ from palm_haiku.kernels.triton import call as triton_call
 from tests.kernels.attention import contract
 
 
+def _distance(query, key, query_offset):
+  return jnp.arange(key.shape[1]) - query_offset - jnp.arange(query.shape[1])[:, None]
+
+
 def _scores(query, key, *, segment_ids, alibi_slopes, query_offset, is_causal, scale, window):
   heads, kv_heads = query.shape[2], key.shape[2]
   key = jnp.repeat(key, heads // kv_heads, 2)
   scores = scale * jnp.einsum("bthd,bshd->bhts", query, key)
-  distance = jnp.arange(key.shape[1]) - query_offset - jnp.arange(query.shape[1])[:, None]
+  distance = _distance(query, key, query_offset)
   if alibi_slopes is not None:
     scores += alibi_slopes[:, None, None] * distance
   visible = jnp.ones_like(distance, bool)
@@ -52,7 +56,7 @@ class PlainBackend(types.ModuleType):
     value = jnp.repeat(value, query.shape[2] // value.shape[2], 2).astype(jnp.float32)
     return jnp.einsum("bhts,bshd->bthd", weights, value).astype(query.dtype), lse
 
-  def backward(self, residuals, dout, *, chip, **options):
+  def backward(self, residuals, dout, *, chip, slope_gradients=False, **options):
     query, key, value, out, lse = residuals
     q, k, v, out_, dout_ = (x.astype(jnp.float32) for x in (
         query, key, key if value is None else value, out, dout))
@@ -61,14 +65,18 @@ class PlainBackend(types.ModuleType):
     k, v = (jnp.repeat(x, heads // kv_heads, 2) for x in (k, v))
     dweights = jnp.einsum("bthd,bshd->bhts", dout_, v)
     delta = jnp.einsum("bthd,bthd->bht", out_, dout_)[..., None]
-    dscores = options["scale"] * weights * (dweights - delta)
+    dscores = weights * (dweights - delta)
+    dslopes = []
+    if slope_gradients:
+      dslopes.append((dscores * _distance(q, k, options["query_offset"])).sum((2, 3)))
+    dscores *= options["scale"]
     fold = lambda x: x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]).sum(3)
     dquery = jnp.einsum("bhts,bshd->bthd", dscores, k).astype(query.dtype)
     dkey = fold(jnp.einsum("bhts,bthd->bshd", dscores, q))
     dvalue = fold(jnp.einsum("bhts,bthd->bshd", weights, dout_))
     if value is None:
-      return dquery, (dkey + dvalue).astype(key.dtype), None
-    return dquery, dkey.astype(key.dtype), dvalue.astype(key.dtype)
+      return dquery, (dkey + dvalue).astype(key.dtype), None, *dslopes
+    return dquery, dkey.astype(key.dtype), dvalue.astype(key.dtype), *dslopes
 
 
 @pytest.fixture
@@ -106,11 +114,11 @@ def test_the_contract_holds_for_plain_jax(case):
   @jax.jit
   def both(q, k, v, dout):
     out, lse = module.forward(q, k, v, **options)
-    return out, lse, module.backward(Residuals(q, k, v, out, lse), dout, **options)
+    return out, lse, module.backward(Residuals(q, k, v, out, lse), dout,
+                                     slope_gradients=case.dslopes, **options)
 
   out, lse, gradients = both(q, k, v, dout)
-  contract.check(case, arrays, dict(
-      out=out, lse=lse, dquery=gradients[0], dkey=gradients[1], dvalue=gradients[2]))
+  contract.check(case, arrays, dict(out=out, lse=lse) | contract.named(gradients))
 
 
 @pytest.mark.parametrize("wrap", [
@@ -183,8 +191,41 @@ def test_other_derivatives_name_the_xla_path(plain, jit):
     jax.jit(lambda q: jax.jvp(f, (q,), (q,)))(q) if jit else jax.jvp(f, (q,), (q,))
   with pytest.raises(ValueError, match="no second derivative.*implementation='xla'"):
     jax.grad(lambda q: jax.grad(f)(q).sum())(q)
-  with pytest.raises(ValueError, match="alibi_slopes.*implementation='xla'"):
-    jax.grad(lambda slopes: fused(q, k, v, alibi_slopes=slopes).sum())(jnp.asarray(SLOPES))
+
+
+@pytest.mark.parametrize("wrap", [
+    jax.jit, pytest.param(jax.checkpoint, marks=pytest.mark.full),
+    pytest.param(lambda f: lambda *x: jax.lax.scan(
+        lambda c, _: (c, f(*x)), 0, None, length=2)[1].sum(), marks=pytest.mark.full),
+    # Slopes of each example, or the same for all.
+    lambda f: jax.jit(lambda q, k, v, slopes: jax.vmap(f, (0, 0, 0, None))(
+        *(y[:, None] for y in (q, k, v)), slopes).sum() + jax.vmap(f, (None, None, None, 0))(
+            q, k, v, jnp.stack([slopes, 2 * slopes])).sum()),
+], ids=["jit", "remat", "scan", "vmap"])
+def test_gradients_of_slopes_equal_the_xla_path(plain, wrap):
+  def total(attend):
+    f = lambda q, k, v, slopes: loss(functools.partial(
+        attend, alibi_slopes=slopes, query_offset=3, local_window_size=(7, 2)))(q, k, v)
+    return wrap(f)
+
+  x = *qkv(batch=2), jnp.asarray(SLOPES)
+  for by in ((0, 1, 2, 3), (3,)):
+    got, want = (jax.grad(total(f), argnums=by)(*x) for f in (fused, flash_attention))
+    chex.assert_trees_all_close(got, want, atol=1e-4, rtol=1e-5)
+
+
+def test_gradients_of_slopes_are_computed_where_they_are_asked_for(plain, monkeypatch):
+  asked, backward = [], plain.backward
+  monkeypatch.setattr(plain, "backward", lambda *arrays, slope_gradients, **options: (
+      asked.append(slope_gradients)
+      or backward(*arrays, slope_gradients=slope_gradients, **options)))
+  f = lambda q, slopes: jnp.square(fused(q, *qkv()[1:], alibi_slopes=slopes)).sum()
+  slopes = jnp.asarray(SLOPES, jnp.bfloat16)
+  jax.eval_shape(jax.grad(f), qkv()[0], slopes)
+  assert set(asked) == {False}
+  asked.clear()
+  assert jax.eval_shape(jax.grad(f, 1), qkv()[0], slopes).dtype == jnp.bfloat16
+  assert set(asked) == {True}
 
 
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu", "triton"])
@@ -261,13 +302,15 @@ def test_a_mesh_divides_batch_and_heads(plain, kind, kv_heads, context):
   mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "model"), axis_types=(kind,) * 3)
   x = qkv(kv_heads=kv_heads)
   ids = jnp.tile(jnp.repeat(jnp.arange(2), 6), (8, 1))
-  run = lambda f: jax.jit(jax.value_and_grad(loss(functools.partial(
-      f, alibi_slopes=SLOPES, segment_ids=ids)), argnums=(0, 1, 2)))
-  want = run(flash_attention)(*x)
+  slopes = jnp.asarray(SLOPES)
+  run = lambda f: jax.jit(jax.value_and_grad(lambda *x: loss(functools.partial(
+      f, alibi_slopes=x[3], segment_ids=ids))(*x[:3]), argnums=(0, 1, 2, 3)))
+  want = run(flash_attention)(*x, slopes)
   heads = "model" if kv_heads > 1 else None
   place = lambda x, heads: jax.device_put(
       x, NamedSharding(mesh, P(("data", "fsdp"), None, heads)))
-  sharded = place(x[0], "model"), place(x[1], heads), place(x[2], heads)
+  sharded = (place(x[0], "model"), place(x[1], heads), place(x[2], heads),
+             jax.device_put(slopes, NamedSharding(mesh, P("model"))))
   if context:
     with jax.set_mesh(mesh):
       text = run(fused).lower(*sharded).as_text()
@@ -296,9 +339,9 @@ def test_key_heads_that_a_mesh_does_not_divide_are_repeated(
     plain, heads, kv_heads, model, implementation):
   mesh = jax.make_mesh((2, model), ("fsdp", "model"), axis_types=(AxisType.Auto,) * 2)
   x = qkv(heads=heads, kv_heads=kv_heads)
-  run = lambda name: jax.jit(jax.value_and_grad(loss(functools.partial(
-      flash_attention, implementation=name, alibi_slopes=alibi_slopes(heads))),
-      argnums=(0, 1, 2)))
+  x = *x, jnp.asarray(alibi_slopes(heads))
+  run = lambda name: jax.jit(jax.value_and_grad(lambda *x: loss(functools.partial(
+      flash_attention, implementation=name, alibi_slopes=x[3]))(*x[:3]), argnums=(0, 1, 2, 3)))
   want = run("xla")(*x)
   with jax.set_mesh(mesh):
     text = run(implementation).lower(*x).as_text()
@@ -312,13 +355,14 @@ def test_inside_a_shard_map_of_the_caller(plain):
   mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
   x = qkv()
   f = jax.shard_map(
-      lambda q, k, v, slopes: fused(q, k, v, alibi_slopes=jax.lax.stop_gradient(slopes)),
+      lambda q, k, v, slopes: fused(q, k, v, alibi_slopes=slopes),
       mesh=mesh, in_specs=(P("data", None, "model"), P("data"), P("data"), P("model")),
       out_specs=P("data", None, "model"))
-  attend = lambda *x: f(*x, jnp.asarray(SLOPES))
-  want = jax.value_and_grad(loss(functools.partial(flash_attention, alibi_slopes=SLOPES)),
-                            argnums=(0, 1, 2))(*x)
-  got = jax.value_and_grad(loss(attend), argnums=(0, 1, 2))(*x)
+  total = lambda attend: lambda q, k, v, slopes: loss(
+      lambda *x: attend(*x, slopes))(q, k, v)
+  plainly = lambda *x: flash_attention(*x[:3], alibi_slopes=x[3])
+  got, want = (jax.value_and_grad(total(f), argnums=(0, 1, 2, 3))(*x, jnp.asarray(SLOPES))
+               for f in (f, plainly))
   chex.assert_trees_all_close(got, want, atol=1e-4, rtol=1e-4)
 
 

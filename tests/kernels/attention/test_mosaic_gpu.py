@@ -14,6 +14,7 @@ from palm_haiku.kernels import alibi_slopes, flash_attention, interpret, interpr
 from palm_haiku.kernels.attention import (
   mosaic_gpu,
   mosaic_gpu_dkv,
+  mosaic_gpu_dq,
   mosaic_gpu_joint,
   mosaic_gpu_mask,
 )
@@ -27,15 +28,15 @@ from tests.mutants import DROPPED, Mistake
 STATIC = ("is_causal", "scale", "window")
 
 
-@functools.partial(jax.jit, static_argnames=(*STATIC, "static_offset", "gradients"))
-def kernels(query, key, value, dout, query_offset, static_offset, gradients, **options):
+@functools.partial(jax.jit, static_argnames=(*STATIC, "static_offset", "gradients", "dslopes"))
+def kernels(query, key, value, dout, query_offset, static_offset, gradients, dslopes, **options):
   """Results of both passes, for a query_offset that is an array, or a Python int."""
   options |= dict(chip=None, query_offset=query_offset if static_offset is None else static_offset)
   out, lse = mosaic_gpu.forward(query, key, value, **options)
   results = dict(out=out, lse=lse)
   if gradients:
-    grads = mosaic_gpu.backward(Residuals(query, key, value, out, lse), dout, **options)
-    results |= dict(zip(("dquery", "dkey", "dvalue"), grads))
+    results |= contract.named(mosaic_gpu.backward(
+        Residuals(query, key, value, out, lse), dout, slope_gradients=dslopes, **options))
   return results
 
 
@@ -47,7 +48,8 @@ def run(case, *, gradients=True, detect_races=True):
   with interpret(detect_races=detect_races):
     results = jax.block_until_ready(kernels(
         arrays["query"], arrays["key"], arrays["value"], arrays["dout"], offset,
-        static_offset=offset if isinstance(offset, int) else None, gradients=gradients, **options))
+        static_offset=offset if isinstance(offset, int) else None, gradients=gradients,
+        dslopes=case.dslopes, **options))
   return arrays, results
 
 
@@ -55,9 +57,9 @@ def verify(case, **keywords):
   contract.check(case, *run(case, **keywords))
 
 
-@functools.partial(jax.jit, static_argnames=(*STATIC, "query_offset", "chip"))
+@functools.partial(jax.jit, static_argnames=(*STATIC, "query_offset", "chip", "slope_gradients"))
 def backward(*arrays, **options):
-  return dict(zip(("dquery", "dkey", "dvalue"), mosaic_gpu.backward(*arrays, **options)))
+  return contract.named(mosaic_gpu.backward(*arrays, **options))
 
 
 def backward_of_exact(case, arrays):
@@ -67,7 +69,7 @@ def backward_of_exact(case, arrays):
   with interpret(detect_races=True):
     return jax.block_until_ready(backward(
         Residuals(arrays["query"], arrays["key"], arrays["value"], out, lse), arrays["dout"],
-        chip=None, **arrays["options"]))
+        chip=None, slope_gradients=case.dslopes, **arrays["options"]))
 
 
 def verify_variants(case, data, variants):
@@ -104,6 +106,19 @@ SMALL = Case(heads=4, kv_heads=2, dim_head=128, scale=-0.1)
 
 def test_a_small_case():
   verify(SMALL)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=marks) for case, marks in (
+    (Case(num_queries=70, num_keys=140, heads=3, dim_head=128, query_offset=70, dslopes=True), ()),
+    (Case(num_queries=30, num_keys=150, heads=5, query_offset=110, window=(60, 9), is_causal=False,
+          segments="shuffled", dslopes=True), pytest.mark.full),
+    (Case(num_queries=30, num_keys=140, heads=6, kv_heads=2, dim_head=128, segments="packed",
+          shared_kv=True, traced_offset=True, query_offset=-7, batch=2, dslopes=True),
+     pytest.mark.full),
+    (Case(num_queries=9, num_keys=140, dim_head=256, is_causal=False, query_offset=3,
+          dslopes=True), pytest.mark.full))], ids=str)
+def test_gradients_of_slopes(case):
+  verify(case)
 
 
 @pytest.mark.full
@@ -256,6 +271,20 @@ def test_a_disorder_of_dq_is_noticed(name):
       contract.check(SHARED_ROWS, arrays, backward_of_exact(SHARED_ROWS, arrays))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("module, dim_head, change", [
+    (mosaic_gpu_joint, 128, ("moment", "op=reduction_op", "op=None")),
+    (mosaic_gpu_joint, 128, ("places", r"number\.", "-number.")),
+    (mosaic_gpu_dq, 64, ("moment", r"\+=", "=")),
+], ids=["the last keys alone", "sign", "the last tile alone"])
+def test_a_mistake_in_the_gradient_of_slopes_is_noticed(module, dim_head, change):
+  case = dataclasses.replace(SHARED_ROWS, num_keys=200, dim_head=dim_head, dslopes=True)
+  arrays = contract.inputs(case)
+  with mutants.planted(module, Mistake(*change)):
+    wrong = backward_of_exact(case, arrays)
+  assert contract.errors(case, arrays, wrong).keys() == {"dslopes"}
+
+
 in_order = jax.jit(functools.partial(
     mosaic_gpu_mask.in_order, num_rows=7, num_keys=128, block=128))
 
@@ -315,7 +344,8 @@ def compiled(dim_head, *, alibi, gradients, length=2048, heads=16, **options):
       alibi=alibi, gradients=gradients, length=length, heads=heads, **options)
 
 
-def program(dim_head, alibi, gradients, length, heads, segmented=False, num_keys=None, **options):
+def program(dim_head, alibi, gradients, length, heads, segmented=False, num_keys=None,
+            dslopes=False, **options):
   """(one pass of the kernels, the types of its arguments)."""
   num_keys = num_keys or length
   options = dict(is_causal=True, window=None, scale=dim_head**-0.5, chip="h200",
@@ -331,7 +361,8 @@ def program(dim_head, alibi, gradients, length, heads, segmented=False, num_keys
     out, lse = mosaic_gpu.forward(query, key, value, **keywords)
     if not gradients:
       return out, lse
-    return mosaic_gpu.backward(Residuals(query, key, value, out, lse), dout, **keywords)
+    return mosaic_gpu.backward(Residuals(query, key, value, out, lse), dout,
+                               slope_gradients=dslopes, **keywords)
 
   keys = array(1, num_keys)
   return both, (array(heads), keys, keys, array(heads), ids, slopes)
@@ -369,7 +400,8 @@ def test_compiles_for_fewer_rows_than_a_copy_has():
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("options", [
     dict(), dict(is_causal=False), dict(segmented=True), dict(num_keys=2047, heads=15),
-    dict(segmented=True, window=(500, 100), is_causal=False)], ids=str)
+    dict(segmented=True, window=(500, 100), is_causal=False), dict(dslopes=True),
+    dict(dslopes=True, segmented=True, window=(500, 100), num_keys=2047, heads=15)], ids=str)
 @pytest.mark.parametrize("alibi", [True, False])
 @pytest.mark.parametrize("dim_head", [64, 128, 256])
 def test_compiles_soundly_with_every_mask(dim_head, alibi, options):

@@ -19,13 +19,16 @@ from palm_haiku.kernels import alibi_slopes, flash_attention, interpret
 from palm_haiku.kernels.attention import (
   configs,
   mosaic_tpu,
+  mosaic_tpu_backward,
   mosaic_tpu_layout as layout,
   mosaic_tpu_mask as masking,
 )
 from palm_haiku.kernels.attention.residuals import Residuals
 from palm_haiku.kernels.core import chips
+from tests import mutants
 from tests.kernels.attention import contract
 from tests.kernels.attention.contract import Case
+from tests.mutants import Mistake
 
 # Small enough that short sequences have several blocks of rows and of keys, and steps of all
 # kinds: diagonal, large, fine. The second deals the blocks of rows to two cores.
@@ -36,7 +39,7 @@ BLOCKS = (
 
 
 @functools.lru_cache(maxsize=64)
-def compiled(blocks, backward, **static):
+def compiled(blocks, backward, dslopes, **static):
   # Every case is a compilation; optimizing it would cost more than it saves.
   @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
   def run(query, key, value, dout, options):
@@ -44,19 +47,20 @@ def compiled(blocks, backward, **static):
     out, lse = mosaic_tpu.forward(query, key, value, **options)
     results = dict(out=out, lse=lse)
     if backward:
-      gradients = mosaic_tpu.backward(Residuals(query, key, value, out, lse), dout, **options)
-      results |= dict(zip(("dquery", "dkey", "dvalue"), gradients, strict=True))
+      gradients = mosaic_tpu.backward(Residuals(query, key, value, out, lse), dout,
+                                      slope_gradients=dslopes, **options)
+      results |= contract.named(gradients)
     return results
   return run
 
 
-def attention(arrays, blocks=BLOCKS[0], backward=True, compiled=compiled):
-  """{"out", "lse", "dquery", "dkey", "dvalue"} of `contract.inputs`."""
+def attention(arrays, blocks=BLOCKS[0], backward=True, compiled=compiled, dslopes=False):
+  """Results by name of `contract.inputs`."""
   options = dict(arrays["options"])
   static = {name: options.pop(name) for name in ("is_causal", "scale", "window")}
   if isinstance(options["query_offset"], int):
     static["query_offset"] = options.pop("query_offset")
-  run = compiled(blocks, backward, **static)
+  run = compiled(blocks, backward, dslopes, **static)
   with interpret(detect_races=True):
     return jax.block_until_ready(
         run(*(arrays[n] for n in ("query", "key", "value", "dout")), options))
@@ -64,24 +68,25 @@ def attention(arrays, blocks=BLOCKS[0], backward=True, compiled=compiled):
 
 def check(case, blocks=BLOCKS[0], backward=True):
   arrays = contract.inputs(case)
-  contract.check(case, arrays, attention(arrays, blocks, backward))
+  contract.check(case, arrays, attention(arrays, blocks, backward, dslopes=case.dslopes))
 
 
 # A program is compiled once for each of these; what lies in its arrays is drawn. The fuzz below
 # draws everything.
 STRUCTURES = [(Case(**case), BLOCKS[blocks]) for blocks, case in (
     (0, dict(num_queries=64, num_keys=64)),
-    (0, dict(num_queries=80, num_keys=80, segments="packed", dim_head=128)),
+    (0, dict(num_queries=80, num_keys=80, segments="packed", dim_head=128, dslopes=True)),
     (0, dict(num_queries=70, num_keys=70, window=(32, 0), segments="packed")),
-    (0, dict(num_queries=33, num_keys=150, query_offset=96, dtype="float32")),
-    (0, dict(num_queries=37, num_keys=61, heads=6, kv_heads=2, traced_offset=True)),
+    (0, dict(num_queries=33, num_keys=150, query_offset=96, dtype="float32", dslopes=True)),
+    (0, dict(num_queries=37, num_keys=61, heads=6, kv_heads=2, traced_offset=True, dslopes=True)),
     (0, dict(num_queries=50, num_keys=90, is_causal=False, window=(21, 9), shared_kv=True)),
     (0, dict(num_queries=1, num_keys=77, query_offset=76, scale=0.3, heads=8)),
     (0, dict(num_queries=90, num_keys=41, alibi=False, heads=3, kv_heads=3, dim_head=128)),
     (1, dict(num_queries=64, num_keys=64, shared_kv=True, batch=2)),
-    (1, dict(num_queries=45, num_keys=45, segments="packed", heads=3, traced_offset=True)),
+    (1, dict(num_queries=45, num_keys=45, segments="packed", heads=3, traced_offset=True,
+             dslopes=True)),
     (1, dict(num_queries=40, num_keys=40, is_causal=False, segments="packed", scale=0.3)),
-    (1, dict(num_queries=65, num_keys=65, window=(11, 5), dim_head=256)),
+    (1, dict(num_queries=65, num_keys=65, window=(11, 5), dim_head=256, dslopes=True)),
 )]
 
 
@@ -169,6 +174,19 @@ def check_fails(monkeypatch, mutant, case):
   found = contract.errors(case, contract.inputs(case), results).keys()
   # Each kernel is found out by itself: the forward by out, the backward by what it adds up.
   assert "out" in found and found & {"dquery", "dkey", "dvalue"}, found
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("place, change", [
+    ("moment", (r"\+=", "=")), ("share", (r"dscores \*", "-dscores *")),
+    ("blocks of keys", (r"x\.sum\(0\)", "x[0]")),
+], ids=["the last tile alone", "sign", "the first block of keys alone"])
+def test_a_mistake_in_the_gradient_of_slopes_is_found(place, change):
+  case = Case(num_queries=20, num_keys=80, query_offset=60, dtype="float32", dslopes=True)
+  arrays = contract.inputs(case)
+  with mutants.planted(mosaic_tpu_backward, Mistake(place, *change)):
+    results = attention(arrays, compiled=compiled.__wrapped__, dslopes=True)
+  assert contract.errors(case, arrays, results).keys() == {"dslopes"}
 
 
 @pytest.mark.full
@@ -279,7 +297,7 @@ from jax.experimental import topologies
 from palm_haiku.kernels.attention import mosaic_tpu
 from palm_haiku.kernels.attention.residuals import Residuals
 
-chip, topology, length, heads, kv_heads, dim, dtype = sys.argv[1:]
+chip, topology, length, heads, kv_heads, dim, dtype, dslopes = sys.argv[1:]
 length, heads, kv_heads, dim = map(int, (length, heads, kv_heads, dim))
 device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
 mesh = jax.sharding.Mesh([device], ("x",))
@@ -288,7 +306,8 @@ def both(query, key, value, dout, slopes):
   options = dict(segment_ids=None, alibi_slopes=slopes, query_offset=0, is_causal=True,
                  scale=dim**-0.5, window=None, chip=chip)
   out, lse = mosaic_tpu.forward(query, key, value, **options)
-  return mosaic_tpu.backward(Residuals(query, key, value, out, lse), dout, **options)
+  return mosaic_tpu.backward(
+      Residuals(query, key, value, out, lse), dout, slope_gradients=dslopes == "True", **options)
 
 everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 array = lambda shape, dtype=dtype: jax.ShapeDtypeStruct(
@@ -304,12 +323,12 @@ TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6
               "tpu7x": "tpu7x:2x2x1"}
 
 
-def temporaries(chip, length, heads=16, kv_heads=1, dim=128, dtype="bfloat16"):
+def temporaries(chip, length, heads=16, kv_heads=1, dim=128, dtype="bfloat16", dslopes=False):
   """Bytes of temporaries of forward and backward, compiled for a chip that is not here."""
   pytest.importorskip("libtpu", reason="the compiler for TPUs is in libtpu")
   done = subprocess.run(
       [sys.executable, "-c", COMPILE, chip, TOPOLOGIES[chip],
-       *map(str, (length, heads, kv_heads, dim, dtype))],
+       *map(str, (length, heads, kv_heads, dim, dtype, dslopes))],
       env=os.environ | dict(
           JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4",
           TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1"),
@@ -320,7 +339,7 @@ def temporaries(chip, length, heads=16, kv_heads=1, dim=128, dtype="bfloat16"):
 
 @pytest.mark.full
 def test_compiles_for_65536_positions_with_temporaries_of_their_number():
-  assert temporaries("v5e", 65536) < 16 * 65536 * 16 * (128 + 8)
+  assert temporaries("v5e", 65536, dslopes=True) < 16 * 65536 * 16 * (128 + 8)
 
 
 @pytest.mark.slow

@@ -27,7 +27,11 @@ def test_gradients_where_ids_offset_and_slopes_are_mapped_or_not(mapped):
           alibi_slopes=others["slopes"], implementation=implementation)
       return jnp.square(out).sum()
 
-    per_example = jax.vmap(jax.value_and_grad(loss, (0, 1, 2)), (0, 0, 0, axes))
+    loss_of = lambda query, key, value, slopes, others: loss(
+        query, key, value, dict(others, slopes=slopes))
+    per_example = lambda *x: jax.vmap(
+        jax.value_and_grad(loss_of, (0, 1, 2, 3)), (0, 0, 0, axes["slopes"], axes))(
+            *x[:3], x[3]["slopes"], x[3])
     return jax.jit(per_example)(query, key, value, others)
 
   with interpret():

@@ -46,13 +46,14 @@ def running(blocks=None, mistake=None):
 
 
 @functools.partial(jax.jit, static_argnames=(
-    "is_causal", "scale", "window", "known_offset", "chip"))
-def kernels(query, key, value, dout, query_offset, known_offset, **options):
+    "is_causal", "scale", "window", "known_offset", "chip", "dslopes"))
+def kernels(query, key, value, dout, query_offset, known_offset, dslopes, **options):
   """Results of both passes, for a query_offset that is an array, or a Python int."""
   options["query_offset"] = query_offset if known_offset is None else known_offset
   out, lse = triton.forward(query, key, value, **options)
-  grads = triton.backward(Residuals(query, key, value, out, lse), dout, **options)
-  return dict(zip(("out", "lse", "dquery", "dkey", "dvalue"), (out, lse, *grads), strict=True))
+  grads = triton.backward(Residuals(query, key, value, out, lse), dout, slope_gradients=dslopes,
+                          **options)
+  return dict(out=out, lse=lse) | contract.named(grads)
 
 
 def run(case, chip=None, **replaced):
@@ -61,7 +62,7 @@ def run(case, chip=None, **replaced):
   options = dict(arrays["options"], chip=chip)
   offset = options.pop("query_offset")
   return arrays, kernels(*(arrays[name] for name in ("query", "key", "value", "dout")), offset,
-                         offset if isinstance(offset, int) else None, **options)
+                         offset if isinstance(offset, int) else None, case.dslopes, **options)
 
 
 def results(case, blocks=None, mistake=None, **more):
@@ -122,6 +123,7 @@ def test_the_block_sizes_of_the_table(chip, dim_head):
 CAUSAL = Case(num_queries=50, num_keys=50, dtype="float32", dim_head=16)
 WINDOW = dataclasses.replace(CAUSAL, num_keys=70, window=(30, 4), is_causal=False, query_offset=9)
 SEGMENTS = dataclasses.replace(CAUSAL, segments="packed", is_causal=False)
+SLOPES = dataclasses.replace(WINDOW, dslopes=True)
 MISTAKES = {  # the case that notices it, the place in the kernels, and what changes there
     "sees the next key": (CAUSAL, "right edge", "$", " + 1"),
     "does not see itself": (CAUSAL, "right edge", "<=", "<"),
@@ -146,6 +148,9 @@ MISTAKES = {  # the case that notices it, the place in the kernels, and what cha
     "keys past the end weigh something": (
         dataclasses.replace(CAUSAL, is_causal=False), "end of the keys", " & .*", ""),
     "lse is left at the tile's first position": (CAUSAL, "lse", *DROPPED),
+    "distances with the wrong sign": (
+        SLOPES, "distance", r"(key.*) - (row.*)", r"\2 - \1"),
+    "slopes' gradient of the last block alone": (SLOPES, "moment", r"\+=", "="),
 }
 
 
