@@ -85,7 +85,7 @@ def gather(source: shards.Tokens, split: str, number: int, count: int, shuffle: 
     table = np.random.default_rng((shuffle, _index(split), number, 1)).permutation(table)
   for start, stop, num_bytes in itertools.chain.from_iterable(
       table[k: k + 4096].tolist() for k in range(0, len(table), 4096)):
-    writer.add(source[start:stop], num_bytes=num_bytes)
+    writer.add(source[start: stop - 1], num_bytes)
     report(num_bytes)
 
 

@@ -29,7 +29,7 @@ SPLITS = ("train", "held_out")
 _FORMAT = "palm-haiku tokens, version 1"
 _HEADER = 128  # bytes before the tokens of a file; numpy leaves room for any length
 _OPEN_FILES = 256  # at a time; many systems allow a process 1,024
-_CHUNK = 2**18  # tokens that are written at a time
+_CHUNK = 2**16  # tokens that are written at a time
 
 
 class DataError(ValueError):
@@ -39,17 +39,18 @@ class DataError(ValueError):
 class ShardWriter:
   """A shard in the making. Nothing has its final name before `close` returns."""
 
-  def __init__(self, stem: pathlib.Path, dtype: np.dtype):
+  def __init__(self, stem: pathlib.Path, dtype: np.dtype, eod: int):
     """Opens the draft.
 
     Args:
       stem: path of the shard without a suffix.
       dtype: of the tokens.
+      eod: the token that ends each document.
     """
-    self._stem, self._dtype = stem, np.dtype(dtype)
+    self._stem, self._dtype, self._eod = stem, np.dtype(dtype), eod
     self._rows = array.array("q")
-    self._pending, self._waiting = [], 0  # tokens, and how many they are
-    self._tokens = self._bytes = self._largest = 0
+    self._buffer, self._waiting = np.empty(_CHUNK, dtype), 0  # and how many tokens are in it
+    self._tokens = self._largest = 0  # of those that are written
     self._draft = _file(stem, ".npy.draft")
     self._stream = open(self._draft, "wb", buffering=0)
     with self._named():
@@ -61,22 +62,25 @@ class ShardWriter:
   def __exit__(self, *_):
     self._stream.close()
 
-  def add(self, *tokens: np.ndarray, num_bytes: int) -> None:
+  def add(self, tokens: np.ndarray, num_bytes: int) -> None:
     """Appends a document.
 
     Args:
-      *tokens: int[T], arrays in a row, the end-of-document token the last of all.
+      tokens: int[T], without the one that ends it.
       num_bytes: of its text.
     """
-    count = sum(map(len, tokens))
-    self._tokens += count
-    self._bytes += num_bytes
-    self._rows.append(self._tokens)
-    self._rows.append(num_bytes)
-    self._pending += tokens
-    self._waiting += count
-    if self._waiting >= _CHUNK:
+    start = self._waiting
+    end = start + len(tokens)
+    if end >= len(self._buffer):
       self._flush()
+      start, end = 0, len(tokens)
+      if end >= len(self._buffer):
+        self._buffer = np.empty(2 * end, self._dtype)
+    self._buffer[start:end] = tokens
+    self._buffer[end] = self._eod
+    self._waiting = end + 1
+    self._rows.append(self._tokens + end + 1)
+    self._rows.append(num_bytes)
 
   def close(self) -> dict[str, Any] | None:
     """Writes the rest and gives the files their names.
@@ -99,20 +103,21 @@ class ShardWriter:
     write_array(documents, table)
     entry = {
         "name": self._stem.name, "documents": len(table), "tokens": self._tokens,
-        "bytes": self._bytes, "max_token": self._largest, "sha256": file_hash(self._draft),
-        "documents_sha256": file_hash(documents)}
+        "bytes": int(table[:, 1].sum()), "max_token": self._largest,
+        "sha256": file_hash(self._draft), "documents_sha256": file_hash(documents)}
     self._draft.rename(_file(self._stem, ".npy"))
     return entry
 
   def _flush(self):
-    if self._pending:
-      tokens = np.concatenate(self._pending, dtype=self._dtype, casting="unsafe")
+    if self._waiting:
+      tokens = self._buffer[:self._waiting]
       self._largest = max(self._largest, int(tokens.max()))
       with self._named():
         rest = memoryview(tokens).cast("B")
         while rest:  # A write to a disk that gets full may be of less than is asked.
           rest = rest[self._stream.write(rest):]
-      self._pending, self._waiting = [], 0
+      self._tokens += self._waiting
+      self._waiting = 0
 
   def _write_header(self):
     npy.write_array_header_1_0(self._stream, {

@@ -10,12 +10,18 @@ import glob
 import io
 import itertools
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from palm_haiku import data, textfiles
+
+try:
+  from orjson import loads as _loads  # pyright: ignore[reportMissingImports]
+except ImportError:  # There is no wheel for every Python: each line takes 2 us more.
+  _loads = lambda line: json.loads(line.decode())
 
 # A text file is a document, and a longer one is cut at ends of lines into several of this size.
 LONGEST_TEXT = 2**22  # bytes
@@ -23,7 +29,6 @@ _LINES = re.compile(r"\.(jsonl|ndjson|jsonlines)\b", re.IGNORECASE)
 _PARQUET = b"PAR1"
 PYDOC = "pydoc"
 _BUFFER = 2**20  # bytes that are read at a time: a call of the system for each line costs as much
-_decoder = json.JSONDecoder()
 
 
 class Piece(NamedTuple):
@@ -242,28 +247,35 @@ def _lines(stream, piece, field) -> Iterator[bytes]:
     before = number if not piece.start else number + _count_lines(piece.path, piece.start)
     return f"{piece.path}, line {before},"
 
-  while (piece.stop is None or position < piece.stop) and (line := stream.readline()):
-    position, number = position + len(line), number + 1
+  stop, readline = math.inf if piece.stop is None else piece.stop, stream.readline
+  while position < stop and (line := readline()):
+    position += len(line)
+    number += 1
     if number == 1 and not piece.start:
       line = line.removeprefix(codecs.BOM_UTF8)
-    if not (line := line.strip()):
-      continue
-    try:
-      row = _json(line.decode())
-    except (ValueError, RecursionError) as error:
-      raise ValueError(f"{where()} is no JSON: {error or type(error).__name__}") from error
-    if not isinstance(row, dict) or field not in row:
-      has = f"; it has {', '.join(map(repr, row))}" if isinstance(row, dict) and row else ""
-      raise ValueError(f"{where()} has no field {field!r}{has[:200]}; name the text's field with "
-                       "--field")
-    if text := _utf8(row[field], field, where):
-      yield text
+    try:  # The standard library says what is wrong, and takes NaN and half a surrogate pair too.
+      content = _loads(line)[field].encode()
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+      content = _carefully(line, field, where)
+    if b"\0" in content:
+      raise ValueError(f"{where()} holds a NUL, which no text does")
+    if content:
+      yield content
 
 
-def _json(text: str) -> Any:
-  """As `json.loads` of a text without spaces around it, which take that as long again to find."""
-  value, end = _decoder.raw_decode(text)
-  return value if end == len(text) else json.loads(text)  # which names what is behind the value
+def _carefully(line: bytes, field: str, where: Callable[[], str]) -> bytes:
+  """A line's text in UTF-8, b"" for none, or an error that says what is wrong with it."""
+  if not (line := line.strip()):
+    return b""
+  try:
+    row = json.loads(line.decode())
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{where()} is no JSON: {error or type(error).__name__}") from error
+  if not isinstance(row, dict) or field not in row:
+    has = f"; it has {', '.join(map(repr, row))}" if isinstance(row, dict) and row else ""
+    raise ValueError(f"{where()} has no field {field!r}{has[:200]}; name the text's field with "
+                     "--field")
+  return _utf8(row[field], field, where)
 
 
 def _count_lines(path, stop) -> int:

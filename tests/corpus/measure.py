@@ -88,32 +88,47 @@ def tokenise(source: str, tokenizer: str, out: str) -> dict:
           "bytes": sum(total["bytes"] for total in index["totals"].values())}
 
 
-def beside_the_tokenizer(source: str, tokenizer: str, out: str, rounds: str) -> dict:
-  """CPU microseconds a document: of all that tokenising does, and of the tokenizer alone.
-
-  Alone it has the texts in memory. Both load it anew in each round: some keep what they have seen.
-  Medians of rounds that take turns, since a shared machine's speed changes.
-  """
+def alone(source: str, tokenizer: str) -> dict:
+  """CPU seconds of a tokenizer that is loaded and has the texts of JSON lines in memory."""
   from palm_haiku import data
-  from palm_haiku.corpus import build
 
   with open(source) as stream:
     texts = [json.loads(line)["text"].encode() for line in stream]
-  alone, whole = [], []
-  for _ in range(int(rounds)):
-    begin = time.process_time()
-    encode = data.load_tokenizer(tokenizer).encode
-    for text in texts:
-      encode(text)
-    alone.append(time.process_time() - begin)
-    begin = time.process_time()
-    build.build(build.Settings((source,)), tokenizer, out)
-    whole.append(time.process_time() - begin)
-    shutil.rmtree(out)
-  seconds = [statistics.median(alone), statistics.median(whole)]
-  return {"share": seconds[0] / seconds[1],
-          **{f"{name}_us": 1e6 * x / len(texts) for name, x in zip(("alone", "whole"), seconds)},
-          "bytes_a_document": sum(map(len, texts)) / len(texts)}
+  begin = time.process_time()
+  encode = data.load_tokenizer(tokenizer).encode
+  for text in texts:
+    encode(text)
+  return {"cpu_seconds": time.process_time() - begin, "documents": len(texts)}
+
+
+def whole(source: str, tokenizer: str, out: str) -> dict:
+  """CPU seconds of all that tokenising does."""
+  from palm_haiku.corpus import build
+
+  begin = time.process_time()
+  build.build(build.Settings((source,)), tokenizer, out)
+  seconds = time.process_time() - begin
+  shutil.rmtree(out)
+  return {"cpu_seconds": seconds}
+
+
+def beside_the_tokenizer(source: pathlib.Path, tokenizer: object, out: pathlib.Path,
+                         rounds: int) -> dict:
+  """CPU microseconds a document: of all that tokenising does, and of the tokenizer alone.
+
+  Each in a process of its own, as it is used: SentencePiece is up to 3% faster or slower by where
+  in memory it was loaded, and `tokenizers` keep what they have seen. They take turns, since a
+  shared machine's speed changes: medians, and for the share that of the rounds' shares.
+  """
+  seconds, documents = {"alone": [], "whole": []}, 1
+  for _ in range(rounds):
+    figures = in_process("alone", source, tokenizer)
+    documents = figures["documents"]
+    seconds["alone"].append(figures["cpu_seconds"])
+    seconds["whole"].append(in_process("whole", source, tokenizer, out)["cpu_seconds"])
+  shares = sorted(a / b for a, b in zip(*seconds.values()))
+  return {"share": statistics.median(shares), "least": shares[0], "most": shares[-1],
+          **{f"{name}_us": 1e6 * statistics.median(x) / documents for name, x in seconds.items()}}
 
 
 def tokenise_and_read(source: str, out: str) -> dict:
@@ -199,7 +214,7 @@ def main() -> None:
   for tokenizer in (model, hub, "bytes"):
     name = getattr(tokenizer, "name", tokenizer)
     show(f"tokenize beside {name} alone",
-         in_process("beside_the_tokenizer", part, tokenizer, folder / "out", 5))
+         beside_the_tokenizer(part, tokenizer, folder / "out", 7))
   in_process("tokenise", small, "bytes", folder / "little")
   in_process("tokenise", part, model, folder / "pieces")
   made = show("tokenize, bytes", in_process("tokenise", large, "bytes", folder / "bytes"))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -47,8 +48,7 @@ def texts(out, split="train"):
 
 
 def is_held_out(text, share):
-  digest = hashlib.sha256(text).digest()
-  return int.from_bytes(digest[:8], "little") < share * 2**64
+  return zlib.crc32(text) * 0x9E3779B97F4A7C15 % 2**64 < share * 2**64
 
 
 def content(folder):
@@ -76,6 +76,27 @@ def test_documents_are_divided_by_their_hash(lines, tmp_path):
   make(lines, tmp_path / "more", held_out=0.3)
   assert set(texts(tmp_path / "more", "held_out")) - {b"new", b"newer"} == set(
       texts(tmp_path / "out", "held_out"))
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 257])
+def test_documents_of_any_length_beside_what_is_written_at_a_time(
+    lines, tmp_path, monkeypatch, chunk):
+  monkeypatch.setattr(shards, "_CHUNK", chunk)
+  index = make(lines, tmp_path / "out", held_out=0, unit_bytes=20_000)
+  assert texts(tmp_path / "out") == DOCUMENTS
+  make(lines, tmp_path / "shuffled", held_out=0, shuffle=2, dedupe=True, unit_bytes=20_000)
+  assert sorted(texts(tmp_path / "shuffled")) == sorted(set(DOCUMENTS))
+  largest = [shard["max_token"] for shard in index["shards"]["train"]]
+  assert max(largest) == max(map(max, DOCUMENTS))
+
+
+def test_documents_much_alike_are_held_out_as_any():
+  # A plain checksum's high bits are the same for many documents that differ in few places.
+  texts = [b"".join(b"%d: %s, " % (k, (b"no", b"yes")[number >> k & 1]) for k in range(12))
+           for number in range(4096)]
+  for share in (0.01, 0.05, 0.3):
+    count = sum(workers.is_held_out(text, int(share * 2**64)) for text in texts)
+    assert abs(count - share * 4096) < 3 * (share * (1 - share) * 4096) ** 0.5
 
 
 def test_pieces_are_tokens_of_each_document(lines, tmp_path, pieces):
@@ -143,6 +164,7 @@ def test_interrupted_work_ends_in_the_same_bytes(lines, tmp_path, monkeypatch, s
 
     real(self, job, count)
 
+  monkeypatch.setattr(workers, "_REPORT_BYTES", 1)  # after each document
   monkeypatch.setattr(workers.Worker, "__init__", failing)
   kills = 0
   for _ in range(100):

@@ -175,6 +175,36 @@ def test_bad_files_are_named(tmp_path, content, message):
   assert len(str(error.value).splitlines()) == 1
 
 
+def test_any_reader_of_json_gives_the_same(tmp_path, monkeypatch):
+  pytest.importorskip("orjson")
+  good = [
+      b'{"text": "a", "text": "b"}', b'\x0b{"text": "c"}\t\r', b'{"te\\u0078t": "\\ud83d\\ude00"}',
+      b'{"text": "d", "n": [NaN, -Infinity, 1e999, 123456789012345678901234567890]}',
+      b'{"text": "e", "n": "\\udc00"}', b'{"text": null}', b'{"text": ""}', b"", b" \r",
+      b'{"n": %s1%s, "text": "\xf4\x8f\xbf\xbf"}' % (b"[" * 500, b"]" * 500)]
+  bad = [
+      b'{"text": "\\ud83d"}', b'{"text": "\xed\xa0\xbd"}', b'{"text": "\xc0\x80"}', b'["text"]',
+      b'{"text": "\t"}', b'{"text": "a"} 1', b'{"text": 01}', b'{"text": 1.}', b'{"text": 1e999}',
+      b'"text"', b'{"text": "a",}', b"{'text': 1}", b'\xef\xbb\xbf{"text": "a"}', b"nul", b"\x0c1",
+      b'{"text": true}', b'{"text": 123456789012345678901234567890}', b'{"text": "\\u0000"}', b"{",
+      b'{"n": %s1%s, "text": "a"}' % (b"[" * 3000, b"]" * 3000)]
+
+  def outcome(lines):
+    (tmp_path / "t.jsonl").write_bytes(b"\n".join(lines))
+    try:
+      return read(tmp_path / "t.jsonl")
+    except ValueError as error:
+      return str(error)
+
+  got = []
+  for _ in range(2):
+    got.append([outcome(good), *(outcome([b"", line]) for line in bad)])
+    monkeypatch.setattr(sources, "_loads", lambda line: json.loads(line.decode()))
+  assert got[0] == got[1]
+  assert got[0][0] == [b"b", b"c", "\U0001f600".encode(), b"d", b"e", "\U0010ffff".encode()]
+  assert all("line 2, " in message for message in got[0][1:])
+
+
 def test_lines_are_counted_from_the_start_of_the_file(tmp_path):
   path = write_lines(tmp_path / "t.jsonl", TEXTS * 20)
   lines = path.read_bytes().split(b"\n")
