@@ -76,6 +76,20 @@ def variants(draw, case: Case) -> Case:
   return dataclasses.replace(case, **changes)
 
 
+def variations(case: Case, number: int):
+  """The case and others of its program: as `variants`, of which a single example is the simplest.
+
+  Where segments and offset, which decide what is visible, can't vary, the case alone.
+  """
+  yield case
+  rng = np.random.default_rng(case.num_queries)
+  for seed in range(1, number if case.segments or case.traced_offset else 1):
+    offset = int(rng.integers(-case.num_queries - 3, case.num_keys + 3))
+    yield dataclasses.replace(
+        case, seed=seed, segments=case.segments and ("shuffled" if seed % 2 else "packed"),
+        query_offset=offset if case.traced_offset else case.query_offset)
+
+
 def inputs(case: Case) -> dict:
   """Random arrays of a case, as a backend's `forward` takes them, and dout.
 

@@ -71,12 +71,12 @@ def check(case, blocks=BLOCKS[0], backward=True):
   contract.check(case, arrays, attention(arrays, blocks, backward, dslopes=case.dslopes))
 
 
-# A program is compiled once for each of these; what lies in its arrays is drawn. The fuzz below
-# draws everything.
+# A program is compiled once for each of these, and run on several inputs. The fuzz below draws
+# everything.
 STRUCTURES = [(Case(**case), BLOCKS[blocks]) for blocks, case in (
     (0, dict(num_queries=64, num_keys=64)),
-    (0, dict(num_queries=80, num_keys=80, segments="packed", dim_head=128, dslopes=True)),
-    (0, dict(num_queries=70, num_keys=70, window=(32, 0), segments="packed")),
+    (0, dict(num_queries=70, num_keys=70, window=(32, 0), segments="packed", dim_head=128,
+             dslopes=True)),
     (0, dict(num_queries=33, num_keys=150, query_offset=96, dtype="float32", dslopes=True)),
     (0, dict(num_queries=37, num_keys=61, heads=6, kv_heads=2, traced_offset=True, dslopes=True)),
     (0, dict(num_queries=50, num_keys=90, is_causal=False, window=(21, 9), shared_kv=True)),
@@ -91,14 +91,11 @@ STRUCTURES = [(Case(**case), BLOCKS[blocks]) for blocks, case in (
 
 
 @pytest.mark.parametrize("structure", [
-    n if n in (0, 9) else pytest.param(n, marks=pytest.mark.full) for n in range(len(STRUCTURES))])
-@settings(max_examples=1)
-@given(data=st.data())
-def test_right_on_drawn_cases(structure, data):
+    n if n in (0, 8) else pytest.param(n, marks=pytest.mark.full) for n in range(len(STRUCTURES))])
+def test_right_on_every_structure(structure):
   case, blocks = STRUCTURES[structure]
-  # Fewer where segments and offset, which decide what is visible, can't vary.
-  for _ in range(6 if case.segments or case.traced_offset else 2):
-    check(data.draw(contract.variants(case)), blocks)
+  for variation in contract.variations(case, 3):
+    check(variation, blocks)
 
 
 @pytest.mark.full
@@ -205,27 +202,8 @@ def test_no_gradient_flows_from_the_future():
 
 
 @pytest.mark.full
-def test_alibi_depends_on_distance_alone():
-  arrays = contract.inputs(Case(num_queries=24, num_keys=24, dtype="float32"))
-  near = attention(arrays)
-  # The same queries and keys 32 positions later, behind keys of another segment.
-  shift = 32
-  front = lambda x: jnp.concatenate([jnp.ones_like(x[:, :1]).repeat(shift, axis=1), x], axis=1)
-  ids = jnp.ones((1, 24), jnp.int32)
-  later = dict(arrays, key=front(arrays["key"]), value=front(arrays["value"]))
-  later["options"] = dict(arrays["options"], query_offset=shift, segment_ids=(
-      ids, jnp.concatenate([jnp.zeros((1, shift), jnp.int32), ids], axis=1)))
-  far = attention(later)
-  for name in ("out", "lse", "dquery"):
-    np.testing.assert_allclose(far[name], near[name], rtol=1e-5, atol=1e-5)
-  for name in ("dkey", "dvalue"):
-    np.testing.assert_allclose(far[name][:, shift:], near[name], rtol=1e-5, atol=1e-5)
-    assert not np.any(far[name][:, :shift])
-
-
-@pytest.mark.full
 def test_the_same_bits_on_every_run():
-  case, blocks = STRUCTURES[8]
+  case, blocks = STRUCTURES[7]
   arrays = contract.inputs(case)
   first, second = attention(arrays, blocks), attention(arrays, blocks)
   for name in first.keys() - {"dvalue"}:  # the keys are the values
@@ -238,7 +216,7 @@ def test_a_row_that_sees_nothing_is_zero_with_zero_gradient():
   arrays = contract.inputs(case)
   query_ids, key_ids = arrays["options"]["segment_ids"]
   arrays["options"]["segment_ids"] = query_ids.at[:, 7].set(9), key_ids
-  results = attention(arrays, blocks)
+  results = attention(arrays, blocks, dslopes=case.dslopes)
   assert not np.any(results["out"][:, 7]) and np.all(np.isneginf(results["lse"][:, :, 7]))
   assert not np.any(results["dquery"][:, 7])
   for name in ("dquery", "dkey", "dvalue"):

@@ -93,7 +93,7 @@ def test_results_are_as_near_to_float64_as_the_xla_path(case, blocks, data):
 
 @pytest.mark.full
 @pytest.mark.timeout(1200)  # for a busy machine
-@settings(max_examples=15)
+@settings(max_examples=11)
 @given(**drawn)
 def test_results_of_more_drawn_cases(case, blocks, data):
   check_variants(case, blocks, data)

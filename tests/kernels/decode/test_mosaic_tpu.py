@@ -51,7 +51,7 @@ def test_right_on_few_drawn_cases(case, blocks):
 
 
 @pytest.mark.full
-@settings(max_examples=9)
+@settings(max_examples=7)
 @drawn
 def test_right_on_drawn_cases(case, blocks):
   check(case, blocks)

@@ -58,7 +58,7 @@ def test_results_are_as_near_to_float64_as_the_xla_path(case, keys, per_row):
 
 
 @pytest.mark.full
-@settings(max_examples=14)
+@settings(max_examples=10)
 @given(**drawn)
 def test_results_of_more_drawn_cases(case, keys, per_row):
   check(case, keys, per_row)

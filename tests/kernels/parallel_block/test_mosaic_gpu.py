@@ -78,14 +78,6 @@ def fitting(plan, case):
   return dataclasses.replace(plan, columns=max(plan.columns, case.dim_head))
 
 
-@pytest.mark.full
-@settings(max_examples=3)
-@given(contract.cases(dims=SIZES[:3], hiddens=SIZES[:3], dim_heads=(64, 128, 256), max_heads=2),
-       plans)
-def test_drawn_cases(case, plan):
-  verify(case, fitting(plan, case))
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
 @settings(max_examples=150, derandomize=False,
@@ -109,6 +101,13 @@ ODD = Case(tokens=259, dim=64, heads=1, dim_head=64, hidden=192, mean=30.0)
     # Keys that end within a block of columns.
     pytest.param(Case(tokens=130, dim=64, heads=6, kv_heads=3, dim_head=64, hidden=64),
                  Plan(256), marks=pytest.mark.full),
+    # One block at a time.
+    pytest.param(Case(tokens=124, dim=192, hidden=128, norm="rms", value=False, spread=10.0),
+                 Plan(stages=3, together=False, processors=2, side_by_side=16),
+                 marks=pytest.mark.full),
+    pytest.param(Case(tokens=8, dim=64, heads=1, dim_head=256, hidden=64, norm="rms", value=False,
+                      rotated=False, keep=False, mean=30.0, spread=10.0),
+                 Plan(256, together=False, processors=2), marks=pytest.mark.full),
 ], ids=str)
 def test_edges(case, plan):
   verify(case, plan)
