@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 import jax
 
+_mutated = jax.make_user_context(None)
+
 DROPPED = (r"(?s).+", "pass")  # the statement is left out
 
 
@@ -47,7 +49,7 @@ def text(path: str | Path, mistake: Mistake) -> str:
 def planted(module: types.ModuleType, *mistakes: Mistake, traced: bool = True):
   """Plants mistakes in a module's functions, also in those that others have imported from it.
 
-  Traces of JAX are dropped on both sides of the context, so that none is of the wrong program.
+  JAX keeps what it traced and compiled before, but takes none of it here, nor of this afterwards.
 
   Args:
     module: whose functions change.
@@ -65,14 +67,11 @@ def planted(module: types.ModuleType, *mistakes: Mistake, traced: bool = True):
         function = _function(module, qualname)
         kept.setdefault(function, function.__code__)
         function.__code__ = codes[qualname]
-    if traced:
-      jax.clear_caches()
-    yield
+    with _mutated(object()) if traced else contextlib.nullcontext():
+      yield
   finally:
     for function, code in kept.items():
       function.__code__ = code
-    if traced:
-      jax.clear_caches()
 
 
 def _mutate(source: str, mistake: Mistake) -> tuple[ast.Module, set[str]]:

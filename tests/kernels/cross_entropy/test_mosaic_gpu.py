@@ -183,9 +183,10 @@ def test_a_planted_mistake_is_noticed(name):
   result, mistake = MISTAKES[name]
   check_unmutated()
   module = {"running sum": softmax, "full": product}.get(mistake.place, mosaic_gpu)
-  with (planted(module, mistake),
-        pytest.raises((AssertionError, jax.errors.JaxRuntimeError))):
-    verify(MISTAKEN_CASE, MISTAKEN_PLAN, of=(result,))
+  with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+    with planted(module, mistake):
+      results = run(MISTAKEN_CASE, MISTAKEN_PLAN, of=(result,))
+    contract.check(MISTAKEN_CASE, results)
 
 
 @pytest.mark.full
