@@ -54,9 +54,9 @@ BLOCK_BYTES = 2**28  # of g
 MOST_ROWS = 7168
 LEAST_ROWS = 2048  # where there would be fewer, the tokens are divided as well
 WHOLE_TILES = 1024
-# Up to here what was rounded off g at the targets is multiplied, too: among fewer tokens one number
-# is the largest error. A training step has more.
-FEW_TOKENS = 1024
+# Below this what was rounded off g is multiplied, too: among fewer tokens one number is the largest
+# error. A training step has as many, or more.
+MANY_TOKENS = 2048
 
 
 def _mosaic_gpu():
@@ -286,6 +286,7 @@ def _gradients(route, options, *arrays):
   dot = functools.partial(
       jax.lax.dot_general, preferred_element_type=jnp.float32,
       precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)
+  few = num_tokens < MANY_TOKENS and x.dtype != jnp.float32
   rows_of_block = _rows(x)
   tokens_of_block = max(1, BLOCK_BYTES // (rows_of_block * x.dtype.itemsize))
 
@@ -300,14 +301,19 @@ def _gradients(route, options, *arrays):
       g = kernel(here, (rows, num_valid, jnp.asarray(first, jnp.int32)))
       column = here[1] - first
       at_target = column[:, None] == jnp.arange(size)
+      drows += dot(g, here[0], (((0,), (0,)), ((), ())))
+      dx = add(dx, dot(g, rows, (((1,), (0,)), ((), ()))))
+      if few:
+        is_valid = jnp.arange(size) < options.valid(num_valid) - first
+        lost = _rounded_off(g, dot(here[0], rows, (((1,), (1,)), ((), ()))), at_target & is_valid,
+                            is_valid, *here[2:5], options.scale)
+        stored = lost.astype(g.dtype)
+        drows += dot(stored, here[0], (((0,), (0,)), ((), ())))
+        dx = add(dx, dot(stored, rows, (((1,), (0,)), ((), ()))))
+        return dx, add(sums, (g + lost).sum(1)), rests, drows
       sum_of_g, stored = _sums(g.astype(jnp.float32), at_target)
       rest = jnp.where(here[6] & (column >= 0) & (column < size), here[5] - stored, 0)
-      drows += dot(g, here[0], (((0,), (0,)), ((), ())))
-      if num_tokens <= FEW_TOKENS and g.dtype != jnp.float32:
-        drows += dot(jnp.where(at_target, rest[:, None], 0).astype(g.dtype), here[0],
-                     (((0,), (0,)), ((), ())))
-      return (add(dx, dot(g, rows, (((1,), (0,)), ((), ())))), add(sums, sum_of_g + rest),
-              add(rests, rest), drows)
+      return dx, add(sums, sum_of_g + rest), add(rests, rest), drows
 
     *of_x, dembedding = carry
     *of_x, drows = _over_blocks(num_tokens, tokens_of_block, of_tokens,
@@ -329,6 +335,21 @@ def _gradients(route, options, *arrays):
 def _known_below(dtype) -> float:
   """Below which logits a target's g is known better than it is stored: they are rounded, too."""
   return 0 if dtype == jnp.float32 else float(jnp.finfo(dtype).eps) * 2**19
+
+
+def _rounded_off(g, products, at_target, is_valid, top, share, peak, scale):
+  """What storing took of each entry of g, float32[N, R], for all logits that are known well enough.
+
+  Args:
+    g: [N, R], as it was stored.
+    products: float32[N, R], x @ rows.T.
+    at_target, is_valid: bool[N, R], bool[R].
+    top, share, peak: float32[N]
+  """
+  unrounded = (jnp.exp(scale * (products - top[:, None])) * share[:, None]
+               + jnp.where(at_target, peak[:, None], 0))
+  is_known = is_valid & (jnp.abs(scale * products) < _known_below(g.dtype))
+  return jnp.where(is_known, unrounded - g.astype(jnp.float32), 0)
 
 
 def _sums(g, at_target):

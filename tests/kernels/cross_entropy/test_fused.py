@@ -180,10 +180,11 @@ def test_logits_do_not_exist(plain, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("predicted, tokens, bar", [
-    (False, 20, 1.25), (True, 20, 2), pytest.param(False, 160, 1.25, marks=pytest.mark.full)])
-def test_each_draw_is_as_exact_as_xlas(plain, dtype, predicted, tokens, bar):
-  """Errors of one draw, not of the worst: the targets' entries of g are not rounded."""
+@pytest.mark.parametrize("targets, tokens", [
+    ("drawn", 20), ("with a competitor", 20), pytest.param("drawn", 160, marks=pytest.mark.full),
+    pytest.param("with a competitor", 160, marks=pytest.mark.full)])
+def test_each_draw_is_as_exact_as_xlas(plain, dtype, targets, tokens):
+  """Errors of one draw, not of the worst: what storing took of g is added again."""
   def f(implementation):
     return jax.jit(jax.grad(lambda x, embedding, targets: linear_cross_entropy(
         x, embedding, targets, implementation=implementation)[0].sum() / tokens, (0, 1)))
@@ -191,20 +192,25 @@ def test_each_draw_is_as_exact_as_xlas(plain, dtype, predicted, tokens, bar):
   fused_loss, xla = f("mosaic_gpu"), f("xla")
   for seed in range(8):
     rng = np.random.default_rng(seed)
-    size = 1.0 if predicted else 0.3
-    x, embedding = (jnp.asarray(size * rng.normal(size=(n, 64)), dtype) for n in (tokens, 900))
+    x, embedding = 0.3 * rng.normal(size=(tokens, 64)), 0.3 * rng.normal(size=(900, 64))
+    target = rng.integers(0, 900, tokens)
+    if targets == "with a competitor":  # the row behind the target is nearly the same, and as likely
+      target, embedding = 2 * rng.permutation(450)[:tokens], embedding / 0.3
+      embedding[1::2] = embedding[::2] + 0.02 * rng.normal(size=(450, 64))
+      rows = embedding[target]
+      x = 11 * rows / np.square(rows).sum(1, keepdims=True) + 0.02 * rng.normal(size=x.shape)
+    x, embedding = jnp.asarray(x, dtype), jnp.asarray(embedding, dtype)
     wide = np.asarray(x, np.float64), np.asarray(embedding, np.float64)
     logits = wide[0] @ wide[1].T
-    targets = logits.argmax(1) if predicted else rng.integers(0, 900, tokens)
     g = np.exp(logits - logits.max(1, keepdims=True))
     g /= tokens * g.sum(1, keepdims=True)
-    g[np.arange(tokens), targets] -= 1 / tokens
+    g[np.arange(tokens), target] -= 1 / tokens
     error = lambda results, g=g, wide=wide: np.array([
         abs(np.asarray(got, np.float64) - want).max()
         for got, want in zip(results, (g @ wide[1], g.T @ wide[0]))])
-    targets = jnp.asarray(targets)
-    assert (error(fused_loss(x, embedding, targets))
-            <= bar * error(xla(x, embedding, targets))).all(), seed
+    target = jnp.asarray(target)
+    assert (error(fused_loss(x, embedding, target))
+            <= 1.25 * error(xla(x, embedding, target))).all(), seed
 
 
 def test_a_peak_without_a_softmax_has_an_exact_gradient(plain):
