@@ -348,8 +348,11 @@ def _rounded_off(g, products, at_target, is_valid, top, share, peak, scale):
   """
   unrounded = (jnp.exp(scale * (products - top[:, None])) * share[:, None]
                + jnp.where(at_target, peak[:, None], 0))
+  lost = unrounded - g.astype(jnp.float32)
   is_known = is_valid & (jnp.abs(scale * products) < _known_below(g.dtype))
-  return jnp.where(is_known, unrounded - g.astype(jnp.float32), 0)
+  # No more than rounding takes: a kernel that is wrong stays wrong, and is seen.
+  is_rounding = jnp.abs(lost) <= float(jnp.finfo(g.dtype).eps) * jnp.abs(unrounded)
+  return jnp.where(is_known & is_rounding, lost, 0)
 
 
 def _sums(g, at_target):
