@@ -194,7 +194,7 @@ def test_each_draw_is_as_exact_as_xlas(plain, dtype, targets, tokens):
     rng = np.random.default_rng(seed)
     x, embedding = 0.3 * rng.normal(size=(tokens, 64)), 0.3 * rng.normal(size=(900, 64))
     target = rng.integers(0, 900, tokens)
-    if targets == "with a competitor":  # the row behind the target is nearly the same, and as likely
+    if targets == "with a competitor":  # the row behind the target is nearly the same
       target, embedding = 2 * rng.permutation(450)[:tokens], embedding / 0.3
       embedding[1::2] = embedding[::2] + 0.02 * rng.normal(size=(450, 64))
       rows = embedding[target]
