@@ -338,7 +338,7 @@ def _known_below(dtype) -> float:
 
 
 def _rounded_off(g, products, at_target, is_valid, top, share, peak, scale):
-  """What storing took of each entry of g, float32[N, R], for all logits that are known well enough.
+  """The part of each entry of g that storing took, float32[N, R], for logits known well enough.
 
   Args:
     g: [N, R], as it was stored.
