@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from palm_haiku import distributed
+from palm_haiku import distributed, sharding
 
 _MANIFEST = "manifest.json"
 _DRAFT = ".unfinished"  # behind the step, until all of a checkpoint is written
@@ -186,7 +186,7 @@ class Checkpoints:
       CheckpointError: it cannot be read, or does not hold such trees.
     """
     path = self.directory / str(step)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(sharding.default_device())
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), like)
     args = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}

@@ -109,6 +109,12 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
   return sizes | {name: num_devices // known for name in unknown}
 
 
+def default_device():
+  """The device of what is on no mesh: `jax.default_device`, or the first of this process."""
+  device = jax.config.jax_default_device or jax.local_devices()[0]
+  return jax.local_devices(backend=device)[0] if isinstance(device, str) else device
+
+
 def make_mesh(text: str, devices=None) -> Mesh:
   """The mesh that `parse_mesh` describes, over all devices of all processes.
 

@@ -210,7 +210,7 @@ class _Run:
     if start.config != self.config.model:
       raise ValueError(f"{self.config.init} is another model than config.model")
     terminal.say(self.console, f"weights of {self.config.init}")
-    params = start.params if mesh else jax.device_put(start.params, jax.devices()[0])
+    params = start.params if mesh else jax.device_put(start.params, sharding.default_device())
     return state._replace(params=lora.join(adapters, params))
 
   def _batch(self, step):

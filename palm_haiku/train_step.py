@@ -117,18 +117,18 @@ def program(config: TrainConfig, mesh: Mesh | None = None) -> Program:
   Call its functions under `sharding.in_context(mesh)`. Parameters are made where they will lie:
   no host or device ever holds all of them. Runs whose steps are the same share one program.
   """
-  return _program(config.of_step, mesh)
+  return _program(config.of_step, mesh, None if mesh else sharding.default_device())
 
 
 @functools.lru_cache(maxsize=8)
-def _program(config, mesh):
+def _program(config, mesh, device):
   begin, advance, score = (functools.partial(promoting()(f), config)
                            for f in (init, train_step, eval_step))
   state = jax.eval_shape(begin)
   if mesh is None:
     # Where checkpoints are read to: jit would compile a second step for arrays bound to a device.
-    device = SingleDeviceSharding(jax.devices()[0])
-    return Program(jax.jit(begin, out_shardings=device), jax.jit(advance, donate_argnums=0),
+    place = SingleDeviceSharding(device)
+    return Program(jax.jit(begin, out_shardings=place), jax.jit(advance, donate_argnums=0),
                    jax.jit(score), state, None)
   params = sharding.params_shardings(state.params, mesh, config.rules)
   trained = [lora.split(tree)[0] for tree in (state.params, params)]

@@ -214,6 +214,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(config, whole,
   assert losses(out) == losses(whole)
 
 
+def test_a_run_is_on_the_default_device(config, tmp_path):
+  device = jax.devices()[1]
+  with jax.default_device(device):
+    state = train_step.program(config).init()
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    leaf = jax.tree.leaves(state)[0]
+    checkpoints.save(1, {"state": {"leaf": leaf}}, {})
+    read = checkpoints.restore(1, {"state": {"leaf": jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)}})
+  assert leaf.devices() == read["state"]["leaf"].devices() == {device}
+
+
 def test_resuming_nothing_begins(config, whole, tmp_path):
   result, text = run(config, tmp_path, resume=True)
   assert result.step == 21 and f"no checkpoint in {tmp_path}: beginning anew" in text

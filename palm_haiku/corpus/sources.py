@@ -16,12 +16,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from palm_haiku import data, textfiles
+import orjson
 
-try:
-  from orjson import loads as _loads  # pyright: ignore[reportMissingImports]
-except ImportError:  # There is no wheel for every Python: each line takes 2 us more.
-  _loads = lambda line: json.loads(line.decode())
+from palm_haiku import data, textfiles
 
 # A text file is a document, and a longer one is cut at ends of lines into several of this size.
 LONGEST_TEXT = 2**22  # bytes
@@ -254,7 +251,7 @@ def _lines(stream, piece, field) -> Iterator[bytes]:
     if number == 1 and not piece.start:
       line = line.removeprefix(codecs.BOM_UTF8)
     try:  # The standard library says what is wrong, and takes NaN and half a surrogate pair too.
-      content = _loads(line)[field].encode()
+      content = orjson.loads(line)[field].encode()
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
       content = _carefully(line, field, where)
     if b"\0" in content:

@@ -13,7 +13,7 @@ from palm_haiku.config import PaLMConfig
 from palm_haiku.hub import configs, layouts
 from palm_haiku.hub.errors import HubError
 from palm_haiku.hub.tensors import Tensors
-from palm_haiku.sharding import Rules, params_shardings
+from palm_haiku.sharding import Rules, default_device, params_shardings
 
 _RLHF = "palm-rlhf-pytorch"
 
@@ -65,9 +65,7 @@ def load(path, *, mesh: Mesh | None = None,
     stack = (config.depth,) if module == layouts.STACK else ()
     params.setdefault(module, {})[name] = jax.ShapeDtypeStruct((*stack, *stored.shape), np.float32)
   if mesh is None:
-    device = jax.config.jax_default_device or jax.local_devices()[0]
-    device = jax.local_devices(backend=device)[0] if isinstance(device, str) else device
-    shardings = jax.tree.map(lambda _: SingleDeviceSharding(device), params)
+    shardings = jax.tree.map(lambda _: SingleDeviceSharding(default_device()), params)
   else:
     shardings = params_shardings(params, mesh, rules)
   # The largest first, while nothing else is in memory.
