@@ -16,7 +16,7 @@ _COMMANDS = {
     "plan": "plans of published training runs, against what was measured",
     "suite": "everything worth running on a borrowed machine",
     "plot": "draws the results",
-    "report": "writes the README's tables from the results",
+    "report": "writes the docs' tables from the results",
 }
 _STATIC = {
     "attention": "attention beside its peers, on GPUs and TPUs (the default)",

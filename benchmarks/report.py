@@ -1,4 +1,4 @@
-"""Writes the README's tables from the results, so that no number is typed by hand.
+"""Writes the docs' tables from the results, so that no number is typed by hand.
 
 A table stands between `<!-- benchmarks:NAME -->` and `<!-- /benchmarks:NAME -->`, where NAME is a
 benchmark (attention, block, static, ...), or NAME@DEVICE, such as static@v6e, for the newest result
@@ -17,19 +17,19 @@ from .static import attention as static
 _TRAIN = {"implementation": "implementation", "dtype": "dtype", "shape": "shape",
           "step": "train step s", "trained": "tokens/s", "peak_gb": "peak GB",
           "compile": "compile s", "sampled": "sampled tokens/s"}
-_README = pathlib.Path(__file__).parent.parent / "README.md"
+_DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
 
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("files", nargs="*", type=pathlib.Path, help="default README.md")
+  parser.add_argument("files", nargs="*", type=pathlib.Path, help="default docs/*.md")
   parser.add_argument("--results", metavar="DIR", help="default benchmarks/results")
   parser.add_argument("--check", action="store_true",
                       help="write nothing; fail if a table is not what the results say")
   args = parser.parse_args(argv)
   stale = 0
-  for file in args.files or [_README]:
+  for file in args.files or sorted(_DOCS.glob("*.md")):
     before = file.read_text()
     after = fill(before, results.load(args.results))
     if before == after:
