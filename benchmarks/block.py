@@ -88,7 +88,7 @@ OPTIONS = dict(norm_eps=1e-5, rope_theta=10_000.0, xpos_scale_base=None)
 STEPS = ("layer", "in_projection", "out_projection")
 ARCHITECTURES = {"palm": dict(norm="layer", rotary=True),
                  "palm-lite": dict(norm="rms", rotary=False)}
-# What one would use instead, and of which step.
+# The alternative, and of which step.
 PEERS = {"xla+attention": ("layer",), "xla+cudnn": ("layer",), "xla+tokamax": ("in_projection",)}
 
 

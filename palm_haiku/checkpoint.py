@@ -27,7 +27,7 @@ from palm_haiku import distributed, sharding
 _MANIFEST = "manifest.json"
 _DRAFT = ".unfinished"  # behind the step, until all of a checkpoint is written
 _REFUSED = ".refused"
-# What systems, editors and synchronisers leave in any directory, and take away again.
+# Files that systems, editors and synchronisers leave in any directory, and take away again.
 _LITTER = (".DS_Store", "._*", ".nfs*", ".fuse_hidden*", "Thumbs.db", "ehthumbs.db", "desktop.ini",
            "Icon\r", ".localized", ".directory", ".Spotlight-*", ".Trash*", ".fseventsd", "@eaDir",
            ".gitkeep", ".keep", ".*.sw?", ".#*", "#*#", "*~", "~$*", ".stfolder", ".dropbox*")
@@ -236,7 +236,7 @@ class Checkpoints:
     return aside
 
   def _remove(self, step):
-    # What a kill leaves of it is then not taken for a checkpoint.
+    # A killed removal then leaves nothing that passes for a checkpoint.
     self._remove_drafts(f"{step}{_DRAFT}*")
     path = self.directory / str(step)
     shutil.rmtree(path.rename(path.with_suffix(_DRAFT)), ignore_errors=True)

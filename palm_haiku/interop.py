@@ -38,11 +38,11 @@ class _Peer:
   norm: Literal["layer", "rms"] = "layer"
   transposed: bool = False  # matrices are (out, in)
   pairs: bool = False  # rotary turns channels (2i, 2i + 1), not (i, i + dim_head/2)
-  # What may have to be added to a stored gain; where that is not one number, the newest first.
+  # The offset of a stored gain; where versions differ, the newest first.
   gain_offsets: tuple[int, ...] = (0,)
   xpos_scale_base: int | None = None
   qk_scale: str | None = None  # {which} is q or k
-  # What a state dict holds besides: the embedding again, and constants.
+  # Other entries of a state dict: the embedding again, and constants.
   tied: str | None = None
   zero: tuple[str, ...] = ()
   constant: tuple[str, ...] = ()

@@ -20,8 +20,8 @@ from palm_haiku.kernels.core.integers import known
 from palm_haiku.kernels.norms import normalize
 from palm_haiku.sharding import Rules, constrain
 
-# What the backward pass recomputes instead of keeping, by name. A layer keeps, per token, its
-# input and: with "none" what its matrix products made; with "attention" what attention made.
+# Rematerialisation policies by name. A layer keeps, per token, its input and: with "none" the
+# results of its matrix products; with "attention" those of attention.
 REMAT_POLICIES = {
     "none": None,
     "attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),

@@ -14,7 +14,7 @@ import jax
 
 from palm_haiku.kernels.core import plugins
 
-# What Linux shows of the chips of JAX's own plugins. WSL has its GPUs behind /dev/dxg.
+# Device files on Linux of the chips of JAX's own plugins. WSL has its GPUs behind /dev/dxg.
 _DEVICES = (
     "/dev/nvidia*", "/dev/nvhost*", "/dev/nvmap", "/dev/dxg",  # NVIDIA, Jetson, WSL
     "/dev/kfd",  # AMD

@@ -166,8 +166,8 @@ class TrainConfig:
     return optim.LEARNING_RATES[self.optimizer] if given is None else given
 
 
-# What may differ when a run is resumed, because it changes how a step is computed or logged, how
-# many there are, or where files are; docs/training.md has the table.
+# Settings that may differ on resume: they change how a step is computed or logged, how many
+# there are, or where files are; docs/training.md has the table.
 FREE_ON_RESUME = {"data", "tokenizer", "eval_tokens", "steps", "accumulate", "remat",
                   "implementation", "mesh", "shard_residual", "skip_batches", "spike", "log_every",
                   "eval_every", "checkpoint_every"}

@@ -67,7 +67,7 @@ class RunDirectory:
         other._acquire()
     if not self._is_run():
       return None
-    # What is refused is reported when the run resumes.
+    # Refused checkpoints are reported when the run resumes.
     step = Checkpoints(self.checkpoints.directory, warn=lambda line: None).latest()
     return {"config": self._config()} if step is None else self.checkpoints.metadata(step)
 

@@ -171,7 +171,7 @@ class Script:
     draws = len(self.turns()[0][1][0])
     last = not draws or self.number > draws  # One guess more than is used is drawn.
     for i, (guesses, kept, token) in self.turns():
-      if last or self.number <= min(kept, draws - 1):  # What is behind a refusal does not count.
+      if last or self.number <= min(kept, draws - 1):  # Tokens behind a refusal do not count.
         choice = token if last else guesses[self.number]
         tokens[i] = min(choice, p.shape[-1] - 1)
         self.weights[i] *= p[i, choice] if choice < p.shape[-1] else 0

@@ -395,7 +395,7 @@ def test_other_files_are_named_by_their_suffix(tmp_path, suffix, kind):
   path.write_bytes(b"unknown to all")
   with pytest.raises(ValueError, match=kind):
     array_files.read_arrays(path)
-  array_files.write_arrays(path, {"a": np.ones(2)})  # What is an .npz is read under any name.
+  array_files.write_arrays(path, {"a": np.ones(2)})  # An .npz is read under any name.
   assert array_files.read_arrays(path)["a"].tolist() == [1, 1]
 
 

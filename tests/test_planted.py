@@ -88,7 +88,7 @@ def activations():
   test_sharding.test_where_activations_lie(sharding.Rules(), None)
 
 
-# What it does, where, how (a place, what it replaces, by what), and what must notice it.
+# Effect, place, change (old text, new text), and the test that must notice it.
 PLANTED = [
     ("gradients are not clipped", optim, ("adamw", r"optax.clip_by_global_norm\(clip\), ", ""),
      adamw),

@@ -237,7 +237,7 @@ def test_batches_that_were_trained_on_cannot_be_skipped(config, tmp_path):
     run(dataclasses.replace(more, skip_batches="5:6"), tmp_path / "out", resume=True)
   result, _ = run(dataclasses.replace(more, skip_batches="8:10"), tmp_path / "out", resume=True)
   assert result.step == 12
-  # What was skipped before need not be said again, and stays.
+  # Batches skipped before need not be named again, and stay skipped.
   result, _ = run(dataclasses.replace(more, steps=14, skip_batches="20:21"), tmp_path / "out",
                   resume=True)
   metadata = checkpoint.Checkpoints(tmp_path / "out" / "checkpoints").metadata(14)

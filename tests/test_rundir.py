@@ -225,7 +225,7 @@ def test_one_process_at_a_time_trains_in_a_directory(place, capsys, monkeypatch)
     finally:
       other.send_signal(signal.SIGKILL)
       other.wait()
-  assert run(CONFIG, "bytes", resume=True)[0].step == 4  # What was killed is not in the way.
+  assert run(CONFIG, "bytes", resume=True)[0].step == 4  # The killed run is not in the way.
 
   # Within one process as well, from the first step on.
   batch, tried = train._Run._batch, []

@@ -26,7 +26,7 @@ def test_rows_are_lines_and_the_curve_is_drawn(tmp_path):
   record, stream = log(tmp_path)
   with record:
     record.write({"step": 1, "loss": 2.5})
-    # What is written is there at once: a killed run keeps it.
+    # Rows are on disk at once: a killed run keeps them.
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2.5}
     record.advance(1)
     record.write({"step": 2, "loss": 2.25, "eval_loss": 2.375, "tokens_per_second": 1234.5,

@@ -99,7 +99,7 @@ def steps(plan, shape, chip, backward, mask=Mask(), compiled=None, alibi=True,
   if backward:
     here = np.where(does.here[0], diagonal, 0) if does.here else never
     ends = [order == 0]
-    # What all visits do is a part of them: both without a diagonal, the end without segments.
+    # Work that all visits do is a part of them: both without a diagonal, the end without segments.
     if edges:
       ends.append(does.seen & (here == 0))
     if edges and has_ids:

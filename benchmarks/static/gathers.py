@@ -21,7 +21,7 @@ from palm_haiku.kernels.aot import hlo, targets
 from .. import table
 from ..block import Shape
 
-# What lets transfers pass under kernels. A v5e's XLA then forgets how much VMEM a kernel asked for.
+# Flags that overlap transfers with kernels. A v5e's XLA then forgets a kernel's limit of VMEM.
 OVERLAP = {
     "v5e": {"xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": "true",
             "xla_tpu_scoped_vmem_limit_kib": "65536"},

@@ -252,7 +252,7 @@ def _definitions(code):
            for bundle in code for name, op, args in _DEFINITION.findall(bundle)}
   stores = [store for bundle in code for store in _STORE.findall(bundle)]
   slots = [slot for slot, _ in stores]
-  # What is read back from a spill slot that is written in one place is what was written there.
+  # A fill from a spill slot with a single store has the value of that store.
   return found | {slot: ("smov.u32", [value]) for slot, value in stores if slots.count(slot) == 1}
 
 

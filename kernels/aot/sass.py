@@ -35,7 +35,7 @@ _INSTRUCTION = re.compile(
     r"(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)\s*([^;]*);?\s*(?:/\*.*)?$")
 _LABEL = re.compile(r"\s*(\.L_\w+):")
 _SECTION = re.compile(r"\s*\.text\.(\S+):$")
-# What may stand between instructions and means nothing here.
+# Text between instructions without meaning here.
 _IGNORED = re.compile(r"\s*(?:$|//|\.|[\w$.]+:\s*$|/\* 0x[0-9a-f]+ \*/\s*$)")
 _JUMPS = ("BRA", "BRX", "JMP")
 _ENDS = ("EXIT", "RET")

@@ -51,7 +51,7 @@ MODELS: dict[tuple[str, str], Model] = {
     ("tpu7x", "loss"): Model(1.8774e9, 0.1656e-6, 0.0, 0.005, 0.011),
 }
 
-# What the names of a kind's kernels hold.
+# Substrings of the names of a kind's kernels.
 _KINDS = {"loss": r"cross_entropy_forward|lce_fwd"}
 
 

@@ -66,7 +66,7 @@ def _capability(device, platform: str) -> str | None:
 failed = jax.make_user_context(frozenset())
 
 
-# What is compiled for a v4, the oldest TPU with the least memory, runs on all.
+# Code compiled for a v4, the oldest TPU with the least memory, runs on all.
 ANY_TPU = Target("tpu", "v4")
 
 # Targets of `export_for`, one of a platform.

@@ -80,7 +80,7 @@ class TpuConfig(NamedTuple):
 
 
 # Figures: useful share of the matrix units' peak, in %, at dim 4096; cycles of libtpu 0.0.52.
-# What chose a value:
+# The figure behind each value:
 #   together 2 gives 95.9 and 1 gives 92.8 (v5p, forward), 96.9 and 94.4 (v5p, gradient);
 #   together 8 / 4 / 2 gives 93.0 / 88.7 / 79.7 (v6e, forward); 16 gives 95.2 in 17,000 bundles.
 #   chunk 512, together 4 gives 90.1; 256, 8 gives 88.8, as much code (v6e, gradient).

@@ -140,7 +140,7 @@ def logit_gradient(x: jax.Array, rows: jax.Array, targets: jax.Array, top: jax.A
 
     @pl.when(block == 0)
     def _():
-      # What belongs to a token is one sublane here: its copies along the lanes, made once.
+      # A token's numbers are one sublane here: broadcast along the lanes once.
       for vector, column in zip((targets, top, spread, peak), columns, strict=True):
         for at in range(0, plan.tokens, LANES):
           part = jnp.broadcast_to(vector[:, at : at + LANES], (LANES, LANES))
@@ -209,9 +209,9 @@ def fit(config, chip, num_tokens, num_rows, dim, itemsize) -> Plan:
   rows = min(config.rows, round_up(num_rows, chunk))
 
   def vmem_bytes():
-    # What changes from step to step has two buffers; the gradient's block, four vectors and their
-    # columns count for both kernels. Tiles that wait for their turn are spilled, and operands are
-    # staged: rows are turned, and a float32 is three bfloat16 parts for each tile in flight.
+    # Operands that change between steps have two buffers; the gradient's block, four vectors and
+    # their columns count for both kernels. Tiles that wait for their turn are spilled, and operands
+    # are staged: rows are turned, and a float32 is three bfloat16 parts for each tile in flight.
     staged = (2 * chunk if itemsize == 2 else 6 * (config.together + 1) * (tile + chunk)) * dim
     return (2 * itemsize * (dim * (tokens + rows) + tokens * rows)
             + 4 * 4 * (LANES + 2 * SUBLANES) * tokens

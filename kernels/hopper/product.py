@@ -184,7 +184,7 @@ def store(ring, i, value, *targets):
   Of several targets, (condition, array) each, exactly one condition is true.
   """
   slot = ring.stores.at[lax.axis_index("wg"), i % 2]
-  # What this slot held has left it.
+  # The slot's last tile has left it.
   plgpu.wait_smem_to_gmem(min(i, 1), wait_read_only=True)  # mutant: copied
   slot[...] = value.astype(slot.dtype)
   plgpu.commit_smem()  # mutant: written

@@ -10,7 +10,7 @@ from palm_haiku.kernels.aot import targets
 from palm_haiku.kernels.core import chips
 from palm_haiku.recipe import TrainConfig
 
-# What is known of a chip's memory and links.
+# Facts about a chip's memory and links.
 PLANNED = {name: chip for name, chip in chips.CHIPS.items() if chip.network}
 
 

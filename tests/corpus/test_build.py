@@ -71,7 +71,7 @@ def test_documents_are_divided_by_their_hash(lines, tmp_path):
     for start, stop in ((0, 1), (5, 3000), (len(stream) - 3, len(stream)), (7, 7), (3, 10**9)):
       np.testing.assert_array_equal(tokens[start:stop], stream[start:stop])
   assert not (tmp_path / "out" / "unfinished").exists()
-  # What is added changes the part of no document.
+  # Added documents change the split of no other.
   lines.write_text('{"text": "new"}\n' + lines.read_text() + '{"text": "newer"}\n')
   make(lines, tmp_path / "more", held_out=0.3)
   assert set(texts(tmp_path / "more", "held_out")) - {b"new", b"newer"} == set(

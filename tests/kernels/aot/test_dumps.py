@@ -34,7 +34,7 @@ def test_the_main_loop_of_a_hopper_matmul():
 def test_sass_with_control_columns_and_spills():
   function, = sass.parse(recorded("spilling_attention.sass_ctrl"))
   assert (function.main_loop.instructions, function.main_loop.mix["HGMMA"]) == (1183, 32)
-  # What ptxas says of the same kernel.
+  # ptxas' report of the same kernel.
   resources = ptxas.parse((_DATA / "spilling_attention.ptxas").read_text())
   assert (function.local_stores, function.local_loads) == (736, 784)
   assert (resources.spill_stores, resources.spill_loads) == (736, 784)
@@ -142,7 +142,7 @@ def test_steps_that_are_given_count():
   everything, unknown = cycles(llo.Steps())
   assert not unknown
   assert cycles(llo.Steps(active=0.5))[0] < everything
-  # What the program says itself is not overridden; what it does not say is taken from the caller.
+  # The program's own settings are not overridden; others come from the caller.
   assert cycles(llo.Steps(inner=5, grid=3)) == (everything, False)
   dynamic = recorded("loop.bundles").replace("%s209_s17 = sadd.s32 1, ",
                                              "%s209_s17 = sadd.s32 %s7, ")

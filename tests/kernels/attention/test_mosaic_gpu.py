@@ -324,7 +324,7 @@ def test_dk_without_waiting_for_the_weights_is_noticed():
       backward_of_exact(case, contract.inputs(case))
 
 
-# What is refused. -------------------------------------------------------------------------------
+# Refusals. --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes, message", [

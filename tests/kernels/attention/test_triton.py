@@ -341,7 +341,7 @@ def test_over_a_mesh(interpreted):
   chex.assert_trees_all_close(got, want, atol=2e-5, rtol=1e-5)
 
 
-# What is refused, and how.
+# Refusals.
 
 
 def struct(num_queries=128, heads=16, dim_head=64, dtype=jnp.bfloat16):

@@ -59,7 +59,7 @@ def check(report, dim_head):
     spills = max(kernel.resources.spill_stores, kernel.resources.spill_loads)
     assert spills <= (64 if dim_head == 256 else 0), kernel
     assert kernel.shared_memory <= chips.GPUS[report.target].shared_memory
-    # What triton 3.6 writes for dk and dv on Hopper, ptxas serializes: nothing to mend here.
+    # ptxas serializes triton 3.6's dk and dv on Hopper: nothing to mend here.
     assert not kernel.resources.serialized or triton_version() < (3, 7), kernel
     assert kernel.code.main_loop.mix.get(TENSOR_CORES[report.target]), kernel
 

@@ -25,7 +25,7 @@ ROOT = pathlib.Path(palm_haiku.__file__).resolve().parents[1]
 QUOTED = re.compile("|".join(f'["\']{word}["\']' for chip in chips.CHIPS.values()
                              for word in (chip.name, chip.kind)), re.IGNORECASE)
 
-# What tells of chips, but no facts about them: block sizes, and what runs reached.
+# Names of chips without facts about them: block sizes, and measured runs.
 NO_FACTS = ("configs.py", "hardware.py")
 
 

@@ -200,7 +200,7 @@ def test_a_slot_that_is_refilled_in_use_is_noticed(monkeypatch):
   compiled.cache_clear()
 
 
-# What is refused. -------------------------------------------------------------------------------
+# Refusals. --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dim, dtype, chip, message", [

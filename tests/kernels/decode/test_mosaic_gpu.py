@@ -291,7 +291,7 @@ def test_the_same_inputs_give_the_same_bits():
   np.testing.assert_array_equal(*(np.asarray(result(case), np.float32) for _ in range(2)))
 
 
-# What is refused. -------------------------------------------------------------------------------
+# Refusals. --------------------------------------------------------------------------------------
 
 
 def struct(length=128, heads=1, dim_head=64, dtype="bfloat16"):

@@ -206,7 +206,7 @@ def test_through_the_op(monkeypatch):
     assert np.all(np.isnan(got[0])) and np.all(np.isfinite(got[1:]))
 
 
-# What is refused, and how.
+# Refusals.
 
 
 def struct(length=128, heads=1, dim_head=64, dtype="bfloat16"):

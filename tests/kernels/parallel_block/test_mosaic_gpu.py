@@ -227,7 +227,7 @@ def test_a_planted_mistake_is_noticed(name):
     verify(*MISTAKEN, of=(function,))
 
 
-# What is refused, and which tiles are taken. -----------------------------------------------------
+# Refusals, and the choice of tiles. ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes, chip, message", [

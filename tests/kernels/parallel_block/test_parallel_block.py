@@ -113,7 +113,7 @@ def test_sequences_may_have_come_to_different_positions(architecture):
   offsets = jnp.array([[0, 3], [6, 7]])
   rows = offsets[..., None] + jnp.arange(2)
   part = jnp.take_along_axis(x, rows[..., None], -2)
-  # What stands behind the offset must have no influence.
+  # Rows behind the offset must have no influence.
   filled = jnp.arange(11)[:, None] < offsets[..., None, None]
   cache = tuple(jnp.where(filled, a, 9.0) for a in cache)
   y, cache = run(part, query_offset=offsets, kv_cache=cache)
