@@ -307,9 +307,9 @@ def _gradients(route, options, *arrays):
         is_valid = jnp.arange(size) < options.valid(num_valid) - first
         lost = _rounded_off(g, dot(here[0], rows, (((1,), (1,)), ((), ()))), at_target & is_valid,
                             is_valid, *here[2:5], options.scale)
-        stored = lost.astype(g.dtype)
-        drows += dot(stored, here[0], (((0,), (0,)), ((), ())))
-        dx = add(dx, dot(stored, rows, (((1,), (0,)), ((), ()))))
+        remainder = lost.astype(g.dtype)
+        drows += dot(remainder, here[0], (((0,), (0,)), ((), ())))
+        dx = add(dx, dot(remainder, rows, (((1,), (0,)), ((), ()))))
         return dx, add(sums, (g + lost).sum(1)), rests, drows
       sum_of_g, stored = _sums(g.astype(jnp.float32), at_target)
       rest = jnp.where(here[6] & (column >= 0) & (column < size), here[5] - stored, 0)
